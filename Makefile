@@ -1,0 +1,28 @@
+PY      ?= python3
+VENV    ?= .venv
+BIN      = $(VENV)/bin
+FLAVOUR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+EXTRAS  ?= train,demo,$(FLAVOUR),dev
+STAMP    = $(VENV)/.installed-$(FLAVOUR)
+# uv does not read pip's settings: hand it pip's wheel folder, if one is configured.
+export UV_FIND_LINKS ?= $(shell $(PY) -m pip config get global.find-links 2>/dev/null)
+export BENTOML_DO_NOT_TRACK = true
+export DVC_NO_ANALYTICS = 1
+export HF_HUB_OFFLINE = 1
+# The virtual environment's tools must be first on PATH: dvc.yaml calls `python`.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: setup test demo serve lint lock bench compare clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PY) -m venv $(VENV)
+	$(BIN)/pip install -q uv==0.13.9
+	$(BIN)/uv pip install -q --no-config --python $(BIN)/python \
+	  $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+lock:
+	UV_FIND_LINKS= $(BIN)/uv pip compile --no-config -q --universal --python-version 3.11 \
+	  --no-header --no-annotate --all-extras pyproject.toml -o constraints.txt

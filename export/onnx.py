@@ -1,0 +1,201 @@
+"""Student -> one ONNX graph with pre- and post-processing inside, and the bundle around it.
+
+Inside the graph: uint8 NHWC image -> float32 -> NCHW -> network (input scaling is its own) -> softmax -> arg max and
+its probability as uint8. Batch, height and width are free, the latter two multiples of the stride.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.export import Dim
+
+from export import bundle, tensorrt
+from pipeline import config, files
+from training import infer, models
+
+OPSET = 20
+STUDENT = Path("models/student/student.safetensors")
+INPUT, OUTPUTS = "image", ("label", "confidence")
+
+
+class ExportError(RuntimeError):
+    """The graph cannot be made, or is not what was asked for; the message says which promise broke."""
+
+
+class Deployed(nn.Module):
+    """image_BHWC uint8 -> label_BHW uint8, confidence_BHW uint8 (0..255 = 0..1)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        # Cast before transpose: TensorRT's parser refuses a transpose of uint8.
+        return infer.answer(self.model(image.to(torch.float32).permute(0, 3, 1, 2)))
+
+
+@dataclass(frozen=True)
+class Graph:
+    data: bytes
+    opset: int
+    ir_version: int
+    nodes: int
+    seconds: float
+
+
+def _strip(graph: onnx.GraphProto) -> None:
+    """Drop what the exporter notes for debugging: stack traces with paths of this machine, names of Python objects."""
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    for part in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
+        for item in part:
+            item.doc_string = ""
+            del item.metadata_props[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            attribute.doc_string = ""
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node:
+                    _strip(inner)
+
+
+def trace(model: nn.Module, stride: int, metadata: dict[str, str]) -> Graph:
+    """Export a network in eval mode, on the CPU; equal weights and metadata give equal bytes.
+
+    Args:
+        model: image_BCHW float32 in 0..255 -> logits_BKHW, K <= 255, with H and W multiples of `stride`.
+        metadata: written to the model's metadata_props, in key order.
+
+    Raises:
+        ExportError: another opset than asked for came out, or inputs and outputs are not the promised ones.
+    """
+    started = time.perf_counter()
+    # Sizes 0 and 1 would be taken for constants, so the example is a batch of 2 of an oblong image.
+    example = torch.zeros(2, 4 * stride, 6 * stride, 3, dtype=torch.uint8)
+    free = {0: Dim("batch"), 1: stride * Dim("rows"), 2: stride * Dim("columns")}
+    program = torch.onnx.export(
+        Deployed(model.cpu()).eval(),
+        (example,),
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=(free,),
+        input_names=[INPUT],
+        output_names=list(OUTPUTS),
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    for function in proto.functions:
+        function.doc_string = ""
+        del function.metadata_props[:]
+        for node in function.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+    _strip(proto.graph)
+    proto.graph.name = "marginalia"
+    proto.doc_string = ""
+    del proto.metadata_props[:]
+    for key in sorted(metadata):
+        proto.metadata_props.add(key=key, value=metadata[key])
+    check(proto, stride)
+    data = proto.SerializeToString(deterministic=True)
+    return Graph(data, _opset(proto), proto.ir_version, len(proto.graph.node), time.perf_counter() - started)
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    return next(int(entry.version) for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def check(proto: onnx.ModelProto, stride: int) -> None:
+    """Hold the graph to its promises. Raises ExportError."""
+    onnx.checker.check_model(proto, full_check=True)
+    if _opset(proto) != OPSET:
+        raise ExportError(
+            f"asked for opset {OPSET}, the exporter wrote {_opset(proto)}: the torch and onnxscript pins moved apart"
+        )
+    signature = {
+        value.name: (value.type.tensor_type.elem_type, len(value.type.tensor_type.shape.dim))
+        for value in (*proto.graph.input, *proto.graph.output)
+    }
+    uint8 = onnx.TensorProto.UINT8
+    if signature != {INPUT: (uint8, 4), OUTPUTS[0]: (uint8, 3), OUTPUTS[1]: (uint8, 3)}:
+        raise ExportError(f"inputs and outputs are {signature}, not uint8 {INPUT} and {OUTPUTS}")
+    fixed = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim[:3] if d.HasField("dim_value")]
+    if fixed:
+        raise ExportError(f"batch, height and width must be free (multiples of {stride}), but {fixed} became constants")
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
+        raise ExportError("weights went to a second file; a bundle holds one")
+
+
+def describe(meta: dict[str, Any], scores: dict[str, Any]) -> dict[str, str]:
+    """The metadata that travels inside model.onnx: classes and palette, input policy, hashes, commit, method."""
+    policy = {"layout": "NHWC", "dtype": "uint8", "channels": "RGB", **meta["params"]["input"]}
+    values = {
+        "classes": [c["name"] for c in meta["classes"]],
+        "palette": [list(c["color"]) for c in meta["classes"]],
+        "ignore": meta["ignore"],
+        "input": policy,
+    }
+    plain = {key: str(scores[key]) for key in ("data_hash", "split_hash", "test_hash", "commit", "weights", "method")}
+    return {key: json.dumps(value, sort_keys=True) for key, value in values.items()} | plain
+
+
+def run(params: config.Params, console: Console) -> None:
+    """The stage: student and scores -> bundle/ and reports/export.json."""
+    model, meta = models.load(STUDENT)
+    scores = files.read_json(Path("reports/scores.json"))
+    weights = files.sha256(STUDENT)
+    if scores["weights"] != weights:
+        raise ExportError(f"{STUDENT} is not what reports/scores.json was measured on; run the evaluate stage again")
+    policy = config.Input.model_validate(meta["params"]["input"])
+    with console.status("tracing the network"):
+        graph = trace(model, policy.stride, describe(meta, scores))
+    metrics = {key: scores[key] for key in ("miou", "miou_all", "miou_ci", "pixel_accuracy", "boundary_iou", "ece")}
+    made = bundle.create(
+        Path("bundle"),
+        graph.data,
+        classes=meta["classes"],
+        long_side=policy.long_side,
+        stride=policy.stride,
+        metrics=metrics | {"per_class": {name: row["iou"] for name, row in scores["per_class"].items()}},
+        card=Path("reports/model_card.md").read_text(encoding="utf-8"),
+        opset=graph.opset,
+        ir_version=graph.ir_version,
+        **{key: scores[key] for key in ("data_hash", "split_hash", "test_hash", "commit", "method")},
+    )
+    report = {
+        "bundle": made.manifest.id, "weights": weights, "bytes": len(graph.data), "nodes": graph.nodes,
+        "opset": graph.opset, "ir_version": graph.ir_version, "seconds": round(graph.seconds, 2),
+        "torch": torch.__version__, "onnx": onnx.__version__, "tensorrt": tensorrt.look().as_dict(),
+    }  # fmt: skip
+    files.write_json(Path("reports/export.json"), report)
+    table = Table(title=f"bundle {made.manifest.id}", show_header=False)
+    table.add_row(
+        "graph", f"{graph.nodes} nodes, opset {graph.opset}, IR {graph.ir_version}, {len(graph.data) / 1e6:.1f} MB"
+    )
+    table.add_row("export took", f"{graph.seconds:.1f} s")
+    table.add_row("TensorRT", report["tensorrt"]["says"])
+    console.print(table)
+
+
+def main() -> int:
+    try:
+        run(config.load(), Console())
+    except (ExportError, bundle.BundleError, models.WeightsError, config.ConfigError, FileNotFoundError) as error:
+        Console(stderr=True).print(f"export: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

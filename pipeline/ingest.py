@@ -1,0 +1,254 @@
+"""Stage ingest: one archive -> shards, rows and a quarantine list. Bad files are named, never fatal to the good ones.
+
+What happens to a bad mask depends on what its image is for. An image listed as labelled, val or test is refused with
+its mask, because training or scoring without it would silently change the set. Any other image stays as an unlabelled
+one and only the mask is quarantined (`"kept": true`).
+
+Image files are stored as they came, byte for byte; `pipeline.images.decode` applies the same rules at every reading.
+Masks are stored as index PNG.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import config, duplicates, files, images, manifest, masks, progress, registry, shards
+from pipeline.formats.folders import name_id
+
+SOURCE = Path("data/pulled/source.json")
+INGESTED = Path("data/ingested")
+NEEDS_MASK = ("labelled", "val", "test")
+FEW = 256  # below this many images, threads beat the start of worker processes
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One image of the archive, its mask if it has one, and the rules for both."""
+
+    archive: Path
+    name: str
+    image: shards.Member
+    mask: shards.Member | None
+    needs_mask: bool
+    classes: int
+    palette: tuple[tuple[int, int, int], ...]
+    max_pixels: int
+    max_bytes: int
+
+
+class Checked(NamedTuple):
+    """What a worker found out. `image` is None when the image is refused; `mask_png` is the mask to store."""
+
+    image: tuple[str, str, int, int, str] | None  # id, format, height, width, phash
+    mask_png: bytes | None
+    refusal: tuple[str, str] | None  # code, reason
+
+
+def check_mask(data: bytes, shape: tuple[int, int], classes: int, max_pixels: int) -> NDArray[np.uint8]:
+    """Mask bytes -> class ids, H x W uint8, 255 = ignore.
+
+    Raises:
+        images.Refused: as `masks.decode_mask`; "mask-size", "mask-class-id" or "mask-all-ignore".
+    """
+    ids_HW = masks.decode_mask(data, max_pixels=max_pixels)
+    if ids_HW.shape != shape:
+        raise images.Refused(
+            "mask-size",
+            f"the mask is {ids_HW.shape[1]} x {ids_HW.shape[0]}, the image {shape[1]} x {shape[0]}; export it again",
+        )
+    ignore = 65535 if ids_HW.dtype == np.uint16 else 255
+    found, counts = np.unique(ids_HW.astype(np.int64), return_counts=True)
+    alien = (found >= classes) & (found != ignore)
+    if alien.any():
+        listed = ", ".join(f"{i} ({n} px)" for i, n in list(zip(found[alien], counts[alien], strict=True))[:5])
+        raise images.Refused(
+            "mask-class-id", f"ids outside 0..{classes - 1}: {listed}; map them to a class or to {ignore}"
+        )
+    if (found == ignore).all():
+        raise images.Refused(
+            "mask-all-ignore", f"every pixel is {ignore} (ignore): there is nothing to learn; drop the mask"
+        )
+    return np.where(ids_HW == ignore, 255, ids_HW).astype(np.uint8)
+
+
+def check(task: Task) -> Checked:
+    """Decode, hash and judge one image and its mask; never raises for bad content."""
+    try:
+        if task.image.length > task.max_bytes:
+            raise images.Refused(
+                "too-many-bytes", f"{task.image.length} bytes; the limit is {task.max_bytes} (ingest.max_file_mb)"
+            )
+        data = shards.read(task.archive, task.image.offset, task.image.length)
+        kind = images.sniff(data)
+        image_HWC = images.decode(data, max_pixels=task.max_pixels)
+    except images.Refused as error:
+        return Checked(None, None, (error.code, str(error)))
+    height, width = image_HWC.shape[:2]
+    phash = f"{duplicates.dhash(image_HWC):016x}"
+    found = (manifest.image_id(image_HWC), kind.lower(), height, width, phash)
+    try:
+        if task.mask is None:
+            if task.needs_mask:
+                raise images.Refused("mask-missing", "listed as labelled, val or test, but no file under masks/")
+            return Checked(found, None, None)
+        data = shards.read(task.archive, task.mask.offset, task.mask.length)
+        mask_HW = check_mask(data, (height, width), task.classes, task.max_pixels)
+    except images.Refused as error:
+        return Checked(None if task.needs_mask else found, None, (error.code, str(error)))
+    return Checked(found, masks.encode_png(mask_HW, list(task.palette)), None)
+
+
+def ordered(pool: Executor, work: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[tuple[T, R]]:
+    """(item, work(item)) in the items' order, with at most `window` of them under way: memory stays bounded."""
+    under_way: deque[tuple[T, Future[R]]] = deque()
+    for item in items:
+        under_way.append((item, pool.submit(work, item)))
+        if len(under_way) >= window:
+            first, future = under_way.popleft()
+            yield first, future.result()
+    while under_way:
+        first, future = under_way.popleft()
+        yield first, future.result()
+
+
+def group_of(name: str, dump: str, source: dict[str, Any]) -> str:
+    """Group of an image: the source's own table, else its pattern, else the sub-folder, else the image alone."""
+    if dump == registry.BASE and source["groups"] and name in source["groups"]:
+        return str(source["groups"][name])
+    if (pattern := source.get("group_pattern")) and (match := re.search(pattern, name)) and match[1]:
+        return match[1]
+    folder = name.rpartition("/")[0]
+    return folder or (name if dump == registry.BASE else f"{dump}/{name}")
+
+
+def plan(
+    archive: Path, dump: str, source: dict[str, Any], params: config.Ingest
+) -> tuple[list[Task], list[dict[str, Any]]]:
+    """Pair the archive's images with their masks; (tasks in archive order, records of what is no image of ours)."""
+    lists = source["lists"] if dump == registry.BASE else {}
+    needed = {key for part in NEEDS_MASK for key in lists.get(part) or ()}
+    found: dict[str, dict[str, shards.Member]] = {"images": {}, "masks": {}}
+    refused = []
+    for member in shards.members(archive):
+        room, _, path = member.name.partition("/")
+        key = name_id(path)
+        if room not in found or not path:
+            refused.append(record(dump, member.name, "unexpected-place", "expected images/... or masks/..."))
+        elif key in found[room]:
+            other = found[room][key].name
+            refused.append(record(dump, member.name, "duplicate-name", f"same name id as {other}; rename one of them"))
+        else:
+            found[room][key] = member
+    for key in found["masks"].keys() - found["images"].keys():
+        refused.append(record(dump, found["masks"][key].name, "mask-without-image", "no image has this name id"))
+    palette = tuple(tuple(c["color"]) for c in source["classes"])
+    limits = (len(palette), palette, params.max_pixels, params.max_file_mb << 20)
+    tasks = [
+        Task(archive, key, image, found["masks"].get(key), key in needed, *limits)
+        for key, image in found["images"].items()
+    ]
+    return tasks, sorted(refused, key=lambda item: str(item["name"]))
+
+
+def record(dump: str, name: str, code: str, reason: str, kept: bool = False) -> dict[str, Any]:
+    """One entry of a quarantine list. `kept`: the image stays in the manifest as an unlabelled one."""
+    return {"dump": dump, "name": name, "code": code, "reason": reason, "kept": kept}
+
+
+def ingest(archive: Path, dump: str, source: dict[str, Any], params: config.Ingest, console: Console) -> Counter[str]:
+    """Write data/ingested/DUMP from one archive; returns counts for the summary. The folder appears complete or not."""
+    tasks, refused = plan(archive, dump, source, params)
+    home = INGESTED / dump
+    limit = params.shard_mb << 20
+    rows: list[manifest.Row] = []
+    pool: Executor = (
+        ThreadPoolExecutor(params.workers)
+        if len(tasks) < FEW or params.workers == 1
+        else ProcessPoolExecutor(params.workers, get_context("spawn"))
+    )
+    with (
+        files.replacing_folder(home) as folder,
+        pool,
+        shards.Shards(folder, "images", limit) as image_shards,
+        shards.Shards(folder, "masks", limit) as mask_shards,
+        progress.bar(f"ingest {dump}", len(tasks), console) as bar,
+    ):
+        for task, result in _surviving(ordered(pool, check, tasks, 8 * params.workers), archive):
+            bar.advance()
+            if result.refusal:
+                refused.append(record(dump, task.name, *result.refusal, kept=result.image is not None))
+            if result.image is None:
+                continue
+            id_, kind, height, width, phash = result.image
+            key = f"{len(rows):08d}"
+            shard, offset, length = image_shards.add(f"{key}.{kind}", shards.read(archive, *task.image[1:]))
+            mask: tuple[str | None, int | None, int | None] = (None, None, None)
+            if result.mask_png is not None:
+                name, start, size = mask_shards.add(f"{key}.png", result.mask_png)
+                mask = ((home / name).as_posix(), start, size)
+            kept = (id_, task.name, source["source"] if dump == registry.BASE else "dump", dump)
+            group, place = group_of(task.name, dump, source), ((home / shard).as_posix(), offset, length)
+            rows.append(manifest.Row(*kept, group, width, height, *place, *mask, phash))
+        image_shards.close()
+        mask_shards.close()
+        manifest.write(folder / "rows.parquet", rows)
+        files.write_json(folder / "quarantine.json", refused)
+    codes = Counter(f"{item['code']}{' (image kept, unlabelled)' if item['kept'] else ''}" for item in refused)
+    return Counter({"images": len(rows), "with mask": sum(r.mask_shard is not None for r in rows)}) + codes
+
+
+def _surviving(results: Iterator[tuple[Task, Checked]], archive: Path) -> Iterator[tuple[Task, Checked]]:
+    done = "none"
+    try:
+        for task, result in results:
+            done = task.name
+            yield task, result
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"{archive}: a decoder process died shortly after image {done!r}; remove the image that follows it "
+            "and report it, or lower ingest.workers if memory ran out"
+        ) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.ingest", description="Check one archive into shards.")
+    parser.add_argument("dump", help="a name in dumps.yaml")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    arguments = parser.parse_args(argv)
+    console, begun = Console(), time.monotonic()
+    try:
+        params = config.load(arguments.params)
+        entry = registry.find(registry.read(), arguments.dump)
+        counts = ingest(Path(entry.archive), arguments.dump, files.read_json(SOURCE), params.ingest, console)
+    except (config.ConfigError, ValueError, RuntimeError, OSError) as error:
+        Console(stderr=True).print(f"ingest {arguments.dump}: {error}", style="red", markup=False)
+        return 1
+    table = Table(title=f"ingest {arguments.dump}, {time.monotonic() - begun:.1f} s")
+    table.add_column("outcome")
+    table.add_column("files", justify="right")
+    for outcome, count in counts.items():
+        table.add_row(outcome, str(count))
+    console.print(table)
+    if counts.keys() - {"images", "with mask"}:
+        console.print(f"every refused file with its reason: {INGESTED / arguments.dump / 'quarantine.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Stage pull: a source -> data/pulled/base.tar (images and masks as they came) and source.json (what they mean)."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import config, demo, doom, files, progress, shards
+from pipeline.formats import folders
+
+PULLED, OFFERED = Path("data/pulled"), Path("data/offered")
+
+
+def group_name(level: str) -> str:
+    """`map01` -> `freedoom2-map01`: a level is a group."""
+    return f"freedoom{2 if level.startswith('map') else 1}-{level}"
+
+
+def demo_source(recipe: demo.Recipe) -> dict[str, Any]:
+    """source.json of the demo. A level that serves labelled and unlabelled gives its first frames to labelled."""
+    lists: dict[str, list[str]] = {part: [] for part in folders.LISTS}
+    for part in folders.LISTS:
+        item: demo.Part = getattr(recipe, part)
+        for level in item.levels:
+            first = recipe.labelled.frames if part == "unlabelled" and level in recipe.labelled.levels else 0
+            lists[part] += [f"{group_name(level)}/{n:03d}" for n in range(first, first + item.frames)]
+    return {
+        "source": "demo",
+        "classes": [{"id": k, "name": c.name, "color": list(c.color)} for k, c in enumerate(recipe.classes)],
+        "ignore": 255,
+        "lists": lists,
+        "groups": {key: key.partition("/")[0] for ids in lists.values() for key in ids},
+    }
+
+
+def demo_members(
+    frames: Mapping[str, list[doom.Frame]], levels: list[str], with_masks: bool
+) -> Iterator[tuple[str, bytes]]:
+    """Archive members of the levels' frames, images first, sorted by name."""
+    names = sorted((group_name(level), level) for level in levels)
+    for group, level in names:
+        for n, frame in enumerate(frames[level]):
+            yield f"images/{group}/{n:03d}.png", frame.image_png
+    for group, level in names if with_masks else ():
+        for n, frame in enumerate(frames[level]):
+            yield f"masks/{group}/{n:03d}.png", frame.mask_png
+
+
+def pull_demo(params: config.Params, console: Console) -> tuple[dict[str, Any], dict[Path, int]]:
+    """Render the demo: base.tar, and one archive per later dump in data/offered/ that the user may register."""
+    recipe = demo.load_recipe(Path(params.data.path))
+    wanted = demo.counts(recipe)
+    with progress.bar("render", sum(wanted.values()), console) as bar:
+        frames = demo.render_all(recipe, params.ingest.workers, lambda _, count: bar.advance(count))
+    later = {level for part in recipe.dumps.values() for level in part.levels}
+    written = {PULLED / "base.tar": [level for level in wanted if level not in later]}
+    written |= {OFFERED / f"{name}.tar": list(part.levels) for name, part in recipe.dumps.items()}
+    for path, levels in written.items():
+        shards.write_tar(path, demo_members(frames, levels, with_masks=path.parent == PULLED))
+    return demo_source(recipe), {path: sum(wanted[level] for level in levels) for path, levels in written.items()}
+
+
+def pull_folder(params: config.Params, console: Console) -> tuple[dict[str, Any], dict[Path, int]]:
+    """Pack a folder's images and masks, byte for byte, into base.tar."""
+    data = params.data
+    source = folders.read(
+        Path(data.path), classes=data.classes, lists=data.lists, group=data.group, max_pixels=params.ingest.max_pixels
+    )
+    with progress.bar("pack", len(source.files), console) as bar, shards.replacing_tar(PULLED / "base.tar") as add:
+        for name, content in source.members():
+            add(name, content)
+            bar.advance()
+    about = {"source": "folder", "classes": source.classes, "ignore": 255, "lists": source.lists}
+    about |= {"groups": source.groups, "group_pattern": data.group}  # the pattern also serves later dumps
+    return about, {PULLED / "base.tar": sum(name.startswith("images/") for name, _ in source.files)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.pull", description=__doc__)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    arguments = parser.parse_args(argv)
+    console, begun = Console(), time.monotonic()
+    try:
+        params = config.load(arguments.params)
+        OFFERED.mkdir(parents=True, exist_ok=True)
+        source, written = (pull_demo if params.data.source == "demo" else pull_folder)(params, console)
+    except (config.ConfigError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"pull: {error}", style="red", markup=False)
+        return 1
+    files.write_json(PULLED / "source.json", source)
+    table = Table(title=f"pull: {params.data.source}, {time.monotonic() - begun:.1f} s")
+    for column in ("archive", "images", "MiB"):
+        table.add_column(column, justify="left" if column == "archive" else "right")
+    for path, count in written.items():
+        table.add_row(str(path), str(count), f"{path.stat().st_size / 2**20:.1f}")
+    console.print(table)
+    listed = ", ".join(f"{len(ids)} {part}" for part, ids in source["lists"].items() if ids is not None)
+    console.print(f"{len(source['classes'])} classes; lists: {listed or 'none (split by group)'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What may come in: the token, the query, the type and size of the body. Everything else is a `Problem`."""
+
+import asyncio
+import hashlib
+import hmac
+import re
+import time
+from collections.abc import AsyncGenerator, Collection
+from email.message import Message
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from serving.settings import Settings
+
+# curl's --data-binary sends the form type unless told otherwise; the content decides anyway.
+_RAW_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_DRAIN_BYTES, _DRAIN_SECONDS = 8 << 20, 2.0
+_ENVELOPE = 16 << 10  # what a multipart body may have around the image
+
+
+class Problem(Exception):
+    """A request that gets an error answer.
+
+    Attributes:
+        status: HTTP status; code: kebab-case reason (one of `observe.REASONS`); headers: extra response headers.
+    """
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers or {}
+
+
+def check_token(request: Request, settings: Settings) -> None:
+    """Bearer token, compared in constant time over digests (so the length tells nothing). Raises Problem(401)."""
+    if settings.token is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    wanted = hashlib.sha256(settings.token.get_secret_value().encode()).digest()
+    got = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
+    if not hmac.compare_digest(wanted, got) or scheme.lower() != "bearer":
+        raise Problem(
+            401,
+            "unauthorized",
+            "send 'Authorization: Bearer <token>' with this service's token",
+            {"WWW-Authenticate": "Bearer"},
+        )
+
+
+def check_query(request: Request, allowed: dict[str, Collection[str]]) -> dict[str, str]:
+    """Query parameters, each known, given once and with a listed value. Raises Problem(400)."""
+    found: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        shown = repr(name[:40])
+        if name not in allowed:
+            known = f"known: {', '.join(allowed)}" if allowed else "this address takes none"
+            raise Problem(400, "bad-query", f"unknown query parameter {shown}; {known}")
+        if name in found:
+            raise Problem(400, "bad-query", f"query parameter {shown} is given twice; give it once")
+        if value not in allowed[name]:
+            raise Problem(400, "bad-query", f"query parameter {shown} must be one of {', '.join(allowed[name])}")
+        found[name] = value
+    return found
+
+
+def body_kind(request: Request) -> str:
+    """ "raw" or "multipart" by Content-Type. Raises Problem(415)."""
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Problem(415, "unsupported-type", "send the image without a Content-Encoding")
+    if len(request.headers.getlist("content-type")) > 1:
+        raise Problem(415, "unsupported-type", "send one Content-Type")
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return "multipart"
+    if kind in _RAW_TYPES or kind.startswith("image/"):
+        return "raw"
+    raise Problem(
+        415,
+        "unsupported-type",
+        "send the image's bytes with a Content-Type of image/* or application/octet-stream, "
+        "or multipart/form-data with a field 'image'",
+    )
+
+
+async def read_body(request: Request, settings: Settings, kind: str) -> bytes:
+    """The image's bytes, at most `max_body`, within `body_timeout_s`.
+
+    A body that says it is too large is refused unread, one that grows too large at the first byte over.
+
+    Raises:
+        Problem: 413 too large, 408 too slow, 400 empty, cut off or not one multipart file field 'image'.
+    """
+    limit = settings.max_body + (_ENVELOPE if kind == "multipart" else 0)
+    too_large = Problem(413, "body-too-large", f"over the limit of {settings.max_body} bytes; scale the image down")
+    stated = request.headers.get("content-length", "0")
+    if not stated.isascii() or not stated.isdigit() or len(stated) > 18 or int(stated) > limit:
+        if "expect" not in request.headers:  # a client that waits for "100 Continue" has sent nothing yet
+            await _drain(request)
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    break
+    except TimeoutError as error:
+        raise Problem(408, "slow-body", "the body did not arrive in time", {"Connection": "close"}) from error
+    except ClientDisconnect as error:
+        raise Problem(400, "truncated", "the connection was closed before the whole body arrived") from error
+    if len(body) > limit:
+        body.clear()
+        await _drain(request)
+        raise too_large
+    image = await _file_field(request, bytes(body)) if kind == "multipart" else bytes(body)
+    if len(image) > settings.max_body:
+        raise too_large
+    if not image:
+        raise Problem(400, "empty", "the body has no bytes; send an image")
+    return image
+
+
+async def _drain(request: Request) -> None:
+    """Throw away a bounded rest of the body: a connection closed on unread bytes is reset and the answer lost."""
+    left, until = _DRAIN_BYTES, time.monotonic() + _DRAIN_SECONDS
+    try:
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while left > 0 and time.monotonic() < until:
+                message = await request.receive()
+                left -= len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
+    except TimeoutError:
+        return
+
+
+async def _file_field(request: Request, body: bytes) -> bytes:
+    """The one part of a multipart body, a file field called 'image'."""
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    class InMemory(MultiPartParser):
+        spool_max_size = len(body) + 1  # never to disk
+
+    wrong = Problem(400, "bad-multipart", "the form needs exactly one file field called 'image'")
+    header = Message()
+    header["content-type"] = request.headers["content-type"]
+    boundary = header.get_boundary()
+    if not boundary or not 1 <= len(boundary) <= 70:  # RFC 2046, 5.1.1
+        raise Problem(400, "bad-multipart", "the multipart Content-Type needs a boundary of 1 to 70 characters")
+    try:
+        form = await InMemory(request.headers, pieces(), max_files=1, max_fields=0).parse()
+    except (MultiPartException, ValueError, KeyError) as error:
+        raise wrong from error
+    items = form.multi_items()
+    if len(items) != 1 or items[0][0] != "image" or not isinstance(items[0][1], UploadFile):
+        raise wrong
+    name = items[0][1].filename or ""
+    if ".." in name or _CONTROL.search(name):
+        raise Problem(400, "bad-multipart", "the file name has '..' or control characters; send a plain one")
+    return await items[0][1].read()

@@ -1,0 +1,48 @@
+"""Start the server: check what can be checked first, then hand the process over to BentoML."""
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from export.bundle import BundleError
+from export.runtime import ProviderError
+from serving import slots
+from serving.settings import PREFIX, Settings, SettingsError, from_environment
+
+
+class StartError(RuntimeError):
+    """The service cannot start; the message says what to do."""
+
+
+def prepare(bundle: Path | None = None) -> Settings:
+    """Settings with absolute paths, after the bundle was found, verified, loaded and warmed up once.
+
+    Raises:
+        StartError: a wrong setting, no or a bad bundle, or a provider that is not to be had.
+    """
+    try:
+        settings = from_environment()
+        update: dict[str, Path] = {"champions": settings.champions.absolute()}
+        if bundle or settings.bundle:
+            update["bundle"] = (bundle or settings.bundle or Path()).absolute()
+        settings = settings.model_copy(update=update)
+        slots.open_runtime(settings)
+    except (SettingsError, slots.PointerError, BundleError, ProviderError) as error:
+        raise StartError(str(error)) from error
+    return settings
+
+
+def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) -> NoReturn:
+    """Serve on `host`:`port` until SIGTERM or SIGINT. Does not return: the process becomes the server.
+
+    Raises:
+        StartError: as `prepare`.
+    """
+    settings = prepare(bundle)
+    os.environ[PREFIX + "CHAMPIONS"] = str(settings.champions)
+    if settings.bundle is not None:
+        os.environ[PREFIX + "BUNDLE"] = str(settings.bundle)
+    command = ["-m", "bentoml", "serve", "serving.service:Marginalia", "--host", host, "--port", str(port)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *command])

@@ -1,0 +1,66 @@
+"""What a person who runs the service can set: environment variables named MARGINALIA_*."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+PREFIX = "MARGINALIA_"
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class SettingsError(ValueError):
+    """A MARGINALIA_* variable is unknown or wrong; the message names it and what to do."""
+
+
+class Settings(BaseModel):
+    """Each field is the variable MARGINALIA_<FIELD>.
+
+    `bundle` pins one folder; without it the service follows `champions`, the pointer file that the gate moves, looking
+    every `poll_s` seconds. `concurrency` requests run at once, `queue` more may wait, the rest get 503.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bundle: Path | None = None
+    champions: Path = Path("champions/champion.json")
+    poll_s: Seconds = 2.0
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    threads: Positive | None = None
+    concurrency: Positive = 2
+    queue: Annotated[int, Field(ge=0)] = 32
+    max_body_mb: Annotated[float, Field(gt=0)] = 32.0
+    max_pixels: Positive = 50_000_000
+    max_aspect: Annotated[float, Field(ge=1)] = 100.0
+    body_timeout_s: Seconds = 15.0
+    timeout_s: Seconds = 15.0
+    token: Annotated[SecretStr, Field(min_length=1)] | None = None
+
+    @property
+    def max_body(self) -> int:
+        """Largest request body in bytes."""
+        return int(self.max_body_mb * (1 << 20))
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
+    """Settings from MARGINALIA_* variables.
+
+    Raises:
+        SettingsError: a variable is unknown (the nearest one is suggested) or its value is wrong (never repeated).
+    """
+    source = os.environ if environment is None else environment
+    given = {name.removeprefix(PREFIX).lower(): value for name, value in source.items() if name.startswith(PREFIX)}
+    for name in sorted(given.keys() - Settings.model_fields.keys()):
+        near = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.5)
+        known = ", ".join(PREFIX + field.upper() for field in Settings.model_fields)
+        hint = f"did you mean {PREFIX}{near[0].upper()}?" if near else f"known are {known}"
+        raise SettingsError(f"{PREFIX}{name.upper()} is no setting; {hint}")
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        raise SettingsError(f"{PREFIX}{str(first['loc'][0]).upper()}: {first['msg']}; change or unset it") from error

@@ -1,0 +1,24 @@
+"""One setting for every test: no telemetry, no hub, one thread's worth of determinism."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+import training  # noqa: F401 - makes torchvision importable before anything asks for it
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real labelled photographs beside the checkout; the product runs without them."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.exists():
+        pytest.skip(f"{folder} is absent: real photographs are not part of the repository")
+    return folder

@@ -1,0 +1,262 @@
+"""EMA (X3), exact accumulation (X4), order of samples, resume (X7), guards."""
+
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import Train
+from training import checkpoint, ema, engine, methods
+from training.data import Batches, Sample, order
+
+
+class Tiny(nn.Module):
+    """A network with BatchNorm and dropout, shaped like Segmenter where the engine looks."""
+
+    def __init__(self, k=3):
+        super().__init__()
+        self.net = nn.Module()
+        self.net.encoder = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Conv2d(6, k, 1))
+
+    def forward(self, image_BCHW):
+        return self.head(self.net.encoder(image_BCHW / 127.5 - 1))
+
+
+class Memory:
+    """Random colours labelled by brightness; the interface of training.data.Images."""
+
+    def __init__(self, n, seed):
+        g = torch.Generator().manual_seed(seed)
+        self.rows = [SimpleNamespace(name=f"{seed}-{i}") for i in range(n)]
+        self.samples = []
+        for _ in range(n):
+            image = torch.randint(0, 256, (18, 20, 3), generator=g, dtype=torch.uint8)
+            image[:9] //= 3
+            self.samples.append(Sample(image, (image.float().mean(2) / 86).int().clamp(0, 2)))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+def settings(**changes):
+    base = {
+        "method": "s4mc", "steps": 12, "batch_labelled": 2, "batch_unlabelled": 3, "crop": (16, 16), "warmup_steps": 3,
+        "ramp_steps": 4, "val_every": 4, "checkpoint_every": 1, "lr_warmup": 2, "scale": (0.8, 1.2),
+    }  # fmt: skip
+    return Train(**{**base, **changes})
+
+
+def train(config, work, *, validate=None, on_log=lambda _: None, model=None, log_every=2, identity=None):
+    torch.manual_seed(0)
+    model = model or Tiny()
+    method = methods.build(config, total=config.steps - config.warmup_steps, epoch_steps=4)
+    batches = Batches(Memory(4, 1), Memory(7, 2), (config.batch_labelled, config.batch_unlabelled), config.seed)
+    return engine.fit(
+        model, batches, method, config, n_classes=3, ignore=255, identity=identity or {"run": "a"},
+        validate=validate or (lambda _: 1.0), on_log=on_log, log_every=log_every, work=work,
+    )  # fmt: skip
+
+
+def test_x3_decay_schedule_and_start():
+    assert ema.decay_at(0, 0.99) == 0.0
+    assert ema.decay_at(1, 0.99) == 0.5
+    assert ema.decay_at(10_000, 0.99) == 0.99
+
+
+def test_x3_average_over_n_steps_equals_the_closed_form_and_integers_are_copied():
+    student = Tiny().double()
+    teacher = ema.teacher_of(student)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not teacher.training
+    name = "net.encoder.0.weight"
+    seen = [student.state_dict()[name].clone()]
+    g = torch.Generator().manual_seed(0)
+    for step in range(6):
+        with torch.no_grad():
+            for value in student.state_dict().values():
+                value.copy_(torch.randn(value.shape, generator=g, dtype=torch.float64) if value.is_floating_point() else value + 300)
+        ema.update(teacher, student, 0.9)
+        seen.append(student.state_dict()[name].clone())
+    expected = 0.9**6 * seen[0] + sum(0.1 * 0.9 ** (6 - i) * seen[i] for i in range(1, 7))
+    assert torch.allclose(teacher.state_dict()[name], expected, atol=1e-12)
+    assert teacher.state_dict()["net.encoder.1.num_batches_tracked"] == student.state_dict()["net.encoder.1.num_batches_tracked"]
+    ema.update(teacher, student, ema.decay_at(0, 0.99))
+    for t, s in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
+        assert torch.equal(t, s)
+
+
+@pytest.mark.parametrize("normaliser", ["valid", "kept"])
+def test_x4_sums_and_counts_accumulate_exactly_over_micro_batches(normaliser):
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    label = torch.randint(0, 3, (4, 5, 5), generator=g)
+    keep = torch.rand(4, 5, 5, generator=g) < torch.tensor([0.9, 0.1, 0.5, 0.0]).view(4, 1, 1)
+    valid = keep | (torch.rand(4, 5, 5, generator=g) < 0.7)
+    whole = methods.masked_loss(logits, label, keep, valid, normaliser)
+    parts = [methods.masked_loss(logits[i : i + 1], label[i : i + 1], keep[i : i + 1], valid[i : i + 1], normaliser) for i in range(4)]
+    added = methods.Loss(sum(p.total for p in parts), sum(p.count for p in parts))
+    assert torch.isclose(added.mean(), whole.mean(), rtol=1e-6)
+    (g1,) = torch.autograd.grad(whole.mean(), logits, retain_graph=True)
+    (g2,) = torch.autograd.grad(added.mean(), logits)
+    assert torch.allclose(g1, g2, rtol=1e-6)
+
+
+def test_masked_loss_equals_a_pixel_loop_in_every_normalisation():
+    g = torch.Generator().manual_seed(2)
+    logits = torch.randn(2, 3, 4, 4, generator=g)
+    label = torch.randint(0, 3, (2, 4, 4), generator=g)
+    valid = torch.rand(2, 4, 4, generator=g) < 0.8
+    keep = valid & (torch.rand(2, 4, 4, generator=g) < 0.5)
+    log_prob = logits.double().log_softmax(1)
+    total = sum(-float(log_prob[b, label[b, y, x], y, x]) for b, y, x in keep.nonzero().tolist())
+    kept, n = int(keep.sum()), int(valid.sum())
+    for normaliser, expected in {"valid": total / n, "kept": total / kept, "ratio": total / kept * n / kept}.items():
+        assert float(methods.masked_loss(logits, label, keep, valid, normaliser).mean()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_order_visits_everything_once_per_epoch_and_from_anywhere():
+    stream = order(7, seed=3, start=0, count=35)
+    for epoch in range(5):
+        assert sorted(stream[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert stream[:7] != stream[7:14]
+    assert order(7, seed=3, start=11, count=9) == stream[11:20]
+    assert order(7, seed=4, start=0, count=7) != stream[:7]
+    assert sorted(order(2, seed=0, start=0, count=6)) == [0, 0, 0, 1, 1, 1]  # fewer images than the batch
+
+
+def test_batches_read_ahead_gives_the_same_batches():
+    batches = Batches(Memory(5, 1), Memory(9, 2), (2, 3), seed=0)
+    in_turn = [batches.get(step, True, True).names for step in range(4)]
+    fresh = Batches(Memory(5, 1), Memory(9, 2), (2, 3), seed=0)
+    assert fresh.get(3, True, False).names == in_turn[3]
+    assert fresh.get(1, False, False).names == in_turn[1][:2]
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the engine may catch it and save."""
+
+
+@pytest.mark.parametrize("method", ["supervised", "fixmatch", "s4mc"])
+@pytest.mark.parametrize("at", [3, 8])
+def test_x7_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, method, at):
+    config = settings(method=method, threshold=0.4, checkpoint_every=3)
+    whole = train(config, tmp_path / "whole")
+
+    def die(event):
+        if event.step >= at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, tmp_path / "cut", on_log=die)
+    logged = []
+    resumed = train(config, tmp_path / "cut", on_log=lambda e: logged.append(e.step))
+    for name in ("student", "teacher", "best"):
+        for key, value in getattr(whole, name).items():
+            assert torch.equal(value, getattr(resumed, name)[key]), (name, key)
+    assert str(resumed.history) == str(whole.history)
+    assert logged == [2, 4, 6, 8, 10, 12]
+
+
+def test_sigterm_saves_and_says_so(tmp_path):
+    config = settings(checkpoint_every=100)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def notice(event):
+        if event.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(engine.Interrupted, match="step 6"):
+        train(config, tmp_path / "cut", on_log=notice)
+    assert signal.getsignal(signal.SIGTERM) is before
+    whole, resumed = train(config, tmp_path / "whole"), train(config, tmp_path / "cut")
+    assert all(torch.equal(v, resumed.teacher[k]) for k, v in whole.teacher.items())
+    assert str(resumed.history) == str(whole.history)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
+    config = settings(checkpoint_every=2)
+    train(config, tmp_path, identity={"classes": 3, "split": "x"})
+    with pytest.raises(checkpoint.CheckpointError, match=r"split: 'x' there, 'y' here"):
+        train(config, tmp_path, identity={"classes": 3, "split": "y"})
+
+
+def test_a_torn_checkpoint_write_leaves_the_last_good_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"identity": checkpoint.describe({"a": 1}), "step": 1})
+
+    def torn(value, handle):
+        handle.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, {"identity": "", "step": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(path, {"a": 1})["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_non_finite_steps_are_skipped_and_then_stop_with_the_images_named(tmp_path):
+    class Broken(Tiny):
+        def forward(self, image_BCHW):
+            return super().forward(image_BCHW) * math.nan
+
+    model = Broken()
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    with pytest.raises(engine.TrainingStopped, match=r"5 steps in a row.*1-"):
+        train(settings(method="supervised"), tmp_path, model=model)
+    assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+
+
+def test_learning_rate_and_unsupervised_weight_schedules():
+    config = settings(steps=100, lr_warmup=4, warmup_steps=10, ramp_steps=5, unsup_weight=2.0)
+    rates = [engine.learning_rate(s, config) for s in range(100)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == 1.0
+    assert rates[52] == pytest.approx(0.5**0.9)
+    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert rates[-1] > 0
+    weights = [engine.unsup_weight(s, config) for s in range(20)]
+    assert weights[:10] == [0.0] * 10
+    assert weights[10:16] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
+
+
+def test_training_learns_and_reports_its_pseudo_labels(tmp_path):
+    result = train(settings(steps=60, lr=1e-2, lr_encoder=1e-2, ema=0.9), tmp_path, log_every=10)
+    first, last = result.history[0], result.history[-1]
+    assert last["loss_supervised"] < 0.7 * first["loss_supervised"]
+    assert 0.5 < last["kept"] <= 1
+    assert last["precision"] > 0.6
+    assert set(last) >= {"threshold", "kept_0", "kept_2", "precision_1", "val_miou", "loss_unsupervised"}
+    assert "kept" not in train(settings(method="supervised"), tmp_path / "s").history[-1]
+
+
+def test_hidden_labels_measure_but_never_teach(tmp_path):
+    """Masks of unlabelled images may be any nonsense: weights are the same, only the measured precision differs."""
+
+    class Nonsense(Memory):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return Sample(sample.image_HWC, torch.full_like(sample.label_HW, 1))
+
+    results = []
+    for kind in (Memory, Nonsense):
+        torch.manual_seed(0)
+        config = settings()
+        method = methods.build(config, total=9, epoch_steps=4)
+        batches = Batches(Memory(4, 1), kind(7, 2), (2, 3), 0)
+        results.append(
+            engine.fit(Tiny(), batches, method, config, n_classes=3, ignore=255, identity={"k": kind.__name__},
+                       validate=lambda _: 1.0, log_every=2, work=tmp_path / kind.__name__)  # fmt: skip
+        )
+    honest, nonsense = results
+    assert all(torch.equal(v, nonsense.student[k]) for k, v in honest.student.items())
+    assert honest.history[-1]["precision"] != nonsense.history[-1]["precision"]

@@ -1,0 +1,150 @@
+"""Invariants T1 to T6: schedule, quantile, selection."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Train
+from training import methods
+from training.refine import Refinement, margin, max_probability, refine
+from training.threshold import Fixed, Partition, alpha, histogram, histogram_quantile, quantile
+
+
+def test_t1_alpha_is_linear_from_start_to_zero_and_needs_only_the_step():
+    assert alpha(0, 100) == 0.4
+    assert alpha(100, 100) == 0.0
+    assert alpha(25, 100) == pytest.approx(0.3)
+    assert alpha(170, 100) == 0.0
+    by_epoch = Partition(0.4, 0.0, 100, every=10)
+    assert by_epoch.alpha(19) == by_epoch.alpha(10) == pytest.approx(0.36)
+    assert Partition(0.4, 0.0, 100).alpha(37) == Partition(0.4, 0.0, 100).alpha(37) == pytest.approx(0.252)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.37, 0.4, 0.999, 1.0])
+@pytest.mark.parametrize("n", [1, 7, 1000])
+def test_t2_kept_share_validity_and_permutation(share, n):
+    generator = torch.Generator().manual_seed(n)
+    score = torch.rand(n, generator=generator, dtype=torch.float64)
+    valid = torch.ones(n, dtype=torch.bool)
+    bar = quantile(score, valid, share)
+    assert abs((score > bar).double().mean() - (1 - share)) <= 1 / n + 1e-12
+    mixed = torch.cat([score, torch.full((5,), 9.0, dtype=torch.float64), torch.full((2,), torch.nan, dtype=torch.float64)])
+    ok = torch.cat([valid, torch.zeros(5, dtype=torch.bool), torch.ones(2, dtype=torch.bool)])
+    assert quantile(mixed, ok, share) == bar
+    order = torch.randperm(len(mixed), generator=generator)
+    assert quantile(mixed[order], ok[order], share) == bar
+
+
+def test_t2_exact_order_statistic():
+    score = torch.arange(10.0).flip(0)
+    for below in range(1, 11):
+        assert quantile(score, torch.ones(10, dtype=torch.bool), below / 10) == below - 1
+
+
+def test_t3_maximum_keeps_a_superset_margin_does_not():
+    generator = torch.Generator().manual_seed(0)
+    prob = (3 * torch.rand(4, 5, 12, 12, generator=generator, dtype=torch.float64)).softmax(1)
+    refined = refine(prob)
+    for bar in (0.2, 0.4, 0.6):
+        assert not ((max_probability(prob) > bar) & ~(max_probability(refined) > bar)).any()
+    # A boundary pixel: its neighbour is sure of the second class, so the refined margin falls. Not a bug: S4MC
+    # suppresses boundaries.
+    edge = torch.zeros(1, 2, 1, 2, dtype=torch.float64)
+    edge[0, :, 0, 0] = torch.tensor([0.7, 0.3])
+    edge[0, :, 0, 1] = torch.tensor([0.05, 0.95])
+    assert margin(edge)[0, 0, 0] > 0.3
+    assert margin(refine(edge))[0, 0, 0] < 0.0 + 0.3
+
+
+@pytest.mark.parametrize("case", ["saturated", "nothing valid"])
+def test_t4_zero_kept_gives_zero_loss_and_zero_gradient(case):
+    method = methods.Method(Refinement(), Partition(0.4, 0.0, 100), "kept", strict=True)
+    logits = torch.zeros(2, 3, 4, 4)
+    logits[:, 1] = 200.0 if case == "saturated" else 1.0
+    valid = torch.full((2, 4, 4), case == "saturated")
+    chosen = methods.select(method, logits, valid, 0)
+    assert not chosen.keep_BHW.any()
+    student = torch.randn(2, 3, 4, 4, requires_grad=True)
+    for normaliser in ("valid", "kept", "ratio"):
+        student.grad = None
+        loss = methods.masked_loss(student, chosen.label_BHW, chosen.keep_BHW, valid, normaliser).mean()
+        assert loss == 0
+        loss.backward()
+        assert student.grad is not None
+        assert student.grad.abs().max() == 0
+
+
+def test_t5_histogram_is_within_a_bin_of_the_exact_quantile():
+    score = torch.rand(50_000, generator=torch.Generator().manual_seed(3)) ** 3
+    valid = torch.rand(50_000, generator=torch.Generator().manual_seed(4)) < 0.8
+    for share in (0.05, 0.4, 0.77, 0.99):
+        exact = quantile(score, valid, share)
+        assert (histogram_quantile(histogram(score, valid), share) - exact).abs() <= 1 / 2048
+    assert histogram_quantile(histogram(score, valid), 0.0) == -torch.inf
+    assert histogram(score, valid).sum() == valid.sum()
+
+
+def test_t6_counts_of_ranks_add_up_to_the_quantile_of_all():
+    score = torch.rand(9_000, generator=torch.Generator().manual_seed(5))
+    valid = torch.ones_like(score, dtype=torch.bool)
+    summed = sum(histogram(part, valid[: len(part)]) for part in score.split([1_000, 3_500, 4_500]))
+    assert torch.equal(histogram_quantile(summed, 0.4), histogram_quantile(histogram(score, valid), 0.4))
+
+
+def test_selection_equals_a_pixel_loop():
+    """Preset `paper` end to end: softmax, union with the best neighbour per class, margin, raw quantile, strict bar."""
+    generator = torch.Generator().manual_seed(11)
+    logits = 2 * torch.randn(2, 4, 5, 6, generator=generator)
+    valid = torch.rand(2, 5, 6, generator=generator) < 0.85
+    method = methods.build(Train(method="s4mc", steps=100), total=100, epoch_steps=10)
+    chosen = methods.select(method, logits, valid, 50)
+    prob = logits.double().softmax(1).numpy()
+    raw = np.sort(prob, 1)[:, -1] - np.sort(prob, 1)[:, -2]
+    scores = np.sort(raw[valid.numpy()])
+    bar = scores[int(np.floor(0.2 * len(scores))) - 1]
+    assert float(chosen.bar) == pytest.approx(bar, abs=1e-6)
+    for b, y, x in np.ndindex(2, 5, 6):
+        union = prob[b, :, y, x].copy()
+        for c in range(4):
+            near = [
+                prob[b, c, yy, xx]
+                for yy in range(max(0, y - 1), min(5, y + 2))
+                for xx in range(max(0, x - 1), min(6, x + 2))
+                if (yy, xx) != (y, x)
+            ]
+            union[c] += max(near) - union[c] * max(near)
+        top = np.sort(union)
+        assert bool(chosen.keep_BHW[b, y, x]) == bool(valid[b, y, x] and top[-1] - top[-2] > bar)
+        assert int(chosen.label_BHW[b, y, x]) == int(prob[b, :, y, x].argmax())
+
+
+def test_fixmatch_keeps_confident_pixels_at_or_above_the_bar():
+    logits = torch.tensor([[[[2.0, 0.1]], [[0.0, 0.0]]]])
+    confidence = float(logits.softmax(1)[0, 0, 0, 0])
+    method = methods.fixed(methods.build(Train(method="fixmatch"), total=1, epoch_steps=1), confidence)
+    chosen = methods.select(method, logits, torch.ones(1, 1, 2, dtype=torch.bool), 0)
+    assert chosen.keep_BHW.tolist() == [[[True, False]]]
+    assert isinstance(method.threshold, Fixed)
+
+
+def test_s4mc_without_refinement_and_with_a_fixed_bar_is_fixmatch():
+    generator = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(2, 4, 6, 6, generator=generator)
+    valid = torch.ones(2, 6, 6, dtype=torch.bool)
+    plain = methods.Method(threshold=Fixed(0.6))
+    inert = methods.Method(Refinement(beta=0.0, score="max"), Fixed(0.6), "valid", strict=False)
+    a, b = (methods.select(m, logits, valid, 5) for m in (plain, inert))
+    assert torch.equal(a.keep_BHW, b.keep_BHW)
+    assert torch.equal(a.label_BHW, b.label_BHW)
+    assert a.keep_BHW.any()
+
+
+def test_presets_differ_as_specified():
+    a = methods.build(Train(method="s4mc", preset="ref_a"), total=100, epoch_steps=10, table_K=torch.full((3,), 0.9))
+    b = methods.build(Train(method="s4mc", preset="ref_b"), total=100, epoch_steps=10)
+    assert (a.refinement.neighbourhood, a.refinement.joint, a.normaliser, a.strict) == (4, "table", "ratio", True)
+    assert (b.refinement.quantity, b.refinement.score, b.strict, b.normaliser) == ("confidence", "max", False, "valid")
+    assert b.threshold.alpha(0) == 0.25
+    assert b.threshold.alpha(100) == pytest.approx(0.15)
+    assert a.threshold.alpha(0) == 0.4
+    assert a.threshold.alpha(100) == 0.0

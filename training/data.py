@@ -1,0 +1,119 @@
+"""Images of the split manifest as tensors, in an order that is a pure function of (seed, position)."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import fit, images, manifest, masks
+from pipeline.config import Input
+from pipeline.manifest import Row
+
+CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """image_HWC uint8 RGB at working size (not padded); label_HW int32 with `ignore` where unknown."""
+
+    image_HWC: Tensor
+    label_HW: Tensor
+
+
+class Images:
+    """Random access to rows of the manifest, decoded and scaled by the input policy, kept in memory while they fit."""
+
+    def __init__(self, rows: Sequence[Row], policy: Input, *, ignore: int, max_pixels: int, cache: int = CACHE_BYTES):
+        self.rows = list(rows)
+        self.policy, self.ignore, self.max_pixels = policy, ignore, max_pixels
+        self._kept: dict[int, Sample] = {}
+        self._room = cache
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        if (kept := self._kept.get(index)) is not None:
+            return kept
+        sample = self._read(self.rows[index])
+        size = sample.image_HWC.nbytes + sample.label_HW.nbytes
+        if size <= self._room:
+            self._kept[index] = sample
+            self._room -= size
+        return sample
+
+    def _read(self, row: Row) -> Sample:
+        try:
+            image = images.decode(manifest.read_image_bytes(row), max_pixels=self.max_pixels)
+            data = manifest.read_mask_bytes(row)
+            label = None if data is None else masks.decode_mask(data, max_pixels=self.max_pixels)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{row.name} (dump {row.dump}): {error}; run `dvc repro -f ingest@{row.dump}`") from error
+        plan = fit.plan(*image.shape[:2], long_side=self.policy.long_side, stride=self.policy.stride)
+        height, width = plan.scaled_height, plan.scaled_width
+        scaled = torch.from_numpy(np.ascontiguousarray(fit.apply(image, plan)[:height, :width]))
+        if label is None:
+            return Sample(scaled, torch.full((height, width), self.ignore, dtype=torch.int32))
+        placed = fit.apply_mask(label, plan, ignore=self.ignore)[:height, :width]
+        return Sample(scaled, torch.from_numpy(placed.astype(np.int32)))
+
+
+def order(length: int, seed: int, start: int, count: int) -> list[int]:
+    """Items start..start+count of an endless stream of seeded permutations of range(length).
+
+    Every item occurs once before any occurs twice, across batch borders too; any position can be asked for directly,
+    so a resumed run needs only the step.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        epoch, offset = divmod(start + len(found), length)
+        permutation = np.random.default_rng([seed, epoch]).permutation(length)
+        found += permutation[offset : offset + count - len(found)].tolist()
+    return found
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's samples before cropping; `unlabelled` is empty for steps that train on labels alone."""
+
+    labelled: list[Sample]
+    unlabelled: list[Sample]
+    names: list[str]
+
+
+class Batches:
+    """The batch of any step, with the next one being read while this one trains."""
+
+    def __init__(self, labelled: Images, unlabelled: Images, sizes: tuple[int, int], seed: int) -> None:
+        if not len(labelled):
+            raise ValueError(
+                "the split has no labelled training image; add masks under masks/ or check data.lists.labelled in params.yaml"
+            )
+        self.labelled, self.unlabelled, self.sizes, self.seed = labelled, unlabelled, sizes, seed
+        self._reader = ThreadPoolExecutor(1)
+        self._next: tuple[int, bool, Future[Batch]] | None = None
+
+    def _read(self, step: int, with_unlabelled: bool) -> Batch:
+        n_labelled, n_unlabelled = self.sizes
+        first = order(len(self.labelled), 2 * self.seed, step * n_labelled, n_labelled)
+        second = (
+            order(len(self.unlabelled), 2 * self.seed + 1, step * n_unlabelled, n_unlabelled) if with_unlabelled else []
+        )
+        names = [self.labelled.rows[i].name for i in first] + [self.unlabelled.rows[i].name for i in second]
+        return Batch([self.labelled[i] for i in first], [self.unlabelled[i] for i in second], names)
+
+    def get(self, step: int, with_unlabelled: bool, next_with: bool) -> Batch:
+        """The batch of `step`; starts reading step + 1 (with unlabelled images if `next_with`)."""
+        waiting, self._next = self._next, None
+        if waiting is not None and waiting[:2] == (step, with_unlabelled):
+            batch = waiting[2].result()
+        else:
+            batch = self._read(step, with_unlabelled)
+        self._next = (step + 1, next_with, self._reader.submit(self._read, step + 1, next_with))
+        return batch
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)

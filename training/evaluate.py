@@ -1,0 +1,298 @@
+"""Student weights and the test split to scores: dataset-level, at each image's original resolution, as it is served.
+
+Each image is answered as a request would be (`training.infer`), brought back to its original size by `fit.restore` and
+counted against the mask as it was delivered, exactly once, whatever the number of processes.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from pipeline import champions, config, files, fit, manifest, progress, scores
+from training import infer, metrics, models, report
+
+STUDENT = Path("models/student")
+SPLIT = Path("data/split")
+SEED = 0
+
+
+class EvaluateError(ValueError):
+    """Weights and data do not belong together, or there is nothing to score; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Per-image counts in the order of `rows`."""
+
+    rows: tuple[manifest.Row, ...]
+    tallies: tuple[metrics.Tally, ...]
+
+    @property
+    def total(self) -> metrics.Tally:
+        return reduce(add, self.tallies)
+
+    @property
+    def confusion_NKK(self) -> NDArray[np.int64]:
+        return np.stack([t.confusion_KK for t in self.tallies])
+
+
+def commit(folder: Path = Path()) -> str:
+    """The commit of the code that runs, or "unknown" outside a git checkout."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def score(
+    model: nn.Module,
+    batches: Sequence[list[manifest.Row]],
+    *,
+    policy: config.Input,
+    classes: int,
+    ignore: int,
+    distance: int,
+    max_pixels: int,
+    what: str = "evaluate",
+) -> Result:
+    """Run and count every image of `batches` once, at its original resolution. Errors as `read` and
+    `metrics.confusion`.
+    """
+    where = next(model.parameters()).device
+    rows: list[manifest.Row] = []
+    tallies: list[metrics.Tally] = []
+    with progress.bar(what, sum(map(len, batches))) as bar:
+        for samples in infer.stream(batches, policy, max_pixels, mask=True):
+            labels, confidences = infer.segment(model, samples, where)
+            for sample, label, confidence in zip(samples, labels, confidences, strict=True):
+                assert sample.truth_HW is not None
+                sized = fit.restore(label, sample.fit), fit.restore(confidence, sample.fit)
+                try:
+                    counted = metrics.tally(sample.truth_HW, *sized, k=classes, ignore=ignore, distance=distance)
+                except metrics.LabelError as error:
+                    raise EvaluateError(f"image {sample.row.name!r}: {error}") from error
+                rows.append(sample.row)
+                tallies.append(counted)
+            bar.advance(len(samples))
+    return Result(tuple(rows), tuple(tallies))
+
+
+def class_table(
+    result: Result, names: Sequence[str], evaluate: config.Evaluate
+) -> tuple[dict[str, Any], list[float] | None]:
+    """Per class: iou and its interval, precision, recall in percent, pixels; and the interval of mIoU (95 %, over
+    images).
+    """
+    drawn = 100 * scores.bootstrap(result.confusion_NKK, samples=evaluate.bootstrap, seed=SEED)
+    total = result.total.confusion_KK
+    inter, truth, predicted = scores.marginals(total)
+    columns = {"iou": 100 * scores.iou(total)}
+    for key, below in (("precision", predicted), ("recall", truth)):
+        columns[key] = 100 * np.divide(inter, below, out=np.full_like(inter, np.nan), where=below > 0)
+    table = {}
+    for c, name in enumerate(names):
+        spread = scores.interval(drawn[:, c], 0.95)
+        row: dict[str, Any] = {k: None if np.isnan(v[c]) else float(v[c]) for k, v in columns.items()}
+        table[name] = row | {"ci": spread.as_list() if spread else None, "pixels": int(truth[c])}
+    spread = scores.interval(scores.mean_present(drawn), 0.95)
+    return table, spread.as_list() if spread else None
+
+
+def check(meta: dict[str, Any], summary: dict[str, Any], weights: Path, *, same_split: bool = True) -> None:
+    """Raises EvaluateError when the weights were made for other classes, or (unless told otherwise) another split."""
+    ours, theirs = ([(c["id"], c["name"]) for c in side["classes"]] for side in (meta, summary))
+    if ours != theirs or meta["ignore"] != summary["ignore"]:
+        raise EvaluateError(f"{weights}: trained for classes {ours}, the data has {theirs}; train again (`dvc repro`)")
+    if same_split and meta["split_hash"] != summary["split_hash"]:
+        raise EvaluateError(
+            f"{weights}: trained on split {meta['split_hash'][:12]}, data/split is {summary['split_hash'][:12]}; "
+            "test images may have been trained on: train again (`dvc repro`)"
+        )
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Everything one network left: the scores.json value, the per-image result, the rows of its split."""
+
+    scores: dict[str, Any]
+    result: Result
+
+
+def evaluate(weights: Path, params: config.Params, *, split: Path = SPLIT, same_split: bool = True) -> Scoring:
+    """Score one weights file on the test split; `scores` lacks only "last", "best" and "chosen"."""
+    model, meta = models.load(weights, infer.device())
+    summary = files.read_json(split / "summary.json")
+    check(meta, summary, weights, same_split=same_split)
+    policy = config.Input.model_validate(meta["params"]["input"])
+    result = score_split(model, meta, "test", params, split=split)
+    if not result.rows:
+        raise EvaluateError("the test split has no image: raise split.test, or name test images in the source's lists")
+    if not result.confusion_NKK.any():
+        raise EvaluateError("every pixel of the test masks is ignore: nothing can be scored; check the masks")
+    names = [c["name"] for c in meta["classes"]]
+    table, spread = class_table(result, names, params.evaluate)
+    total = result.total
+    value = metrics.summary(total) | {
+        "miou_ci": spread, "per_class": table, "absent": [n for n in names if table[n]["iou"] is None],
+        "absent_rule": scores.ABSENT_RULE, "boundary_px": params.evaluate.boundary_px, "test_images": len(result.rows),
+        "test_hash": summary["test_hash"], "split_hash": summary["split_hash"], "data_hash": summary["data_hash"],
+        "stride": policy.stride, "crop": f"whole image, longer side <= {policy.long_side} px",
+        "commit": commit(), "weights": files.sha256(weights),
+        **{key: meta[key] for key in ("method", "steps", "seed")},
+    }  # fmt: skip
+    return Scoring(value, result)
+
+
+def score_split(
+    model: nn.Module, meta: dict[str, Any], name: str, params: config.Params, *, split: Path = SPLIT
+) -> Result:
+    """Count one split ("test" or "val") with a loaded network; an empty split gives an empty result."""
+    policy = config.Input.model_validate(meta["params"]["input"])
+    rows = [row for row in manifest.read(split / "manifest.parquet") if row.split == name]
+    return score(
+        model,
+        infer.plan_batches(rows, policy, params.evaluate.batch),
+        policy=policy,
+        classes=len(meta["classes"]),
+        ignore=meta["ignore"],
+        distance=params.evaluate.boundary_px,
+        max_pixels=params.ingest.max_pixels,
+        what=f"score {name}",
+    )
+
+
+def write_confusions(path: Path, scoring: Scoring, names: Sequence[str]) -> None:
+    """Per-image counts for the gate: confusion N x K x K, ids, groups, classes, test_hash, weights. No pickled
+    objects.
+    """
+    result = scoring.result
+    with files.replacing(path) as file:
+        np.savez_compressed(
+            file,
+            confusion=result.confusion_NKK,
+            ids=np.array([row.id for row in result.rows]),
+            groups=np.array([row.group or "" for row in result.rows]),
+            classes=np.array(names),
+            test_hash=np.array(scoring.scores["test_hash"]),
+            weights=np.array(scoring.scores["weights"]),
+        )
+
+
+def _short(value: dict[str, Any], val_miou: float | None) -> dict[str, Any]:
+    keys = ("miou", "miou_all", "miou_ci", "boundary_iou", "pixel_accuracy", "ece", "weights")
+    return {key: value[key] for key in keys} | {"val_miou": val_miou}
+
+
+def _val_miou(weights: Path, params: config.Params) -> float | None:
+    model, meta = models.load(weights, infer.device())
+    result = score_split(model, meta, "val", params)
+    return metrics.summary(result.total)["miou"] if result.rows else None
+
+
+def _show(value: dict[str, Any], console: Console) -> None:
+    low, high = map(report.percent, value["miou_ci"] or (None, None))
+    title = f"test mIoU {report.percent(value['miou'])} [{low}, {high}] on {value['test_images']} images"
+    table = Table("class", "IoU", "95% interval", "precision", "recall", "pixels", title=title)
+    for name, row in value["per_class"].items():
+        cells = [report.percent(row[k]) for k in ("iou", "precision", "recall")]
+        spread = " .. ".join(map(report.percent, row["ci"] or (None, None)))
+        table.add_row(name, cells[0], spread, *cells[1:], f"{row['pixels']:,}")
+    table.caption = (
+        f"mIoU over all classes {report.percent(value['miou_all'])}, "
+        f"boundary IoU {report.percent(value['boundary_iou'])}, pixel accuracy {value['pixel_accuracy']:.4f}, calibration error {value['ece']:.4f}; "
+        f"best on val: test mIoU {report.percent(value['best']['miou'])}"
+    )
+    console.print(table)
+
+
+def run(params: config.Params, console: Console) -> None:
+    """The stage: models/student and data/split -> reports/."""
+    last_file, best_file = STUDENT / "student.safetensors", STUDENT / "best.safetensors"
+    last = evaluate(last_file, params)
+    same = not best_file.exists() or files.sha256(best_file) == last.scores["weights"]
+    best = last if same else evaluate(best_file, params)
+    vals = [_val_miou(last_file, params)]
+    vals.append(vals[0] if same else _val_miou(best_file, params))
+    value = last.scores | {"last": _short(last.scores, vals[0]), "best": _short(best.scores, vals[1]), "chosen": "last"}
+    names = list(value["per_class"])
+    write_confusions(Path("reports/confusions.npz"), last, names)
+    model, meta = models.load(last_file, infer.device())
+    report.write(Path("reports/evaluate"), value, last.result, previews(model, meta, last.result, params), meta)
+    files.write_text(Path("reports/model_card.md"), report.card(value, meta, files.read_json(SPLIT / "summary.json")))
+    files.write_json(Path("reports/scores.json"), value)
+    _show(value, console)
+
+
+def previews(
+    model: nn.Module, meta: dict[str, Any], result: Result, params: config.Params
+) -> Iterator[tuple[infer.Sample, NDArray[np.uint8], float]]:
+    """infer.Sample, label map at original size and accuracy of the images to draw: the worst half, then some spread
+    over the rest.
+    """
+    right = np.array([np.trace(t.confusion_KK) / max(1, t.confusion_KK.sum()) for t in result.tallies])
+    order, n = np.argsort(right, kind="stable"), min(params.evaluate.previews, len(result.rows))
+    worst = list(order[: (n + 1) // 2])
+    others = order[len(worst) :]
+    chosen = worst + list(others[np.linspace(0, len(others) - 1, n - len(worst)).astype(int)] if n > len(worst) else [])
+    policy = config.Input.model_validate(meta["params"]["input"])
+    where = next(model.parameters()).device
+    for i in chosen:
+        sample = infer.read(result.rows[i], policy, params.ingest.max_pixels, mask=True)
+        label, _ = infer.segment(model, [sample], where)
+        yield sample, fit.restore(label[0], sample.fit), float(right[i])
+
+
+def rescore_champion(params: config.Params, home: Path = Path("champions")) -> Path:
+    """Score the champion on today's test split, so that the gate can compare again after the test set changed."""
+    record = champions.current(home)
+    if record is None:
+        raise EvaluateError(f"{home}/champion.json: there is no champion to score yet")
+    folder = home / str(record["id"])
+    scoring = evaluate(folder / "student.safetensors", params, same_split=False)
+    value = scoring.scores | {
+        "last": _short(scoring.scores, None),
+        "best": _short(scoring.scores, None),
+        "chosen": "last",
+    }
+    write_confusions(folder / "confusions.npz", scoring, list(value["per_class"]))
+    files.write_json(folder / "scores.json", value)
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--champion", action="store_true", help="score the champion again, on the test split as it is now"
+    )
+    champion = parser.parse_args(arguments).champion
+    try:
+        params = config.load()
+        if champion:
+            print(f"scored again: {rescore_champion(params)}")
+        else:
+            run(params, Console())
+    except (
+        EvaluateError,
+        infer.MaskError,
+        manifest.ManifestError,
+        models.WeightsError,
+        champions.ChampionError,
+        config.ConfigError,
+    ) as error:
+        Console(stderr=True).print(f"evaluate: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
