@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE = 1
 # The virtual environment's tools must be first on PATH: dvc.yaml calls `python`.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test demo serve lint lock bench compare clean
+.PHONY: setup test lint demo serve bench lock
 
 setup: $(STAMP)
 
@@ -26,3 +26,29 @@ $(STAMP): pyproject.toml constraints.txt
 lock:
 	UV_FIND_LINKS= $(BIN)/uv pip compile --no-config -q --universal --python-version 3.11 \
 	  --no-header --no-annotate --all-extras pyproject.toml -o constraints.txt
+
+# DVC needs a name for the commits that experiments are kept in; a fresh machine has none.
+export GIT_AUTHOR_NAME ?= $(shell git config user.name 2>/dev/null || echo marginalia)
+export GIT_AUTHOR_EMAIL ?= $(shell git config user.email 2>/dev/null || echo marginalia@localhost)
+export GIT_COMMITTER_NAME ?= $(GIT_AUTHOR_NAME)
+export GIT_COMMITTER_EMAIL ?= $(GIT_AUTHOR_EMAIL)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: setup
+	@git rev-parse --git-dir >/dev/null 2>&1 || $(BIN)/dvc config --local core.no_scm true
+	$(BIN)/dvc repro
+	$(BIN)/marginalia report
+
+serve: setup
+	$(BIN)/marginalia serve
+
+# Ratios of one run on this machine; run it when the machine is otherwise idle.
+bench: setup
+	for script in tests/ratios/r*.py; do $(BIN)/python $$script --out benchmarks/results || exit 1; done

@@ -74,18 +74,18 @@ def promote(champions: Path, id: str, bundle: Path, extra: Sequence[Path], recor
     fresh.rename(home)
     files.sync_folder(champions)
     files.write_json(champions / "champion.json", record)
-    note(champions, record)
-    for left in champions.glob(".new-*"):
-        shutil.rmtree(left)
+    settle(champions, record)
 
 
-def note(champions: Path, record: dict[str, Any]) -> None:
-    """Append the champion to history.jsonl unless its line is there already (a kill came between pointer and line)."""
+def settle(champions: Path, record: dict[str, Any]) -> None:
+    """What follows the pointer, also after a kill right behind it: the champion's line of history, and no leftovers."""
     file = champions / "history.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     line = json.dumps(record, sort_keys=True)
     if line not in lines:
         files.write_text(file, "\n".join([*lines, line]) + "\n")
+    for left in champions.glob(".new-*"):
+        shutil.rmtree(left)
 
 
 def current(champions: Path) -> dict[str, Any] | None:

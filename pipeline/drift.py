@@ -77,9 +77,10 @@ def distances(point_ND: Floats) -> Floats:
 
 
 def energies(distance_NN: Floats, member_BN: NDArray[np.bool_]) -> Floats:
-    """Energy distance between the members and the others, for each of B labelings: 2 E|X-Y| - E|X-X'| - E|Y-Y'| >= 0.
+    """Energy distance between the members and the others, for each of B labelings: 2 E|X-Y| - E|X-X'| - E|Y-Y'|.
 
-    Every labeling needs a member and an other. V-statistic (each mean over all pairs, a point with itself included).
+    Every labeling needs a member and an other. Means inside a side are over distinct pairs (0 for a single image), so
+    that sides of different size can be compared: equal distributions give about 0, sometimes below.
     """
     z = member_BN.astype(np.float64)
     n = z.sum(1)
@@ -88,7 +89,8 @@ def energies(distance_NN: Floats, member_BN: NDArray[np.bool_]) -> Floats:
     reach = z @ distance_NN.sum(1)
     between = reach - within
     rest = distance_NN.sum() - 2 * reach + within
-    energy: Floats = 2 * between / (n * m) - within / n**2 - rest / m**2
+    pairs = (np.maximum(side * (side - 1), 1.0) for side in (n, m))
+    energy: Floats = 2 * between / (n * m) - within / next(pairs) - rest / next(pairs)
     return energy
 
 
@@ -186,7 +188,7 @@ def look(rows: Sequence[manifest.Row], max_pixels: int) -> Cloud:
     """
     rows = [row for row in rows if row.split in ("labelled", "unlabelled")]
     columns = [np.array([getattr(r, key) or "" for r in rows], dtype=np.str_) for key in ("dump", "group", "split")]
-    whole = Cloud(np.zeros((len(rows), 0)), *columns)
+    whole = Cloud(np.zeros((len(rows), pool.DESCRIPTOR)), *columns)
     dumps = later_dumps(whole)
     rng = np.random.default_rng(SEED)
     reference = (whole.split == "labelled") | (whole.dump == BASE)
@@ -197,7 +199,7 @@ def look(rows: Sequence[manifest.Row], max_pixels: int) -> Cloud:
         for i in kept:
             features.append(pool.descriptor(manifest.open_image(rows[i], max_pixels)))
             bar.advance()
-    return Cloud(np.array(features, dtype=np.float64).reshape(len(kept), -1), *(c[kept] for c in columns))
+    return Cloud(np.array(features, dtype=np.float64).reshape(len(kept), pool.DESCRIPTOR), *(c[kept] for c in columns))
 
 
 def picture(cloud: Cloud, findings: dict[str, Finding], path: Path) -> None:

@@ -200,7 +200,7 @@ def run(root: Path, gate: config.Gate, *, now: Callable[[], datetime] = lambda: 
     id = champions.check_bundle(bundle)
     champion = champions.current(home)
     if champion is not None:
-        champions.note(home, champion)
+        champions.settle(home, champion)
     challenger = read_scored(id, *inputs)
     wrong = _belongs(id, student, files.read_json(inputs[0]), files.read_json(reports / "parity.json"))
     if wrong is not None:

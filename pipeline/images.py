@@ -162,8 +162,7 @@ def _exif_orientation(exif: bytes) -> int:
 
 def _orientation(image: ImageFile) -> int:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        value = image.tag_v2.get(_ORIENTATION, 1)
-        return value if isinstance(value, int) and 1 <= value <= 8 else 1
+        return 1  # this plugin reports the upright size and turns the pixels itself
     exif = image.info.get("exif", b"")
     return _exif_orientation(exif) if isinstance(exif, bytes) else 1
 

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         lists = files.read_json(ingest.SOURCE)["lists"]
         rows, dropped = deduplicate(archives, lists, params.ingest.near_duplicate_bits)
     except (config.ConfigError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"index: {error}", style="red", markup=False)
+        Console(stderr=True).print(f"index: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     manifest.write(MANIFEST, rows)
     files.write_json(QUARANTINE, refused + dropped)

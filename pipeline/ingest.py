@@ -72,19 +72,17 @@ def check_mask(data: bytes, shape: tuple[int, int], classes: int, max_pixels: in
             "mask-size",
             f"the mask is {ids_HW.shape[1]} x {ids_HW.shape[0]}, the image {shape[1]} x {shape[0]}; export it again",
         )
-    ignore = 65535 if ids_HW.dtype == np.uint16 else 255
-    found, counts = np.unique(ids_HW.astype(np.int64), return_counts=True)
-    alien = (found >= classes) & (found != ignore)
-    if alien.any():
+    void_HW = (ids_HW == 255) | (ids_HW == 65535)
+    found, counts = np.unique(ids_HW[~void_HW].astype(np.int64), return_counts=True)
+    if (alien := found >= classes).any():
         listed = ", ".join(f"{i} ({n} px)" for i, n in list(zip(found[alien], counts[alien], strict=True))[:5])
+        reason = f"ids outside 0..{classes - 1}: {listed}; map them to a class or to 255 (ignore)"
+        raise images.Refused("mask-class-id", reason)
+    if void_HW.all():
         raise images.Refused(
-            "mask-class-id", f"ids outside 0..{classes - 1}: {listed}; map them to a class or to {ignore}"
+            "mask-all-ignore", "every pixel is ignored (255 or 65535): nothing to learn; drop the mask"
         )
-    if (found == ignore).all():
-        raise images.Refused(
-            "mask-all-ignore", f"every pixel is {ignore} (ignore): there is nothing to learn; drop the mask"
-        )
-    return np.where(ids_HW == ignore, 255, ids_HW).astype(np.uint8)
+    return np.where(void_HW, 255, ids_HW).astype(np.uint8)
 
 
 def check(task: Task) -> Checked:
@@ -237,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         entry = registry.find(registry.read(), arguments.dump)
         counts = ingest(Path(entry.archive), arguments.dump, files.read_json(SOURCE), params.ingest, console)
     except (config.ConfigError, ValueError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"ingest {arguments.dump}: {error}", style="red", markup=False)
+        Console(stderr=True).print(f"ingest {arguments.dump}: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     table = Table(title=f"ingest {arguments.dump}, {time.monotonic() - begun:.1f} s")
     table.add_column("outcome")

@@ -1,7 +1,7 @@
 """Label maps: in from PNG (BMP, TIFF) ids, out as a fast PNG, COCO run lengths or colours.
 
 Ids are 8- or 16-bit. 255 (8-bit) and 65535 (16-bit) mean *ignore* and are never a class.
-A mask is read exactly as stored: no EXIF turning, no resampling, no colour management.
+A mask is read as stored: no EXIF turning (Pillow turns TIFF by itself), no resampling, no colour management.
 """
 
 import colorsys
@@ -112,10 +112,12 @@ def encode_png(label_HW: Ids, palette: Sequence[Colour] | None = None) -> bytes:
 
 
 def _pack_nibbles(ids_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Two ids (each <= 15) a byte, left one high. The pair as one number, left + 256 right, times 4097 has
+    16 left + right as its high byte: one pass instead of five."""
     if ids_HW.shape[1] % 2:
         ids_HW = np.pad(ids_HW, ((0, 0), (0, 1)))
-    pairs = np.ascontiguousarray(ids_HW).view("<u2")  # low byte = left pixel
-    return ((pairs << 4 | pairs >> 8) & 0xFF).astype(np.uint8)
+    pairs = np.ascontiguousarray(ids_HW).view("<u2") * np.uint16(4097)
+    return pairs.astype("<u2", copy=False).view(np.uint8)[:, 1::2]
 
 
 def _filter_up(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -263,7 +265,9 @@ def from_rle(rle: Mapping[str, Any], *, max_pixels: int = 1 << 28) -> NDArray[np
     try:
         height, width = (int(side) for side in rle["size"])
         counts = _unpack_counts(rle["counts"]) if isinstance(rle["counts"], str) else [int(n) for n in rle["counts"]]
-    except (KeyError, TypeError, OverflowError) as error:
+    except Refused:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Refused("bad-rle", f"run lengths need 'size': [h, w] and 'counts': {error!r}") from error
     if height < 1 or width < 1 or height * width > max_pixels:
         raise Refused("too-many-pixels", f"run lengths of {height} x {width} pixels; the limit is {max_pixels}")

@@ -17,6 +17,7 @@ Names = NDArray[np.str_]
 
 FILE = Path("data/pool/images.npz")
 PRELABELS = Path("data/pool/prelabels.tar")
+DESCRIPTOR = 80
 _KEYS = (
     "id",
     "name",

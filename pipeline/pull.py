@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         OFFERED.mkdir(parents=True, exist_ok=True)
         source, written = (pull_demo if params.data.source == "demo" else pull_folder)(params, console)
     except (config.ConfigError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"pull: {error}", style="red", markup=False)
+        Console(stderr=True).print(f"pull: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     files.write_json(PULLED / "source.json", source)
     table = Table(title=f"pull: {params.data.source}, {time.monotonic() - begun:.1f} s")

@@ -10,7 +10,7 @@ from pipeline import files
 
 FILE = Path("dumps.yaml")
 BASE = "base"
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _HEAD = """\
 # The registry of image archives, in order of arrival. `marginalia add-dump PATH` adds to it; DVC runs one ingest each.
 # warm_start: id of the champion whose weights training starts from; null trains from the encoder's own weights.
@@ -47,7 +47,7 @@ def parse(text: str, file: Path = FILE) -> Registry:
         first = error.errors()[0]
         raise RegistryError(f"{file}: {'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}") from error
     if bad := [name for name in registry.dumps if not NAME.fullmatch(name)]:
-        raise RegistryError(f"{file}: dump name {bad[0]!r}: use a-z, 0-9, '.', '_' and '-', at most 64 characters")
+        raise RegistryError(f"{file}: dump name {bad[0]!r}: use a-z, 0-9, '_' and '-', at most 64 characters")
     return registry
 
 

@@ -74,7 +74,7 @@ def assign(rows: Sequence[Row], lists: Lists, params: config.Split) -> tuple[lis
 def _by_group(free: Sequence[Row], lists: Lists, params: config.Split, masked: int) -> dict[str, str]:
     """Unlisted images with masks -> test, val and labelled by whole groups."""
     groups: dict[str, list[str]] = defaultdict(list)
-    for row in free:
+    for row in sorted(free, key=lambda row: row.name):
         groups[row.group].append(row.name)
     order = sorted(groups)
     np.random.default_rng(params.seed).shuffle(order)
@@ -210,13 +210,13 @@ def main(argv: list[str] | None = None) -> int:
         if not summary["counts"]["labelled"]:
             raise ValueError("no labelled image: give some images a mask, or check data.lists.labelled")
     except (config.ConfigError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"split: {error}", style="red", markup=False)
+        Console(stderr=True).print(f"split: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     manifest.write(OUT, rows)
     files.write_json(SUMMARY, summary)
     _print(console, summary, time.monotonic() - begun)
     for line in warnings(summary, source["lists"], before):
-        console.print(f"warning: {line}", style="yellow", markup=False)
+        console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
     return 0
 
 

@@ -2,16 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from export.runtime import Runtime
 from pipeline import images
@@ -26,14 +25,6 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_METHODS = {
-    "/v1/segment": "POST",
-    "/v1/model": "GET",
-    "/v1/openapi.json": "GET",
-    "/metrics": "GET",
-    "/": "GET",
-    "/ui": "GET",
-}
 _STATUS = {
     "unsupported-format": 415,
     "unsupported-depth": 415,
@@ -153,55 +144,57 @@ def _problem_response(problem: Problem, request_id: str) -> Response:
     )
 
 
-def _guard(handler: Handler) -> Handler:
+async def _dispatch(request: Request, routes: Mapping[str, tuple[str, Handler]]) -> Response:
+    """By exact path, so that a path of any bytes whatever finds its 404 here. Raises Problem."""
+    if request.scope["path"] not in routes:
+        raise Problem(404, "not-found", "nothing here; see /v1/openapi.json")
+    method, handler = routes[request.scope["path"]]
+    if request.method != method and (request.method, method) != ("HEAD", "GET"):
+        raise Problem(405, "method", f"use {method} here", {"Allow": method})
+    return await handler(request)
+
+
+async def _answer(request: Request, routes: Mapping[str, tuple[str, Handler]]) -> Response:
     """Every answer gets its request id and a log line; every failure the one error shape."""
-
-    async def guarded(request: Request) -> Response:
-        start = time.perf_counter()
-        request_id = observe.request_id(request.headers.get("x-request-id"))
-        request.state.answer = "none"
-        code = None
-        try:
-            wanted = _METHODS.get(request.url.path)
-            if wanted is None:
-                raise Problem(404, "not-found", "nothing here; see /v1/openapi.json")
-            if request.method not in (wanted, "HEAD" if wanted == "GET" else wanted):
-                raise Problem(405, "method", f"use {wanted} here", {"Allow": wanted})
-            response = await handler(request)
-        except Problem as problem:
-            code = problem.code
-            response = _problem_response(problem, request_id)
-        except Exception as error:  # the last line: the caller gets the one error shape, the log the traceback
-            code = "internal"
-            observe.failure("internal-error", error, request_id=request_id)
-            response = _problem_response(
-                Problem(500, "internal", "the service failed; tell its keeper the request id"), request_id
-            )
-        if code is not None:
-            observe.rejected(code)
-            if request.url.path == "/v1/segment":
-                observe.answered(request.state.answer, response.status_code)
-        response.headers["X-Request-Id"] = request_id
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers.setdefault("Cache-Control", "no-store")
-        observe.event(
-            "request",
-            request_id=request_id,
-            method=request.method[:16],
-            path=request.url.path[:200],
-            status=response.status_code,
-            code=code,
-            answer=request.state.answer,
-            bundle=response.headers.get("x-bundle-id"),
-            ms=round((time.perf_counter() - start) * 1e3, 2),
+    start = time.perf_counter()
+    path = request.scope["path"]
+    request_id = observe.request_id(request.headers.get("x-request-id"))
+    request.state.answer = "none"
+    code = None
+    try:
+        response = await _dispatch(request, routes)
+    except Problem as problem:
+        code = problem.code
+        response = _problem_response(problem, request_id)
+    except Exception as error:  # the last line: the caller gets the one error shape, the log the traceback
+        code = "internal"
+        observe.failure("internal-error", error, request_id=request_id)
+        response = _problem_response(
+            Problem(500, "internal", "the service failed; tell its keeper the request id"), request_id
         )
-        return response
+    if code is not None:
+        observe.rejected(code)
+        if path == "/v1/segment":
+            observe.answered(request.state.answer, response.status_code)
+    response.headers["X-Request-Id"] = request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers.setdefault("Cache-Control", "no-store")
+    observe.event(
+        "request",
+        request_id=request_id,
+        method=request.method[:16],
+        path=path[:200],
+        status=response.status_code,
+        code=code,
+        answer=request.state.answer,
+        bundle=response.headers.get("x-bundle-id"),
+        ms=round((time.perf_counter() - start) * 1e3, 2),
+    )
+    return response
 
-    return guarded
 
-
-def build(settings: Settings, slot: Slot) -> tuple[Starlette, Desk]:
-    """The ASGI application over a slot, and the desk to close when it ends."""
+def build(settings: Settings, slot: Slot) -> tuple[ASGIApp, Desk]:
+    """The ASGI application (HTTP only) over a slot, and the desk to close when it ends."""
     desk = Desk(settings, slot)
     page = PAGE.read_bytes()
     description = JSONResponse(openapi.document(settings)).body
@@ -216,18 +209,23 @@ def build(settings: Settings, slot: Slot) -> tuple[Starlette, Desk]:
         text = await run_in_threadpool(observe.exposition)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def nothing(request: Request) -> Response:
-        raise Problem(404, "not-found", "nothing here; see /v1/openapi.json")
-
-    handlers: dict[str, Handler] = {
-        "/v1/segment": desk.answer,
-        "/v1/model": desk.model,
-        "/v1/openapi.json": show_openapi,
-        "/metrics": show_metrics,
-        "/": show_page,
-        "/ui": show_page,
+    routes: dict[str, tuple[str, Handler]] = {
+        "/v1/segment": ("POST", desk.answer),
+        "/v1/model": ("GET", desk.model),
+        "/v1/openapi.json": ("GET", show_openapi),
+        "/metrics": ("GET", show_metrics),
+        "/": ("GET", show_page),
+        "/ui": ("GET", show_page),
     }
-    every = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"]
-    routes = [Route(path, _guard(handler), methods=every) for path, handler in handlers.items()]
-    routes.append(Route("/{path:path}", _guard(nothing), methods=every))
-    return Starlette(routes=routes), desk
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        response = await _answer(request, routes)
+        if response.status_code != 413:
+            return await response(scope, receive, send)
+        await send({"type": "http.response.start", "status": 413, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": bytes(response.body), "more_body": True})
+        await limits.drain(request)
+        await send({"type": "http.response.body", "body": b""})
+
+    return application, desk

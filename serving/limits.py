@@ -93,11 +93,14 @@ async def read_body(request: Request, settings: Settings, kind: str) -> bytes:
         Problem: 413 too large, 408 too slow, 400 empty, cut off or not one multipart file field 'image'.
     """
     limit = settings.max_body + (_ENVELOPE if kind == "multipart" else 0)
-    too_large = Problem(413, "body-too-large", f"over the limit of {settings.max_body} bytes; scale the image down")
+    too_large = Problem(
+        413,
+        "body-too-large",
+        f"over the limit of {settings.max_body} bytes; scale the image down",
+        {"Connection": "close"},
+    )
     stated = request.headers.get("content-length", "0")
     if not stated.isascii() or not stated.isdigit() or len(stated) > 18 or int(stated) > limit:
-        if "expect" not in request.headers:  # a client that waits for "100 Continue" has sent nothing yet
-            await _drain(request)
         raise too_large
     body = bytearray()
     try:
@@ -111,8 +114,6 @@ async def read_body(request: Request, settings: Settings, kind: str) -> bytes:
     except ClientDisconnect as error:
         raise Problem(400, "truncated", "the connection was closed before the whole body arrived") from error
     if len(body) > limit:
-        body.clear()
-        await _drain(request)
         raise too_large
     image = await _file_field(request, bytes(body)) if kind == "multipart" else bytes(body)
     if len(image) > settings.max_body:
@@ -122,8 +123,13 @@ async def read_body(request: Request, settings: Settings, kind: str) -> bytes:
     return image
 
 
-async def _drain(request: Request) -> None:
-    """Throw away a bounded rest of the body: a connection closed on unread bytes is reset and the answer lost."""
+async def drain(request: Request) -> None:
+    """Throw away a bounded rest of the body: a connection closed on unread bytes is reset and the answer lost.
+
+    A client that waits for "100 Continue" has sent nothing, and must not be told to.
+    """
+    if "expect" in request.headers:
+        return
     left, until = _DRAIN_BYTES, time.monotonic() + _DRAIN_SECONDS
     try:
         async with asyncio.timeout(_DRAIN_SECONDS):

@@ -1,6 +1,7 @@
-"""Start the server: check what can be checked first, then hand the process over to BentoML."""
+"""Start the server: check what can be checked first, then hand over to BentoML's own command in this process."""
 
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -34,7 +35,7 @@ def prepare(bundle: Path | None = None) -> Settings:
 
 
 def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) -> NoReturn:
-    """Serve on `host`:`port` until SIGTERM or SIGINT. Does not return: the process becomes the server.
+    """Serve on `host`:`port` until SIGTERM or SIGINT. Does not return.
 
     Raises:
         StartError: as `prepare`.
@@ -43,6 +44,6 @@ def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) 
     os.environ[PREFIX + "CHAMPIONS"] = str(settings.champions)
     if settings.bundle is not None:
         os.environ[PREFIX + "BUNDLE"] = str(settings.bundle)
-    command = ["-m", "bentoml", "serve", "serving.service:Marginalia", "--host", host, "--port", str(port)]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *command])
+    sys.argv = ["bentoml", "serve", "serving.service:Marginalia", "--host", host, "--port", str(port)]
+    runpy.run_module("bentoml", run_name="__main__", alter_sys=True)
+    sys.exit(0)

@@ -6,12 +6,29 @@ Start it by `marginalia serve`, or by hand with `bentoml serve serving.service:M
 import gc
 
 import bentoml
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving import app, observe, settings, slots
 
 _settings = settings.from_environment()
 _slot = slots.Slot(_settings)
 _app, _desk = app.build(_settings, _slot)
+
+_PROBES = ("/livez", "/readyz", "/healthz")
+
+
+class Front:
+    """Hands everything but the probes to our application.
+
+    Mounting it instead would leave BentoML's own addresses open, and its router has no match for a path with a newline.
+    """
+
+    def __init__(self, app: ASGIApp, ours: ASGIApp) -> None:
+        self._bentoml, self._ours = app, ours
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        mine = scope["type"] == "http" and scope["path"] not in _PROBES
+        await (self._ours if mine else self._bentoml)(scope, receive, send)
 
 
 # BentoML's own request metrics and access log repeat whatever path a caller sends, as a label and unescaped: off.
@@ -24,7 +41,6 @@ _app, _desk = app.build(_settings, _slot)
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
 )
-@bentoml.asgi_app(_app, path="/")
 class Marginalia:
     """Serves the champion's bundle; see /v1/openapi.json."""
 
@@ -49,3 +65,6 @@ class Marginalia:
     def __is_ready__(self) -> bool:
         """True once a warmed-up model answers."""
         return _slot.runtime is not None
+
+
+Marginalia.add_asgi_middleware(Front, ours=_app)  # type: ignore[attr-defined]

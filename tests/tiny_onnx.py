@@ -1,6 +1,6 @@
 """A bundle without training: a graph so small that its exact answers are written down in NumPy beside it.
 
-label = argmax over (threshold, R, G, B), confidence = max(R, G, B), both exact in float32, so served answers are golden.
+label = argmax over (threshold, R, G, B), confidence = max(R, G, B): exact in float32, so served answers are golden.
 """
 
 from pathlib import Path

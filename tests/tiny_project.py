@@ -1,8 +1,13 @@
 """A whole small project on disk: coloured scenes in shards, a manifest, a split, a briefly trained real network."""
 
+import atexit
+import contextlib
 import functools
 import io
-from collections.abc import Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +54,13 @@ def png(array: np.ndarray) -> bytes:
 
 
 def write_data(
-    root: Path, parts: Sequence[tuple[str, str, str, int]], *, size: tuple[int, int] = (64, 96), dark: Sequence[str] = ()
+    root: Path,
+    parts: Sequence[tuple[str, str, str, int]],
+    *,
+    size: tuple[int, int] = (64, 96),
+    dark: Sequence[str] = (),
 ) -> list[manifest.Row]:
-    """Images for each (split, dump, group, count); every third image is a little larger. Returns the manifest's rows."""
+    """Images for each (split, dump, group, count); every third one is larger. Returns the manifest's rows."""
     rng = np.random.default_rng(0)
     rows, images, answers = [], [], []
     for split, dump, group, count in parts:
@@ -140,3 +149,29 @@ def write(root: Path, **sections: Any) -> config.Params:
     write_data(root, PARTS)
     write_student(root, trained(), best=trained(8))
     return write_params(root, **sections)
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Stages work on the current folder, as `dvc repro` runs them."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@functools.cache
+def exported() -> Path:
+    """The usual project after evaluate and export, made once a test session: not to be changed."""
+    from export import onnx
+    from training import evaluate
+
+    root = Path(tempfile.mkdtemp(prefix="tiny-project-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    write(root)
+    with inside(root):
+        assert evaluate.main([]) == 0
+        assert onnx.main() == 0
+    return root

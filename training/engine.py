@@ -133,6 +133,9 @@ def fit(
     device = pick_device()
     torch.set_flush_denormal(True)  # without it a CPU run can slow down many times over
     torch.use_deterministic_algorithms(config.deterministic and device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a debugging aid that costs a pass over every new tensor
+    )
     model.to(device, memory_format=torch.channels_last).train()
     teacher = ema.teacher_of(model).to(memory_format=torch.channels_last)
     optimizer = optimiser(model, config)
@@ -218,7 +221,8 @@ def fit(
                         **{f"kept_{i}": v for i, v in enumerate(report.kept_K)},
                         **{f"precision_{i}": v for i, v in enumerate(report.precision_K)},
                     }  # fmt: skip
-                if (step + 1) % config.val_every < log_every and (step + 1) >= config.val_every or last:
+                due = step + 1 >= config.val_every and (step + 1) % config.val_every < log_every
+                if due or last:
                     row["val_miou"] = validate(teacher)
                     if row["val_miou"] > best[0]:
                         best = (row["val_miou"], step + 1, _copy(teacher))

@@ -30,7 +30,10 @@ def curves(history: Sequence[dict[str, float]], classes: Sequence[dict[str, Any]
     panels: list[tuple[str, list[tuple[str, str]]]] = [
         ("loss", [("loss_supervised", "supervised"), ("loss_unsupervised", "unsupervised")]),
         ("val mIoU of the teacher (%)", [("val_miou", "val mIoU")]),
-        ("pseudo-labels", [("kept", "kept ratio"), ("precision", "precision (hidden labels)"), ("threshold", "threshold")]),
+        (
+            "pseudo-labels",
+            [("kept", "kept ratio"), ("precision", "precision (hidden labels)"), ("threshold", "threshold")],
+        ),
         ("kept ratio by predicted class", [(f"kept_{c['id']}", c["name"]) for c in classes]),
     ]
     for axis, (title, lines) in zip(axes.flat, panels, strict=True):
@@ -70,7 +73,9 @@ def previews(
         image_HWC = images[index].image_HWC
         height, width = image_HWC.shape[:2]
         stride = params.input.stride
-        image = F.pad(image_HWC.permute(2, 0, 1)[None].float(), (0, -width % stride, 0, -height % stride), mode="replicate")
+        image = F.pad(
+            image_HWC.permute(2, 0, 1)[None].float(), (0, -width % stride, 0, -height % stride), mode="replicate"
+        )
         prob = model(image)[:, :, :height, :width].softmax(1)
         sure = refine.margin(refine.refine(prob))[0].clamp(0, 1)
         label = prob.argmax(1)[0].to(torch.uint8).numpy()

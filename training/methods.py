@@ -169,7 +169,9 @@ def step(
     with torch.no_grad():
         teacher_logits = teacher(unlabelled.image_BCHW)
     chosen = select(method, teacher_logits, unlabelled.valid_BHW, at)
-    box = augment.boxes(len(chosen.label_BHW), chosen.label_BHW.shape[1:], cutmix, generator).to(chosen.label_BHW.device)
+    box = augment.boxes(len(chosen.label_BHW), chosen.label_BHW.shape[1:], cutmix, generator).to(
+        chosen.label_BHW.device
+    )
     image = augment.mix(augment.strong(unlabelled.image_BCHW, generator), box)
     label, keep, valid = (augment.mix(v, box) for v in (chosen.label_BHW, chosen.keep_BHW, unlabelled.valid_BHW))
     logits = student(torch.cat([labelled.image_BCHW, image]))

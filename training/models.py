@@ -1,5 +1,6 @@
 """Segmentation networks by name: segmentation_models_pytorch decoders on timm encoders, one preprocessing for all."""
 
+import difflib
 import importlib.metadata
 import json
 from pathlib import Path
@@ -47,7 +48,12 @@ def use_asymmetric_padding(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and child.stride == (2, 2):
             new = AsymmetricConv2d(
-                child.in_channels, child.out_channels, child.kernel_size, 2, groups=child.groups, bias=child.bias is not None
+                child.in_channels,
+                child.out_channels,
+                child.kernel_size,
+                2,
+                groups=child.groups,
+                bias=child.bias is not None,
             )
             new.weight, new.bias = child.weight, child.bias
             setattr(module, name, new)
@@ -125,7 +131,9 @@ def _package_file(package: str) -> Path:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.exists():
-        raise WeightsError(f"model.weights: {file} does not exist; give another file, or null to start from random weights")
+        raise WeightsError(
+            f"model.weights: {file} does not exist; give another file, or null to start from random weights"
+        )
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
@@ -164,7 +172,7 @@ def build(config: ModelConfig, n_classes: int, *, load_weights: bool = True) -> 
     """
     name = config.encoder if config.encoder.startswith("tu-") else f"tu-{config.encoder}"
     if not timm.is_model(name.removeprefix("tu-")):
-        near = timm.list_models(f"*{name.removeprefix('tu-')[:8]}*")[:5]
+        near = difflib.get_close_matches(config.encoder, timm.list_models(), n=3)
         raise WeightsError(f"model.encoder: timm has no {config.encoder!r}; close names: {', '.join(near) or 'none'}")
     extra: dict[str, Any] = {}
     if config.architecture == "DeepLabV3Plus":
@@ -199,7 +207,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as handle:
         meta = (handle.metadata() or {}).get("marginalia")
     if meta is None:
-        raise WeightsError(f"{path}: carries no Marginalia description; only weights written by `training.train` can be used")
+        raise WeightsError(
+            f"{path}: carries no Marginalia description; only weights written by `training.train` can be used"
+        )
     return dict(json.loads(meta))
 
 

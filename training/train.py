@@ -3,6 +3,7 @@
 import argparse
 import math
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,12 +79,16 @@ def start_from(model: models.Segmenter, path: Path, classes: list[dict[str, Any]
     meta = models.read_meta(path)
     theirs, ours = ([c["name"] for c in m] for m in (meta["classes"], classes))
     if theirs != ours:
-        raise models.WeightsError(f"{path} has the classes {theirs}, the data has {ours}; set warm_start: null in {REGISTRY}")
+        raise models.WeightsError(
+            f"{path} has the classes {theirs}, the data has {ours}; set warm_start: null in {REGISTRY}"
+        )
     donor, _ = models.load(path)
     try:
         model.load_state_dict(donor.state_dict())
     except RuntimeError as error:
-        raise models.WeightsError(f"{path} has another architecture than params.yaml's model section: {error}") from error
+        raise models.WeightsError(
+            f"{path} has another architecture than params.yaml's model section: {error}"
+        ) from error
 
 
 def validator(images: Images, n_classes: int, stride: int, ignore: int, limit: int = 128) -> Any:
@@ -186,17 +191,26 @@ def _named(values: dict[str, float], classes: list[dict[str, Any]]) -> dict[str,
     return names
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    params = config.load(parser.parse_args().params)
+def open_live() -> Any:
+    """DVCLive's logger on REPORTS/live. Raises ConfigError in a git repository without a commit, which it cannot handle."""
+    from dvclive import Live
+    from scmrepo.exceptions import SCMError
+
+    try:
+        return Live(str(REPORTS / "live"), report=None, save_dvc_exp=False, dvcyaml=None)
+    except SCMError as error:
+        raise config.ConfigError(
+            f"git: {error}; commit once (`git add -A && git commit -m start`), then run again"
+        ) from error
+
+
+def stage(params: Params) -> None:
+    """The stage: train, write weights and reports, print one table."""
     data = Data.read(manifest.read(MANIFEST), files.read_json(SUMMARY))
     start = warm_start(REGISTRY)
-    from dvclive import Live
-
     began = time.monotonic()
     with (
-        Live(str(REPORTS / "live"), report=None, save_dvc_exp=False, dvcyaml=None) as live,
+        open_live() as live,
         progress.bar(f"train {params.train.method}", params.train.steps) as bar,
     ):
         done = 0
@@ -210,10 +224,7 @@ def main() -> None:
                     live.log_metric(key, value)
             live.next_step()
 
-        try:
-            result = run(params, data, start=start, on_log=log)
-        except engine.Interrupted as reason:
-            raise SystemExit(75) from reason
+        result = run(params, data, start=start, on_log=log)
     about = describe(params, data, result, time.monotonic() - began, start)
     meta = {
         **about,
@@ -222,19 +233,43 @@ def main() -> None:
         "params": params.model_dump(mode="json", include={"model", "input"}),
     }
     models.save(OUT / "student.safetensors", result.teacher, {**meta, "weights": "teacher, last step"})
-    models.save(OUT / "best.safetensors", result.best, {**meta, "weights": f"teacher, step {result.best_step}, best on val"})
+    models.save(
+        OUT / "best.safetensors", result.best, {**meta, "weights": f"teacher, step {result.best_step}, best on val"}
+    )
     files.write_json(OUT / "train.json", about)
     curves(result.history, data.classes, REPORTS / "curves.png")
     model = models.load(OUT / "student.safetensors")[0]
     pool = Images(data.unlabelled[:: max(1, len(data.unlabelled) // 6)][:6], params.input,
                   ignore=data.ignore, max_pixels=params.ingest.max_pixels)  # fmt: skip
-    previews(model, pool, params, data.classes, result.history[-1].get("threshold", math.nan), REPORTS / "pseudo_labels.png")
-    table = Table(title=f"train: {params.train.method} ({params.train.preset}), {about['seconds']} s on {about['device']}")
+    previews(
+        model, pool, params, data.classes, result.history[-1].get("threshold", math.nan), REPORTS / "pseudo_labels.png"
+    )
+    table = Table(
+        title=f"train: {params.train.method} ({params.train.preset}), {about['seconds']} s on {about['device']}"
+    )
     for column in ("labelled", "unlabelled", "steps", "val mIoU", "best step", "kept", "precision"):
         table.add_column(column, justify="right")
-    table.add_row(*(str(about[k]) for k in ("labelled", "unlabelled", "steps", "val_miou", "best_step", "kept", "precision")))
+    table.add_row(
+        *(str(about[k]) for k in ("labelled", "unlabelled", "steps", "val_miou", "best_step", "kept", "precision"))
+    )
     Console().print(table)
 
 
+def main() -> int:
+    """Exit code 75 when interrupted by SIGTERM (the same command resumes), 1 with a message when training cannot go on."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    problems = Console(stderr=True)
+    try:
+        stage(config.load(parser.parse_args().params))
+    except engine.Interrupted as reason:
+        problems.print(f"train: {reason}", style="yellow", markup=False, soft_wrap=True)
+        return 75
+    except (OSError, ValueError, engine.TrainingStopped) as error:
+        problems.print(f"train: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

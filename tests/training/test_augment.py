@@ -44,7 +44,9 @@ def test_crop_windows_and_flips_are_windows_and_flips_of_the_source():
             for y in range(8)
             for x in range(6)
             for flip in (False, True)
-            if torch.equal(got, (label[0, y : y + 5, x : x + 6].flip(1) if flip else label[0, y : y + 5, x : x + 6]).long())
+            if torch.equal(
+                got, (label[0, y : y + 5, x : x + 6].flip(1) if flip else label[0, y : y + 5, x : x + 6]).long()
+            )
         }
         assert len(matches) == 1
         (y, x, flip) = matches.pop()

@@ -24,7 +24,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
 def test_stage_writes_scores_that_a_slow_loop_finds_too(project: config.Params) -> None:
     assert evaluate.main([]) == 0
     said = files.read_json(Path("reports/scores.json"))
-    model, meta = models.load(Path("models/student/student.safetensors"))
+    model, _ = models.load(Path("models/student/student.safetensors"))
     table = np.zeros((4, 4), np.int64)
     rows = [row for row in manifest.read(Path("data/split/manifest.parquet")) if row.split == "test"]
     for row in rows:
@@ -155,7 +155,9 @@ def test_no_test_image_and_missing_mask_are_named(
 def test_champion_is_scored_again_on_todays_test_split(project: config.Params) -> None:
     home = Path("champions/old")
     (home / "bundle").mkdir(parents=True)
-    models.save(home / "student.safetensors", tiny_project.trained(8).state_dict(), tiny_project.meta() | {"split_hash": "1"})
+    models.save(
+        home / "student.safetensors", tiny_project.trained(8).state_dict(), tiny_project.meta() | {"split_hash": "1"}
+    )
     files.write_json(Path("champions/champion.json"), {"id": "old"})
     assert evaluate.main(["--champion"]) == 0
     said = json.loads((home / "scores.json").read_text())
@@ -167,7 +169,7 @@ def test_champion_is_scored_again_on_todays_test_split(project: config.Params) -
     assert evaluate.main(["--champion"]) == 1
 
 
-def test_void_only_masks_are_refused(project: config.Params) -> None:
+def test_scores_of_no_pixel_are_none_not_nan() -> None:
     empty = metrics.Tally(np.zeros((4, 4), int), np.zeros((3, 4), int), np.zeros((256, 2), int))
     assert metrics.summary(empty)["miou"] is None
     assert metrics.summary(empty)["boundary_iou"] is None

@@ -76,7 +76,7 @@ def test_ids_outside_the_classes_are_refused_not_miscounted(which: str, torch_in
     truth, predicted = maps(1)
     (truth if which == "truth" else predicted)[4, 4] = bad
     pair = (torch.from_numpy(truth), torch.from_numpy(predicted)) if torch_in else (truth, predicted)
-    with pytest.raises(metrics.LabelError, match="outside 0..4"):
+    with pytest.raises(metrics.LabelError, match=r"outside 0\.\.4"):
         metrics.confusion(*pair, K, 255)
 
 
@@ -191,7 +191,7 @@ def test_bootstrap_is_the_resampled_sum() -> None:
 
 
 def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    """Two classes, pixels right with probability 0.8 per image-level rate: coverage of a 90 % interval over 200 test sets."""
+    """Pixels are right at a rate drawn per image: coverage of the 90 % interval over 200 test sets."""
     rng = np.random.default_rng(0)
     many = np.zeros((20000, 2, 2), np.int64)
     right = rng.binomial(100, rng.beta(16, 4, 20000))

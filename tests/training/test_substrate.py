@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -79,15 +80,22 @@ def test_x3_average_over_n_steps_equals_the_closed_form_and_integers_are_copied(
     name = "net.encoder.0.weight"
     seen = [student.state_dict()[name].clone()]
     g = torch.Generator().manual_seed(0)
-    for step in range(6):
+    for _ in range(6):
         with torch.no_grad():
             for value in student.state_dict().values():
-                value.copy_(torch.randn(value.shape, generator=g, dtype=torch.float64) if value.is_floating_point() else value + 300)
+                value.copy_(
+                    torch.randn(value.shape, generator=g, dtype=torch.float64)
+                    if value.is_floating_point()
+                    else value + 300
+                )
         ema.update(teacher, student, 0.9)
         seen.append(student.state_dict()[name].clone())
     expected = 0.9**6 * seen[0] + sum(0.1 * 0.9 ** (6 - i) * seen[i] for i in range(1, 7))
     assert torch.allclose(teacher.state_dict()[name], expected, atol=1e-12)
-    assert teacher.state_dict()["net.encoder.1.num_batches_tracked"] == student.state_dict()["net.encoder.1.num_batches_tracked"]
+    assert (
+        teacher.state_dict()["net.encoder.1.num_batches_tracked"]
+        == student.state_dict()["net.encoder.1.num_batches_tracked"]
+    )
     ema.update(teacher, student, ema.decay_at(0, 0.99))
     for t, s in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
         assert torch.equal(t, s)
@@ -101,7 +109,10 @@ def test_x4_sums_and_counts_accumulate_exactly_over_micro_batches(normaliser):
     keep = torch.rand(4, 5, 5, generator=g) < torch.tensor([0.9, 0.1, 0.5, 0.0]).view(4, 1, 1)
     valid = keep | (torch.rand(4, 5, 5, generator=g) < 0.7)
     whole = methods.masked_loss(logits, label, keep, valid, normaliser)
-    parts = [methods.masked_loss(logits[i : i + 1], label[i : i + 1], keep[i : i + 1], valid[i : i + 1], normaliser) for i in range(4)]
+    parts = [
+        methods.masked_loss(logits[i : i + 1], label[i : i + 1], keep[i : i + 1], valid[i : i + 1], normaliser)
+        for i in range(4)
+    ]
     added = methods.Loss(sum(p.total for p in parts), sum(p.count for p in parts))
     assert torch.isclose(added.mean(), whole.mean(), rtol=1e-6)
     (g1,) = torch.autograd.grad(whole.mean(), logits, retain_graph=True)
@@ -119,7 +130,9 @@ def test_masked_loss_equals_a_pixel_loop_in_every_normalisation():
     total = sum(-float(log_prob[b, label[b, y, x], y, x]) for b, y, x in keep.nonzero().tolist())
     kept, n = int(keep.sum()), int(valid.sum())
     for normaliser, expected in {"valid": total / n, "kept": total / kept, "ratio": total / kept * n / kept}.items():
-        assert float(methods.masked_loss(logits, label, keep, valid, normaliser).mean()) == pytest.approx(expected, rel=1e-5)
+        assert float(methods.masked_loss(logits, label, keep, valid, normaliser).mean()) == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 def test_order_visits_everything_once_per_epoch_and_from_anywhere():
@@ -222,7 +235,7 @@ def test_learning_rate_and_unsupervised_weight_schedules():
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0
     assert rates[52] == pytest.approx(0.5**0.9)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[4:]))
     assert rates[-1] > 0
     weights = [engine.unsup_weight(s, config) for s in range(20)]
     assert weights[:10] == [0.0] * 10
@@ -254,9 +267,19 @@ def test_hidden_labels_measure_but_never_teach(tmp_path):
         method = methods.build(config, total=9, epoch_steps=4)
         batches = Batches(Memory(4, 1), kind(7, 2), (2, 3), 0)
         results.append(
-            engine.fit(Tiny(), batches, method, config, n_classes=3, ignore=255, identity={"k": kind.__name__},
-                       validate=lambda _: 1.0, log_every=2, work=tmp_path / kind.__name__)  # fmt: skip
-        )
+            engine.fit(
+                Tiny(),
+                batches,
+                method,
+                config,
+                n_classes=3,
+                ignore=255,
+                identity={"k": kind.__name__},
+                validate=lambda _: 1.0,
+                log_every=2,
+                work=tmp_path / kind.__name__,
+            )
+        )  # fmt: skip
     honest, nonsense = results
     assert all(torch.equal(v, nonsense.student[k]) for k, v in honest.student.items())
     assert honest.history[-1]["precision"] != nonsense.history[-1]["precision"]

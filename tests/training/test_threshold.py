@@ -28,7 +28,9 @@ def test_t2_kept_share_validity_and_permutation(share, n):
     valid = torch.ones(n, dtype=torch.bool)
     bar = quantile(score, valid, share)
     assert abs((score > bar).double().mean() - (1 - share)) <= 1 / n + 1e-12
-    mixed = torch.cat([score, torch.full((5,), 9.0, dtype=torch.float64), torch.full((2,), torch.nan, dtype=torch.float64)])
+    mixed = torch.cat(
+        [score, torch.full((5,), 9.0, dtype=torch.float64), torch.full((2,), torch.nan, dtype=torch.float64)]
+    )
     ok = torch.cat([valid, torch.zeros(5, dtype=torch.bool), torch.ones(2, dtype=torch.bool)])
     assert quantile(mixed, ok, share) == bar
     order = torch.randperm(len(mixed), generator=generator)

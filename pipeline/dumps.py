@@ -1,0 +1,221 @@
+"""Register a later delivery of unlabelled images: checked, copied into one plain archive, then named in dumps.yaml.
+
+The registry is written last and atomically, under a lock: a delivery that is refused, or a process that dies on the
+way, leaves it as it was. A delivery with the same files as a registered one, in whatever order, form or under whatever
+names, is recognised by its content and changes nothing.
+"""
+
+import argparse
+import fcntl
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import archives, config, files, images, manifest, progress, registry, shards
+from pipeline.formats.folders import name_id
+
+DUMPS, CHAMPION = Path("data/dumps"), Path("champions/champion.json")
+RESERVE = 1 << 30  # bytes of disk left alone
+# Taken by name, so that ingest can say what is wrong with each; other names are taken when their content is an image.
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2")
+_SUFFIX = re.compile(r"(\.tar)?\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|zst)$", re.IGNORECASE)
+
+
+class Added(NamedTuple):
+    """What became of a delivery. `same_as` names the registered dump it equals, in which case nothing was changed.
+
+    `skipped` pairs the names of files that were not taken with the reason.
+    """
+
+    name: str
+    images: int
+    sha256: str
+    archive: Path
+    skipped: list[tuple[str, str]]
+    same_as: str | None
+    warm_start: str | None
+
+
+def add(
+    path: Path,
+    *,
+    name: str | None = None,
+    root: Path = Path(),
+    params: config.Params,
+    seen: Callable[[float], None] = lambda share: None,
+) -> Added:
+    """Register a folder, zip or tar of unlabelled images as the next dump.
+
+    Args:
+        path: the delivery. A leading `images/` is dropped from member names; `masks/` is not read.
+        name: the dump's name; without it, the file's own name in a safe form, numbered if it is taken.
+        root: the project's folder, with dumps.yaml.
+        params: caps in `ingest`.
+        seen: called with the share of the delivery that has been read, 0..1.
+
+    Raises:
+        archives.DumpRefused: the delivery is hostile, damaged, too large or holds no image; nothing was changed.
+        registry.RegistryError: dumps.yaml is unusable, or `name` is malformed or taken by other content.
+    """
+    registry.read(root / registry.FILE)  # a broken registry stops the work before it begins
+    if name is not None and not registry.NAME.fullmatch(name):
+        raise registry.RegistryError(f"dump name {name!r}: use a-z, 0-9, '_' and '-', at most 64 characters")
+    home = root / DUMPS
+    home.mkdir(parents=True, exist_ok=True)
+    free = max(0, shutil.disk_usage(home).free - RESERVE) // 2  # the spool and the sorted archive exist side by side
+    total = min(int(params.ingest.dump_max_gb * 2**30), free)
+    limits = archives.Limits(
+        total, params.ingest.max_file_mb << 20, params.ingest.dump_max_files, params.ingest.dump_max_ratio
+    )
+    _sweep(home)
+    with tempfile.TemporaryDirectory(prefix=".adding-", dir=home) as folder:
+        spool, skipped = Path(folder) / "spool.tar", list[tuple[str, str]]()
+        hashes = _spool(archives.read(path, limits, seen), spool, skipped)
+        if not hashes:
+            reasons = Counter(reason for _, reason in skipped).most_common(1)
+            raise archives.DumpRefused(f"{path}: no image in it ({reasons[0][0] if reasons else 'it is empty'})")
+        content = manifest.set_hash(hashes.values())
+        ready = Path(folder) / "ready.tar"
+        by_name = sorted(shards.members(spool))
+        shards.write_tar(ready, ((m.name, shards.read(spool, m.offset, m.length)) for m in by_name))
+        with _locked(home):
+            return _register(path, name, root, content, len(hashes), ready, skipped)
+
+
+def _sweep(home: Path) -> None:
+    """Remove what killed runs left behind, once it is a day old: a younger one may still be at work."""
+    for stale in home.glob(".adding-*"):
+        if time.time() - stale.stat().st_mtime > 86_400:
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _spool(members: Iterator[archives.Member], spool: Path, skipped: list[tuple[str, str]]) -> dict[str, str]:
+    """Copy the images among the members to an unsorted tar; returns canonical name -> SHA-256 of the file."""
+    hashes: dict[str, str] = {}
+    taken: set[str] = set()
+    with shards.replacing_tar(spool) as write:
+        for member in members:
+            if reason := _not_ours(member):
+                skipped.append((member.name, reason))
+                continue
+            assert member.data is not None
+            name = _canonical(member.name, taken)
+            write(name, member.data)
+            hashes[name] = files.sha256(member.data)
+    return hashes
+
+
+def _not_ours(member: archives.Member) -> str | None:
+    parts = member.name.split("/")
+    if parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts) or parts[-1] == "Thumbs.db":
+        return "system file"
+    if parts[0] == "masks" and len(parts) > 1:
+        return "masks of a later dump are not read"
+    if member.data is None:
+        return "larger than ingest.max_file_mb"
+    if member.name.lower().endswith(EXTENSIONS):
+        return None
+    try:
+        images.sniff(member.data)
+    except images.Refused as error:
+        return "archive inside the archive, not opened" if _SUFFIX.search(member.name) else f"no image ({error.code})"
+    return None
+
+
+def _canonical(name: str, taken: set[str]) -> str:
+    """`images/...` name whose name id is unique in the dump: nothing is lost to a.jpg beside a.png."""
+    path = name.removeprefix("images/")
+    key, number = name_id(path), 1
+    extension = path[len(key) :]
+    while (unique := key if number == 1 else f"{key}~{number}") in taken:
+        number += 1
+    taken.add(unique)
+    return f"images/{unique}{extension}"
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    with (home / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+        yield
+
+
+def _register(
+    path: Path, name: str | None, root: Path, content: str, count: int, ready: Path, skipped: list[tuple[str, str]]
+) -> Added:
+    known = registry.read(root / registry.FILE)
+    for other, entry in known.dumps.items():
+        if entry.sha256 == content:
+            return Added(other, count, content, Path(entry.archive), skipped, other, known.warm_start)
+    chosen = name or _free_name(path, known)
+    if chosen in known.dumps:
+        raise registry.RegistryError(f"dump {chosen!r} is registered with other content; choose another name")
+    archive = DUMPS / f"{chosen}.tar"
+    ready.replace(root / archive)
+    files.sync_folder(root / DUMPS)
+    champion = root / CHAMPION
+    warm = str(files.read_json(champion)["id"]) if champion.exists() else known.warm_start
+    entry = registry.Entry(
+        archive=archive.as_posix(), sha256=content, images=count, added=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    )
+    registry.write(registry.Registry(warm_start=warm, dumps={**known.dumps, chosen: entry}), root / registry.FILE)
+    return Added(chosen, count, content, archive, skipped, None, warm)
+
+
+def _free_name(path: Path, known: registry.Registry) -> str:
+    stem = re.sub(r"[^a-z0-9_-]+", "-", _SUFFIX.sub("", path.resolve().name).lower()).strip("-_")[:56] or "dump"
+    number = 1
+    while (candidate := stem if number == 1 else f"{stem}-{number}") in known.dumps:
+        number += 1
+    return candidate
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.dumps", description="Register a dump of unlabelled images."
+    )
+    parser.add_argument("path", type=Path, help="folder, zip or tar")
+    parser.add_argument("--name", help="name in dumps.yaml; default: the file's own")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    arguments = parser.parse_args(argv)
+    console = Console()
+    try:
+        params = config.load(arguments.params)
+        with progress.bar("read %", 100, console) as bar:
+            shown = 0
+
+            def seen(share: float) -> None:
+                nonlocal shown
+                bar.advance(int(100 * share) - shown)
+                shown = int(100 * share)
+
+            added = add(arguments.path, name=arguments.name, params=params, seen=seen)
+    except (config.ConfigError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"add-dump: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    if added.same_as:
+        console.print(f"nothing new: {arguments.path} has the same files as dump {added.same_as!r}", markup=False)
+        return 0
+    table = Table("outcome", "files", title=f"dump {added.name}: {added.archive}")
+    table.add_row("images taken", str(added.images))
+    for reason, count in Counter(reason for _, reason in added.skipped).most_common():
+        table.add_row(f"skipped: {reason}", str(count))
+    console.print(table)
+    start = f"from champion {added.warm_start}" if added.warm_start else "from the encoder's own weights"
+    console.print(f"next: `dvc repro` ingests it, trains {start}, and the gate decides")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

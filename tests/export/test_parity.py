@@ -1,0 +1,125 @@
+"""Parity on a real exported network, and on graphs made wrong on purpose."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tiny_project
+from onnx import numpy_helper
+
+from export import bundle, parity
+from pipeline import config, files, manifest
+
+NAMES = tiny_project.NAMES
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(tiny_project.exported(), tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    return tmp_path / "p"
+
+
+def rebundle(change: dict[str, np.ndarray] | None = None, *, long_side: int | None = None) -> None:
+    """The project's bundle again, with some initializers replaced or another input policy."""
+    opened = bundle.open_bundle(Path("bundle"))
+    proto = onnx.load_from_string(opened.read_model())
+    for tensor in proto.graph.initializer:
+        if change and tensor.name in change:
+            tensor.CopyFrom(numpy_helper.from_array(change[tensor.name], tensor.name))
+    facts = opened.manifest
+    bundle.create(
+        Path("bundle"), proto.SerializeToString(), classes=[c.model_dump() for c in facts.classes],
+        long_side=long_side or facts.input.long_side, stride=facts.input.stride, card="changed", opset=facts.opset,
+        ir_version=facts.ir_version,
+    )  # fmt: skip
+
+
+def head_bias() -> tuple[str, np.ndarray]:
+    proto = onnx.load_from_string(bundle.open_bundle(Path("bundle")).read_model())
+    found = [t for t in proto.graph.initializer if list(t.dims) == [4] and "segmentation_head" in t.name]
+    assert len(found) == 1, [t.name for t in found]
+    return found[0].name, numpy_helper.to_array(found[0]).copy()
+
+
+def test_the_exported_network_passes_its_bars(project: Path) -> None:
+    assert parity.main() == 0
+    said = files.read_json(Path("reports/parity.json"))
+    assert said["passed"]
+    assert said["failures"] == []
+    for place in ("grid", "original"):
+        assert said[place]["agreement"] >= 0.999
+        assert set(said[place]["per_class"]) == set(NAMES)
+        assert all(v is None or v >= 0.99 for v in said[place]["per_class"].values())
+    assert said["images"] == 11
+    assert abs(said["miou_drop"]) < 0.1
+    scores = files.read_json(Path("reports/scores.json"))
+    assert said["miou_torch"] == pytest.approx(scores["miou"], abs=0.05)  # the same images, the same rule
+    assert said["largest_confidence_gap"] <= 1
+    assert said["serving_path_agreement"] >= 0.999
+    assert said["bundle"] == bundle.open_bundle(Path("bundle")).manifest.id
+    assert said["weights"] == files.sha256(Path("models/student/student.safetensors"))
+    rows = [r for r in manifest.read(Path("data/split/manifest.parquet")) if r.split == "test"]
+    assert said["original"]["pixels"] == sum(r.height * r.width for r in rows)
+
+
+def test_a_shifted_bias_fails_with_names_and_numbers(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, bias = head_bias()
+    bias[1] += 0.5
+    rebundle({name: bias})
+    assert parity.main() == 1
+    said = files.read_json(Path("reports/parity.json"))  # written although it failed
+    assert not said["passed"]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "agreement" in told
+    assert f"below parity.agreement {config.Parity().agreement:g}" in told
+    assert said["differing_pixels"] > said["near_ties_among_them"]
+
+
+def test_another_input_policy_in_the_bundle_is_seen(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The graph is right but serving would scale images otherwise: train/serve skew."""
+    rebundle(long_side=48)
+    assert parity.main() == 1
+    assert "input policy" in capsys.readouterr().err
+    assert files.read_json(Path("reports/parity.json"))["grid"]["agreement"] >= 0.999
+
+
+def test_a_damaged_bundle_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Path("bundle/model.onnx")
+    model.write_bytes(model.read_bytes()[:-1])
+    assert parity.main() == 1
+    assert "model.onnx" in capsys.readouterr().err
+
+
+def measured(pairs: np.ndarray) -> parity.Measured:
+    agreement = parity.Agreement(pairs)
+    return parity.Measured(agreement, agreement, pairs, pairs, 0, int(pairs.sum() - np.trace(pairs)), 0, 1.0, 1)
+
+
+def test_bars_are_inclusive_and_each_is_checked() -> None:
+    bars = config.Parity(agreement=0.99, class_agreement=0.9, miou_drop=0.5)
+    exact = np.array([[90, 10, 0], [0, 899, 1], [0, 0, 100]])
+    assert (
+        parity.judge(measured(np.diag([5, 5, 0])), NAMES[:3], bars) == []
+    )  # a class torch never answers is not judged
+    assert parity.judge(measured(exact), NAMES[:3], bars) == []  # 0.99 overall and 0.9 for the first class: just met
+    one_less = exact.copy()
+    one_less[0] = [89, 11, 0]
+    told = "\n".join(parity.judge(measured(one_less), NAMES[:3], bars))
+    assert "'sky' agrees on 0.890000" in told
+    assert "agreement 0.989091 is below" in told
+    worse = replace(measured(exact), torch_KK=np.diag([100, 100]), runtime_KK=np.array([[98, 2], [0, 100]]))
+    assert [f for f in parity.judge(worse, NAMES[:3], bars) if "mIoU falls by" in f]
+    skewed = replace(measured(exact), served=0.98)
+    assert [f for f in parity.judge(skewed, NAMES[:3], bars) if "input policy" in f]
+
+
+def test_images_are_picked_evenly_and_by_id(tmp_path: Path) -> None:
+    rows = tiny_project.write_data(tmp_path, [("test", "base", "d", 10)])
+    picked = parity.pick(rows, 4)
+    assert len({r.id for r in picked}) == 4
+    assert picked == parity.pick(rows[::-1], 4)
+    assert parity.pick(rows, 99) == sorted(rows, key=lambda r: r.id)

@@ -1,0 +1,42 @@
+"""F30: a mistyped key in params.yaml stops every data stage before any work, with the nearest key suggested."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_source
+
+from pipeline import dumps, index, ingest, pull, split
+
+STAGES: dict[str, Callable[[], int]] = {
+    "pull": lambda: pull.main([]),
+    "ingest": lambda: ingest.main(["base"]),
+    "index": lambda: index.main([]),
+    "split": lambda: split.main([]),
+    "add-dump": lambda: dumps.main(["."]),
+}
+WRONG = {
+    "ingest: {max_pixel: 5}": ("ingest.max_pixel", "'max_pixels'"),
+    "data: {lists: {labeled: a.txt}}": ("data.lists.labeled", "'labelled'"),
+    "splitt: {seed: 1}": ("splitt", "'split'"),
+    "split: {val: 1.5}": ("split.val", "1.5"),
+    "data: [1": ("params.yaml", "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("text", WRONG)
+def test_f30_refused_before_any_work(tmp_path: Path, stage: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_source.write_project(tmp_path, tmp_path)
+    (tmp_path / "params.yaml").write_text(text)
+    with tiny_source.inside(tmp_path):
+        assert STAGES[stage]() == 1
+    error = capsys.readouterr().err
+    assert all(part in error for part in WRONG[text]), error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dumps.yaml", "params.yaml"]
+
+
+def test_f30_another_params_file_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tiny_source.inside(tmp_path):
+        assert pull.main(["--params", "mine.yaml"]) == 1
+    assert "mine.yaml: not found" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""F37: the provider that was asked for by name runs, or nothing does; and only one ONNX Runtime may be installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from export import runtime
+from serving import run
+from tests import tiny_onnx
+
+
+def cuda_works(opened: runtime.Runtime) -> bool:
+    """Asked of ONNX Runtime itself, by creating a session and looking at what it got."""
+    session = onnxruntime.InferenceSession(
+        opened.bundle.read_model(), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    return bool(session.get_providers()[0] == "CUDAExecutionProvider")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_f37_cuda_by_name_runs_or_is_refused(tmp_path: Path) -> None:
+    made = tiny_onnx.write(tmp_path / "b")
+    opened = runtime.Runtime(made, provider="cpu")
+    assert opened.provider == "cpu"
+    if cuda_works(opened):
+        assert runtime.Runtime(made, provider="cuda").provider == "cuda"
+        assert runtime.Runtime(made, provider="auto").provider == "cuda"
+        return
+    with pytest.raises(runtime.ProviderError, match="CUDA was asked for"):
+        runtime.Runtime(made, provider="cuda")
+    assert runtime.Runtime(made, provider="auto").provider == "cpu"  # said, not hidden
+
+
+def test_f37_tensorrt_and_nonsense_are_refused(tmp_path: Path) -> None:
+    made = tiny_onnx.write(tmp_path / "b")
+    with pytest.raises(runtime.ProviderError, match="tensorrt"):
+        runtime.Runtime(made, provider="tensorrt")
+    with pytest.raises(runtime.ProviderError, match="choose cpu"):
+        runtime.Runtime(made, provider="npu")  # type: ignore[arg-type]
+
+
+def test_f37_the_service_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tiny_onnx.write(tmp_path / "b")
+    monkeypatch.setenv("MARGINALIA_PROVIDER", "tensorrt")
+    with pytest.raises(run.StartError, match="tensorrt"):
+        run.prepare(made.folder)
+    monkeypatch.setenv("MARGINALIA_PROVIDER", "cpu")
+    assert run.prepare(made.folder).bundle == made.folder
+
+
+def test_f37_two_onnxruntimes_are_refused(tmp_path: Path) -> None:
+    """Both distributions on the path, as pip leaves them; pip check says nothing."""
+    for name in ("onnxruntime", "onnxruntime_gpu"):
+        info = tmp_path / "site" / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    made = tiny_onnx.write(tmp_path / "b")
+    program = (
+        "import sys\nsys.path.append(sys.argv[1])\nfrom export import bundle, runtime\n"
+        "try:\n    runtime.Runtime(bundle.open_bundle(sys.argv[2]), provider='cpu')\n"
+        "except runtime.ProviderError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "site"), str(made.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "both installed" in done.stdout

@@ -1,0 +1,116 @@
+"""F51, F52, F54: tokens, what may stand in the log, and the labels of the metrics; and a full house."""
+
+import base64
+import socket
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from serving import observe
+from tests import live_server, tiny_onnx
+from tests.live_server import TOKEN, Server, error, until
+from tests.pictures import save
+
+MARK = b"secret-inside-the-picture-0123456789"
+PICTURE = save(Image.fromarray(np.zeros((20, 20, 3), np.uint8))) + MARK
+RAW = {"Content-Type": "application/octet-stream"}
+GOOD = RAW | {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    return live_server.guarded()
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, "", "Bearer", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}", TOKEN,
+     "Bearer " + "x" * 30_000, f"Bearer {TOKEN} {TOKEN}", "Bearer caf\xe9", f"Bearer {TOKEN.upper()}"],
+)  # fmt: skip
+def test_f51_wrong_tokens(http: httpx.Client, given: str | None) -> None:
+    header = {} if given is None else {"Authorization": given.encode("latin-1")}
+    for response in (
+        http.post("/v1/segment", content=PICTURE, headers=RAW | header),
+        http.get("/v1/model", headers=header),
+    ):
+        assert (response.status_code, error(response)) == (401, "unauthorized")
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert TOKEN not in response.text
+
+
+def test_f51_the_token_opens(http: httpx.Client) -> None:
+    assert http.post("/v1/segment", content=PICTURE, headers=GOOD).status_code == 200
+    assert http.get("/v1/model", headers={"Authorization": f"bearer {TOKEN}"}).status_code == 200
+    assert http.get("/v1/openapi.json").json()["security"] == [{"token": []}]
+
+
+def test_a_full_house_turns_away_and_a_slow_body_gives_its_place_back(server: Server, http: httpx.Client) -> None:
+    """One place. Somebody takes it and sends nothing: the next hears 503 at once, the slow one 408."""
+
+    def in_flight(count: int) -> bool:
+        return f"marginalia_in_flight {count}.0" in http.get("/metrics").text
+
+    until(lambda: in_flight(0))
+    head = f"POST /v1/segment HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: image/png\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
+        slow.sendall(head.encode() + b"Content-Length: 1000\r\n\r\n" + b"x")
+        until(lambda: in_flight(1))
+        full = http.post("/v1/segment", content=PICTURE, headers=GOOD)
+        assert (full.status_code, error(full)) == (503, "overloaded")
+        assert int(full.headers["retry-after"]) >= 1
+        answer = b""
+        while b"}}" not in answer:
+            answer += slow.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"slow-body" in answer
+    until(lambda: http.post("/v1/segment", content=PICTURE, headers=GOOD).status_code == 200)
+
+
+def test_f52_neither_token_nor_image_reaches_the_log(server: Server, http: httpx.Client) -> None:
+    http.post("/v1/segment", content=PICTURE, headers=GOOD | {"X-Request-Id": "last-one"})
+    http.post("/v1/segment", content=MARK, headers=GOOD)
+    http.post("/v1/segment", files={"image": (MARK.decode(), MARK)}, headers={"Authorization": f"Bearer {TOKEN}"})
+    http.get(f"/v1/model?token={TOKEN}")
+    http.get("/v1/model", headers={"Authorization": f"Basic {TOKEN}"})
+    until(lambda: "last-one" in server.log())
+    log = server.log()
+    encoded = base64.b64encode(MARK).decode()[:16]
+    for secret in (TOKEN, MARK.decode(), encoded, "IHDR"):
+        assert secret not in log
+
+
+def test_f54_labels_come_from_fixed_sets(server: Server, http: httpx.Client) -> None:
+    for hostile in ('x"} 1\nforged{a="', "%22%7D%0A", "a" * 500, "né", "../.."):
+        quoted = httpx.URL("/v1/").join(hostile.replace("\n", "%0a").replace('"', "%22"))
+        http.get(str(quoted))
+        http.request("BREW", "/v1/segment", headers={"X-Request-Id": "a", "User-Agent": hostile.encode().hex()})
+        http.post("/v1/segment", content=PICTURE, headers=RAW | {"Accept": "image/" + hostile.encode().hex()})
+        http.post("/v1/segment", files={hostile.encode().hex(): ("a", PICTURE)}, headers={"Authorization": TOKEN})
+    allowed = {
+        "answer": set(observe.ANSWERS),
+        "status": {"2xx", "4xx", "5xx"},
+        "phase": set(observe.PHASES),
+        "reason": set(observe.REASONS),
+        "class_name": {item["name"] for item in tiny_onnx.CLASSES},
+        "result": {"loaded", "refused"},
+    }
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        assert family.name.startswith("marginalia_")
+        for sample in family.samples:
+            for label, value in sample.labels.items():
+                assert label in ("le", "pid") or value in allowed[label], (sample.name, label, value)
+
+
+def test_no_error_was_internal(server: Server) -> None:
+    assert server.events("internal-error") == []
+    assert "Traceback" not in server.log()

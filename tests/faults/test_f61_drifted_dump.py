@@ -1,0 +1,46 @@
+"""F61: night images into a day set are flagged before training, and the policy decides."""
+
+from pathlib import Path
+
+import pytest
+import tiny_project
+from PIL import Image
+
+from pipeline import drift, files
+from training import predict
+
+DAY = [("labelled", "base", "a", 8), *(("unlabelled", "base", g, 8) for g in "bcd")]
+
+
+@pytest.mark.parametrize(("policy", "code"), [("warn", 0), ("hold", 1)])
+def test_f61_night_dump_is_flagged_without_any_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], policy: str, code: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = [*DAY, ("unlabelled", "more", "m", 12), ("unlabelled", "dusk", "n", 10)]
+    tiny_project.write_data(tmp_path, parts, dark=["dusk"])
+    tiny_project.write_params(tmp_path, pool={"permutations": 199, "policy": policy})
+    assert drift.main(["--screen"]) == code
+    said = files.read_json(Path("reports/screen.json"))  # written in both cases
+    assert said["drifted"] == ["dusk"]  # and the other new dump, which is like the rest, is not
+    assert said["held"] == (["dusk"] if policy == "hold" else [])
+    assert said["dumps"]["dusk"]["p"] < 0.01
+    assert ("pool.policy: hold" in " ".join(capsys.readouterr().err.split())) == (code == 1)
+    with Image.open("reports/screen.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_f61_the_students_features_see_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = [*DAY, ("unlabelled", "more", "m", 12), ("unlabelled", "dusk", "n", 10)]
+    tiny_project.write_data(tmp_path, parts, dark=["dusk"])
+    tiny_project.write_student(tmp_path, tiny_project.trained())
+    tiny_project.write_params(tmp_path)
+    assert predict.main() == 0
+    assert drift.main([]) == 0
+    said = files.read_json(Path("reports/drift.json"))
+    assert said["drifted"] == ["dusk"]
+    shifts = {dump: said["dumps"][dump]["shifts"] for dump in ("dusk", "more")}
+    assert abs(shifts["dusk"]["confidence"]["deviations"]) > 3 > abs(shifts["more"]["confidence"]["deviations"])
+    for side in ("reference", "dump"):
+        assert sum(area[side] for area in shifts["dusk"]["area"].values()) == pytest.approx(1, abs=1e-5)

@@ -1,0 +1,155 @@
+"""Drift: the statistic against a triple loop, the error rate of the test, the three rules, the stages."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_project
+
+from pipeline import config, drift, files, pool
+
+SETTINGS = config.Pool(permutations=199, drift_p=0.01)
+
+
+def cloud(parts: list[tuple[str, str, str, np.ndarray]]) -> drift.Cloud:
+    """(split, dump, group, points) -> Cloud."""
+    columns = [np.array([part[i] for part in parts for _ in part[3]]) for i in range(3)]
+    split, dump, group = columns
+    return drift.Cloud(np.concatenate([part[3] for part in parts]), dump, group, split)
+
+
+def singles(split: str, dump: str, points: np.ndarray) -> list[tuple[str, str, str, np.ndarray]]:
+    """Each image its own group, as images without a group are stored."""
+    return [(split, dump, f"{dump}{i}", points[i : i + 1]) for i in range(len(points))]
+
+
+def loop_energy(x: np.ndarray, y: np.ndarray) -> float:
+    def mean(a: np.ndarray, b: np.ndarray) -> float:
+        return sum(float(np.sqrt(((p - q) ** 2).sum())) for p in a for q in b) / (len(a) * len(b))
+
+    def inside(a: np.ndarray) -> float:
+        return mean(a, a) * len(a) / (len(a) - 1)
+
+    return 2 * mean(x, y) - inside(x) - inside(y)
+
+
+def test_energy_is_the_double_loop() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(12, 3))
+    members = np.array([[i in chosen for i in range(12)] for chosen in ({0, 1, 2}, {5, 11}, set(range(6)))])
+    got = drift.energies(drift.distances(points), members)
+    want = [loop_energy(points[m], points[~m]) for m in members]
+    np.testing.assert_allclose(got, want, rtol=1e-9)
+
+
+def test_energy_is_unbiased_whatever_the_sizes() -> None:
+    """Equal distributions: 0 on average, for a pair of images as for twenty (a mean over all pairs would not be)."""
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 20):
+        points = rng.normal(size=(400, 30, 3))
+        got = [drift.energies(drift.distances(p), (np.arange(30) < n)[None])[0] for p in points]
+        assert abs(np.mean(got)) < 4 * np.std(got) / 20
+
+
+def test_false_alarms_are_as_rare_as_promised() -> None:
+    rng = np.random.default_rng(0)
+    settings = config.Pool(permutations=99, drift_p=0.05)
+    flagged = 0
+    for _ in range(200):
+        points = rng.normal(size=(40, 4))
+        parts = singles("labelled", "base", points[:25]) + singles("unlabelled", "new", points[25:])
+        finding = drift.compare(cloud(parts), "new", settings)
+        assert finding.rule == "groups"  # every image is its own group
+        flagged += finding.drifted
+    assert flagged <= 20  # 5 % of 200 is 10; more than 20 has probability 0.001
+
+
+def test_a_shift_is_found_and_the_verdict_is_seeded() -> None:
+    rng = np.random.default_rng(0)
+    parts = singles("labelled", "base", rng.normal(size=(60, 4)))
+    parts += singles("unlabelled", "new", rng.normal(size=(30, 4)) + 1.0)
+    finding = drift.compare(cloud(parts), "new", SETTINGS)
+    assert finding.drifted
+    assert finding.p == pytest.approx(1 / 200)
+    assert finding == drift.compare(cloud(parts), "new", SETTINGS)
+    assert (finding.images, finding.reference) == (30, 60)
+
+
+def test_groups_are_permuted_whole_where_there_are_enough() -> None:
+    """Twelve videos, each with its own offset: a new trio of videos is nothing special, though frames differ wildly."""
+    rng = np.random.default_rng(2)
+    sites = [rng.normal(size=4) * 3 + 0.1 * rng.normal(size=(15, 4)) for _ in range(15)]
+    parts = [("unlabelled", "base", f"v{i}", s) for i, s in enumerate(sites[:12])]
+    usual = cloud(parts + [("unlabelled", "new", f"w{i}", s) for i, s in enumerate(sites[12:])])
+    finding = drift.compare(usual, "new", SETTINGS)
+    assert finding.rule == "groups"
+    assert not finding.drifted
+    far = cloud(parts + [("unlabelled", "new", f"w{i}", s + 20) for i, s in enumerate(sites[12:])])
+    assert drift.compare(far, "new", SETTINGS).drifted
+
+
+def test_with_few_groups_a_dump_must_also_beat_the_spread_between_groups() -> None:
+    rng = np.random.default_rng(3)
+    sites = [rng.normal(size=4) * 3 + 0.1 * rng.normal(size=(15, 4)) for _ in range(5)]
+    parts = [("unlabelled", "base", f"v{i}", s) for i, s in enumerate(sites[:4])]
+    finding = drift.compare(cloud([*parts, ("unlabelled", "new", "w", sites[4])]), "new", SETTINGS)
+    assert finding.rule == "images above group spread"
+    assert finding.p < 0.01  # frame by frame it looks new: each site does
+    assert not finding.drifted
+    assert finding.spread is not None
+    assert finding.energy <= finding.spread
+    assert drift.compare(cloud([*parts, ("unlabelled", "new", "w", sites[4] + 30)]), "new", SETTINGS).drifted
+
+
+def test_without_groups_images_are_permuted() -> None:
+    rng = np.random.default_rng(4)
+    parts = [
+        ("labelled", "base", "", rng.normal(size=(40, 3))),
+        ("unlabelled", "new", "", rng.normal(size=(20, 3)) + 2),
+    ]
+    finding = drift.compare(cloud(parts), "new", SETTINGS)
+    assert (finding.rule, finding.drifted) == ("images", True)
+
+
+def test_permutations_move_whole_units() -> None:
+    units, member = np.array([0, 0, 1, 1, 1, 2, 3]), np.array([0, 0, 1, 1, 1, 0, 0], bool)
+    drawn = drift._permuted(units, member, 50, np.random.default_rng(0))
+    for row in drawn:
+        inside = {int(u) for u in units[row]}
+        assert len(inside) == 1
+        assert row.sum() == (units == inside.pop()).sum()
+    assert len({tuple(row) for row in drawn}) == 4
+
+
+def test_descriptor_sees_light_colour_and_texture_but_not_noise_of_sampling() -> None:
+    rng = np.random.default_rng(0)
+    day = [pool.descriptor(tiny_project.scene(rng, 64, 96)[0]) for _ in range(12)]
+    night = [pool.descriptor(tiny_project.scene(rng, 64, 96, dark=True)[0]) for _ in range(12)]
+    assert day[0].shape == (80,)
+    within = np.mean([np.linalg.norm(a - b) for a in day for b in day])
+    between = np.mean([np.linalg.norm(a - b) for a in day for b in night])
+    assert between > 1.5 * within
+    flat = np.full((50, 50, 3), 100, np.uint8)
+    assert pool.descriptor(flat)[:64].max() == 1  # all pixels in one bin each
+    np.testing.assert_allclose((pool.descriptor(flat)[:64].reshape(4, 16) ** 2).sum(1), 1)
+    assert np.isfinite(pool.descriptor(np.zeros((1, 1, 3), np.uint8))).all()
+    assert np.isfinite(pool.descriptor(np.zeros((2, 900, 3), np.uint8))).all()
+
+
+def test_no_later_dump_means_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_project.write_data(tmp_path, [("labelled", "base", "a", 2), ("unlabelled", "base", "b", 2)])
+    tiny_project.write_params(tmp_path)
+    (tmp_path / "data/ingested/images.tar").unlink()  # not even read
+    assert drift.main(["--screen"]) == 0
+    said = files.read_json(Path("reports/screen.json"))
+    assert (said["dumps"], said["drifted"]) == ({}, [])
+
+
+def test_missing_pool_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_project.write_params(tmp_path)
+    assert drift.main([]) == 1
+    assert "run the predict stage" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""The difference hash against a slow oracle; the banded index against brute force."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import tiny_source
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import duplicates
+
+
+def slow_dhash(image_HWC: np.ndarray) -> tuple[int, int]:
+    """(bits, sure): float64 means over the 8 x 9 cells; `sure` marks bits that rounding cannot turn."""
+    grey = np.asarray(Image.fromarray(image_HWC).convert("L"), np.float64)
+    height, width = grey.shape
+    bits = sure = 0
+    for row in range(8):
+        means = []
+        for column in range(9):
+            cell = grey[row * height // 8 : (row + 1) * height // 8, column * width // 9 : (column + 1) * width // 9]
+            means.append(sum(map(float, cell.ravel())) / cell.size)
+        for left, right in pairwise(means):
+            bits = bits << 1 | (right > left)
+            sure = sure << 1 | (abs(right - left) > 1.5)
+    return bits, sure
+
+
+def test_dhash_equals_the_slow_oracle() -> None:
+    for seed in range(30):
+        image = tiny_source.picture(seed, 80, 90)
+        bits, sure = slow_dhash(image)
+        assert sure.bit_count() > 55
+        assert (duplicates.dhash(image) ^ bits) & sure == 0
+
+
+def test_dhash_of_known_gradients() -> None:
+    ramp = np.repeat(np.linspace(0, 255, 90).astype(np.uint8)[None, :, None], 80, 0).repeat(3, 2)
+    assert duplicates.dhash(ramp) == 2**64 - 1
+    assert duplicates.dhash(ramp[:, ::-1].copy()) == 0
+    half = np.concatenate([ramp[:40], ramp[:40, ::-1]])
+    assert duplicates.dhash(half) == 0xFFFFFFFF_00000000
+
+
+def test_dhash_survives_resaving_and_scaling_but_not_another_picture() -> None:
+    image = tiny_source.picture(1, 240, 320)
+    small = np.asarray(Image.fromarray(image).resize((160, 120), Image.Resampling.LANCZOS))
+    assert duplicates.distance(duplicates.dhash(image), duplicates.dhash(small)) <= 3
+    assert duplicates.distance(duplicates.dhash(image), duplicates.dhash(tiny_source.picture(2))) > 12
+
+
+HASH = st.integers(1, 2**64 - 1)
+FLIPS = st.lists(st.integers(0, 63), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(HASH, FLIPS), min_size=1, max_size=12), st.integers(0, 16))
+def test_index_finds_exactly_what_brute_force_finds(seeds: list[tuple[int, list[int]]], bits: int) -> None:
+    values = []
+    for value, flips in seeds:
+        near = value
+        for flip in flips:
+            near ^= 1 << flip
+        values += [value, near]
+    index, added = duplicates.NearIndex(bits), {}
+    for n, value in enumerate(values):
+        close = {key for key, other in added.items() if value and (value ^ other).bit_count() <= bits}
+        found = index.find(value)
+        assert (found is None) == (not close)
+        assert found is None or found in close
+        added[str(n)] = value
+        index.add(value, str(n))
+
+
+def test_flat_images_are_not_duplicates_of_each_other() -> None:
+    index = duplicates.NearIndex(3)
+    flat = duplicates.dhash(np.full((20, 20, 3), 9, np.uint8))
+    assert flat == 0
+    index.add(flat, "a")
+    assert index.find(flat) is None
+
+
+def test_bits_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="bits"):
+        duplicates.NearIndex(64)

@@ -1,0 +1,220 @@
+"""The gate's judgement against closed cases, its chain of custody, promotion under kills at every file operation."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_gate import NAMES, counts, scored, write_run
+
+from pipeline import champions, config, files, gate, scores
+
+GATE = config.Gate(bootstrap=400)
+GOOD, BETTER = (0.80, 0.80, 0.70), (0.86, 0.84, 0.74)
+
+
+def test_first_champion_needs_only_the_minimum() -> None:
+    challenger = scored("a", counts(GOOD))
+    assert gate.judge(challenger, None, GATE).verdict == "promoted"
+    low = gate.judge(challenger, None, GATE.model_copy(update={"minimum_miou": 99.0}))
+    assert low.verdict == "kept"
+    assert "gate.minimum_miou 99" in low.reason
+
+
+def test_clearly_better_is_promoted_and_the_numbers_are_the_slow_ones() -> None:
+    new, old = counts(BETTER), counts(GOOD)
+    verdict = gate.judge(scored("b", new), scored("a", old), GATE)
+    assert verdict.verdict == "promoted"
+    assert verdict.delta == pytest.approx(scores.miou(new.sum(0)) - scores.miou(old.sum(0)))
+    weights = np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), size=400)
+    drawn = []
+    for row in weights:  # the same drawn images for both: that is what makes it paired
+        pair = [sum(conf[i] * n for i, n in enumerate(row)) for conf in (new, old)]
+        drawn.append(scores.miou(pair[0]) - scores.miou(pair[1]))
+    assert verdict.ci == pytest.approx(list(np.quantile(drawn, [0.025, 0.975])))
+    assert set(verdict.per_class) == set(NAMES)
+
+
+def test_pairing_makes_the_interval_narrow() -> None:
+    """Both models find the same images hard: unpaired, this gain would drown in the spread over images."""
+    rng = np.random.default_rng(3)
+    hard = rng.uniform(0.2, 0.95, 30)
+    pair = [np.zeros((30, 3, 3), np.int64) for _ in range(2)]
+    for conf, gain in zip(pair, (0.01, 0.0), strict=True):
+        for i in range(30):
+            right = round(1000 * (hard[i] + gain))
+            conf[i] = np.diag([right] * 3) + np.roll(np.diag([1000 - right] * 3), 1, axis=1)
+    verdict = gate.judge(scored("b", pair[0]), scored("a", pair[1]), GATE)
+    assert verdict.verdict == "promoted"
+    alone = scores.interval(100 * scores.mean_present(scores.bootstrap(pair[0], samples=400, seed=0)), 0.95)
+    assert alone is not None
+    assert verdict.ci is not None
+    assert verdict.ci[1] - verdict.ci[0] < 0.1 * (alone.high - alone.low)
+
+
+def test_worse_is_kept_and_image_order_does_not_matter() -> None:
+    assert gate.judge(scored("b", counts(GOOD)), scored("a", counts(BETTER)), GATE).verdict == "kept"
+    order = np.random.default_rng(0).permutation(30)
+    shuffled = gate.Scored("a", "t1", NAMES, tuple(f"{i:02d}" for i in order), counts(GOOD)[order])
+    straight = gate.judge(scored("b", counts(BETTER)), scored("a", counts(GOOD)), GATE)
+    assert gate.judge(scored("b", counts(BETTER)), shuffled, GATE) == straight
+
+
+def test_one_test_image_proves_nothing() -> None:
+    verdict = gate.judge(scored("b", counts(BETTER)[:1]), scored("a", counts(GOOD)[:1]), GATE)
+    assert verdict.verdict == "kept"
+    assert "one test image" in verdict.reason
+
+
+def test_a_class_absent_from_the_test_set_is_reported_as_none() -> None:
+    new, old = counts(BETTER), counts(GOOD)
+    for conf in (new, old):
+        conf[:, 2, :], conf[:, :, 2] = 0, 0
+    verdict = gate.judge(scored("b", new), scored("a", old), GATE)
+    assert verdict.verdict == "promoted"
+    assert verdict.per_class["lamp"] == {
+        "delta": None, "ci": None, "challenger": None, "champion": None, "guarded": False, "blocks": False,
+    }  # fmt: skip
+
+
+def test_unknown_guarded_class_is_an_error() -> None:
+    with pytest.raises(gate.GateError, match=r"gate\.guarded names \['tre'\]"):
+        gate.judge(scored("b", counts(GOOD)), None, GATE.model_copy(update={"guarded": ("tre",)}))
+
+
+def test_run_promotes_then_keeps_the_same_bundle(tmp_path: Path) -> None:
+    id = write_run(tmp_path, "one", counts(GOOD))
+    assert gate.run(tmp_path, GATE).verdict == "promoted"
+    pointer = files.read_json(tmp_path / "champions/champion.json")
+    assert pointer["id"] == id
+    assert pointer["previous"] is None
+    home = tmp_path / "champions" / id
+    assert champions.check_bundle(tmp_path / pointer["bundle"]) == id
+    assert (tmp_path / pointer["student"]).read_bytes() == b"weights one"
+    assert {p.name for p in home.iterdir()} == {"bundle", "student.safetensors", "scores.json", "confusions.npz"}
+    again = gate.run(tmp_path, GATE)
+    assert again.verdict == "kept"
+    assert "the champion already" in again.reason
+    assert len((tmp_path / "champions/history.jsonl").read_text().splitlines()) == 1
+    second = write_run(tmp_path, "two", counts(BETTER))
+    assert gate.run(tmp_path, GATE).verdict == "promoted"
+    pointer = files.read_json(tmp_path / "champions/champion.json")
+    assert (pointer["id"], pointer["previous"]) == (second, id)
+    assert home.is_dir()  # the old one stays to go back to
+    history = [json.loads(line)["id"] for line in (tmp_path / "champions/history.jsonl").read_text().splitlines()]
+    assert history == [id, second]
+    said = files.read_json(tmp_path / "reports/gate.json")
+    assert (said["verdict"], said["challenger"], said["champion"]) == ("promoted", second, id)
+
+
+def test_failed_parity_and_foreign_parts_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "one", counts(GOOD), passed=False)
+    verdict = gate.run(tmp_path, GATE)
+    assert verdict.verdict == "refused"
+    assert "'lamp' agrees on 0.5" in verdict.reason
+    assert not (tmp_path / "champions").exists()
+    write_run(tmp_path, "one", counts(GOOD))
+    report = files.read_json(tmp_path / "reports/parity.json")
+    files.write_json(tmp_path / "reports/parity.json", report | {"bundle": "of another run"})
+    assert "run the parity stage again" in gate.run(tmp_path, GATE).reason
+    write_run(tmp_path, "one", counts(GOOD))
+    (tmp_path / "models/student/student.safetensors").write_bytes(b"other weights")
+    assert gate.run(tmp_path, GATE).verdict == "refused"
+    assert not (tmp_path / "champions").exists()
+
+
+@pytest.mark.parametrize("harm", ["changed", "missing", "extra"])
+def test_damaged_bundle_is_named(tmp_path: Path, harm: str) -> None:
+    write_run(tmp_path, "one", counts(GOOD))
+    model = tmp_path / "bundle/model.onnx"
+    if harm == "changed":
+        model.write_bytes(b"graph two")
+    elif harm == "missing":
+        model.unlink()
+    else:
+        model.with_name("model.onnx.data").write_bytes(b"x")
+    with pytest.raises(champions.ChampionError, match=r"model\.onnx"):
+        gate.run(tmp_path, GATE)
+
+
+def test_missing_inputs_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("gate: {bootstrap: 50}\n")
+    assert gate.main() == 1
+    assert "student.safetensors: not found" in capsys.readouterr().err
+    write_run(tmp_path, "one", counts(GOOD))
+    Path("reports/confusions.npz").unlink()
+    assert gate.main() == 1
+    assert "confusions.npz: not found; run the evaluate stage" in capsys.readouterr().err
+    id = write_run(tmp_path, "one", counts(GOOD))
+    assert gate.main() == 0
+    shutil.rmtree(Path("champions") / id)
+    assert gate.main() == 1
+    assert "is gone" in capsys.readouterr().err
+
+
+def killed_at(root: Path, number: int) -> bool:
+    """Run the gate in a child that dies, unflushed, right before its `number`th change of the file system.
+
+    Python reports every open, rename, mkdir and remove to audit hooks before doing it, so every point is reached.
+    """
+    child = os.fork()
+    if child == 0:
+        seen = 0
+        changing = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "tempfile.mkstemp")
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal seen
+            writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
+            if event in changing or writes:
+                seen += 1
+                if seen == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        try:
+            gate.run(root, GATE)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("again_of_a_former", [False, True])
+def test_a_kill_at_any_point_leaves_a_valid_champion(tmp_path: Path, again_of_a_former: bool) -> None:
+    start = tmp_path / "start"
+    old = write_run(start, "one", counts(GOOD))
+    gate.run(start, GATE)
+    new = write_run(start, "two", counts(BETTER))
+    if again_of_a_former:  # its folder lies there already, complete
+        shutil.copytree(start / "champions" / old, start / "champions" / new)
+    points, pointed_old, pointed_new = 0, 0, 0
+    while True:
+        points += 1
+        root = tmp_path / f"k{points}"
+        shutil.copytree(start, root)
+        killed = killed_at(root, points)
+        record = champions.current(root / "champions")
+        assert record is not None
+        champions.check_bundle(root / record["bundle"])
+        assert (root / record["student"]).exists()
+        pointed_old, pointed_new = pointed_old + (record["id"] == old), pointed_new + (record["id"] == new)
+        verdict = gate.run(root, GATE)  # what the next `dvc repro` does
+        assert verdict.verdict == ("promoted" if record["id"] == old else "kept")
+        assert champions.current(root / "champions")["id"] == new
+        assert champions.check_bundle(root / f"champions/{new}/bundle") == new
+        history = [json.loads(line)["id"] for line in (root / "champions/history.jsonl").read_text().splitlines()]
+        assert history == [old, new]
+        assert not list((root / "champions").glob(".new-*"))
+        shutil.rmtree(root)
+        if not killed:
+            break
+    assert points > 15
+    assert pointed_old > 5
+    assert pointed_new > 2

@@ -1,0 +1,110 @@
+"""The rooms' direction of import, and dvc.yaml's dependencies against what each stage really imports."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("pipeline", "training", "export", "serving")
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for room in ROOMS
+    for path in (ROOT / room).rglob("*.py")
+}
+
+
+def imports(name: str, *, top_level_only: bool = False) -> set[str]:
+    """Modules of this repository that `name` imports, packages' __init__ included."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            base = node.module or ""
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    found = {module for module in found if module in MODULES}
+    return found | {module.rpartition(".")[0] for module in found if "." in module}
+
+
+def reached(start: str) -> set[str]:
+    seen, todo = set(), [start]
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += imports(name)
+    return seen
+
+
+RUNTIME = {"export.bundle", "export.runtime"}
+
+
+def allowed(name: str) -> set[str]:
+    """Rooms a module may import from: pipeline <- training <- export; pipeline <- export.{bundle,runtime} <- serving."""
+    room = name.partition(".")[0]
+    if room == "pipeline":
+        return {"pipeline"}
+    if room == "training":
+        return {"pipeline", "training"}
+    if room == "serving":
+        return {"pipeline", "export", "serving"}
+    return {"pipeline", "training", "export"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_forbidden_arrow(name):
+    for other in imports(name):
+        assert other.partition(".")[0] in allowed(name), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if n.startswith("serving") or n in RUNTIME))
+def test_what_serves_reaches_no_torch_and_no_training(name):
+    for module in reached(name):
+        assert not module.startswith("training"), f"{name} reaches {module}"
+        text = MODULES[module].read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(import|from) (torch|pyarrow|dvc|onnx|matplotlib)\b", text, re.M), (
+            f"{name} reaches {module}"
+        )
+
+
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if n.startswith("pipeline")))
+def test_the_pipeline_imports_no_torch_and_no_web_framework(name):
+    text = MODULES[name].read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(import|from) (torch|starlette|bentoml)\b", text, re.M)
+
+
+def stages() -> dict[str, dict]:
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+@pytest.mark.parametrize("stage", sorted(stages()))
+def test_a_stage_depends_on_exactly_the_sources_it_imports(stage):
+    body = stages()[stage]
+    body = body.get("do", body)
+    module = re.match(r"python -m (\S+)", body["cmd"]).group(1)
+    needed = {MODULES[m].relative_to(ROOT).as_posix() for m in reached(module) if MODULES[m].stat().st_size}
+    declared = {d for d in body["deps"] if d.endswith(".py")}
+    assert declared == needed, f"dvc.yaml {stage}: add {sorted(needed - declared)}, drop {sorted(declared - needed)}"
+
+
+@pytest.mark.parametrize("stage", sorted(stages()))
+def test_a_stage_names_only_parameters_that_exist(stage):
+    from pipeline.config import Params
+
+    body = stages()[stage]
+    known = Params().model_dump()
+    for item in body.get("do", body).get("params", []):
+        keys = next(iter(item.values())) if isinstance(item, dict) else [item]
+        if isinstance(item, dict) and "dumps.yaml" in item:
+            continue
+        for key in keys:
+            section = known
+            for part in key.split("."):
+                assert part in section, f"dvc.yaml {stage}: params.yaml has no {key}"
+                section = section[part]

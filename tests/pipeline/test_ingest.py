@@ -1,0 +1,152 @@
+"""Archives become shards and rows: everything is found again, nothing depends on threads, processes or neighbours."""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_source
+from rich.console import Console
+
+from pipeline import config, duplicates, images, ingest, manifest, registry, shards
+
+QUIET = Console(quiet=True)
+SOURCE = {
+    "source": "folder",
+    "classes": [{"id": k, "name": n, "color": [k, 9, 9]} for k, n in enumerate(tiny_source.CLASSES)],
+    "ignore": 255,
+    "lists": dict.fromkeys(("labelled", "unlabelled", "val", "test")),
+    "groups": None,
+    "group_pattern": None,
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Path]:
+    with tiny_source.inside(tmp_path):
+        yield tmp_path
+
+
+def archive(path: Path, seeds: range, *, masked: bool = True) -> Path:
+    members = [(f"images/g{n % 2}/{n:03d}.png", tiny_source.encode(tiny_source.picture(n))) for n in seeds]
+    if masked:
+        members += [(f"masks/g{n % 2}/{n:03d}.png", tiny_source.encode(tiny_source.mask(n))) for n in seeds]
+    shards.write_tar(path, members)
+    return path
+
+
+def digests(folder: Path) -> dict[str, tuple[str, int]]:
+    return {p.name: (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+
+
+def test_every_image_and_mask_is_found_again(project: Path) -> None:
+    path = archive(project / "base.tar", range(12))
+    counts = ingest.ingest(path, "base", SOURCE, config.Ingest(shard_mb=1), QUIET)
+    assert counts == {"images": 12, "with mask": 12}
+    rows = manifest.read(project / "data/ingested/base/rows.parquet")
+    assert len(rows) == 12
+    for row in rows:
+        seed = int(row.name[-3:])
+        image_HWC = tiny_source.picture(seed)
+        assert manifest.read_image_bytes(row) == tiny_source.encode(image_HWC)  # stored as it came
+        np.testing.assert_array_equal(manifest.open_image(row, 10_000), image_HWC)
+        np.testing.assert_array_equal(manifest.open_mask(row, 10_000), tiny_source.mask(seed))
+        assert (row.id, row.phash) == (manifest.image_id(image_HWC), f"{duplicates.dhash(image_HWC):016x}")
+        assert (row.dump, row.source, row.group, row.split) == ("base", "folder", f"g{seed % 2}", "")
+        assert (row.width, row.height) == (64, 48)
+
+
+def test_exif_and_grey_images_keep_their_bytes_and_get_the_oriented_size(project: Path) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    turned = tiny_source.encode(tiny_source.picture(1), "JPEG", exif=exif, quality=95)
+    grey = tiny_source.encode(tiny_source.picture(2)[..., 0])
+    shards.write_tar(project / "b.tar", [("images/t.jpg", turned), ("images/g.png", grey)])
+    ingest.ingest(project / "b.tar", "base", SOURCE, config.Ingest(), QUIET)
+    t, g = manifest.read(project / "data/ingested/base/rows.parquet")
+    assert (t.width, t.height, g.width, g.height) == (48, 64, 64, 48)
+    assert [manifest.read_image_bytes(r) for r in (t, g)] == [turned, grey]
+    np.testing.assert_array_equal(manifest.open_image(t, 10_000), images.decode(turned, max_pixels=10_000))
+
+
+def test_threads_and_processes_write_the_same(project: Path) -> None:
+    path = archive(project / "b.tar", range(ingest.FEW + 4), masked=False)  # enough for processes
+    made = []
+    for workers in (1, 2):
+        ingest.ingest(path, "base", SOURCE, config.Ingest(workers=workers), QUIET)
+        made.append({name: digest for name, (digest, _) in digests(project / "data/ingested/base").items()})
+    assert made[0] == made[1]
+    assert set(made[0]) == {"images-00000.tar", "rows.parquet", "quarantine.json"}
+
+
+def test_another_dump_leaves_the_first_ones_files_untouched(tmp_path: Path) -> None:
+    source, root = tmp_path / "source", tmp_path / "project"
+    tiny_source.write_source(source, {"a": 4, "b": 3, "c": 3})
+    tiny_source.write_project(root, source)
+    assert tiny_source.run(root) == 0
+    before = digests(root / "data/ingested/base")
+    archive(root / "data/dumps/more.tar", range(50, 55), masked=False)
+    known = registry.read(root / "dumps.yaml")
+    entry = registry.Entry(archive="data/dumps/more.tar", sha256="0" * 64, images=5)
+    registry.write(registry.Registry(dumps={**known.dumps, "more": entry}), root / "dumps.yaml")
+    with tiny_source.inside(root):
+        assert ingest.main(["more"]) == 0
+    assert digests(root / "data/ingested/base") == before
+
+
+def test_results_come_in_order_with_bounded_work_under_way() -> None:
+    under_way, most = 0, 0
+
+    def items() -> Iterator[int]:
+        nonlocal under_way, most
+        for n in range(40):
+            under_way += 1
+            most = max(most, under_way)
+            yield n
+
+    with ThreadPoolExecutor(4) as pool:
+        for item, result in ingest.ordered(pool, lambda n: n * n, items(), 6):
+            under_way -= 1
+            assert result == item * item
+    assert most <= 6
+
+
+def test_groups_of_base_and_later_dumps() -> None:
+    source = SOURCE | {"groups": {"x/1": "site"}, "group_pattern": "^cam([0-9]+)"}
+    assert ingest.group_of("x/1", "base", source) == "site"
+    assert ingest.group_of("x/1", "later", source) == "x"  # the table is the base archive's
+    assert ingest.group_of("cam7_3", "later", source) == "7"
+    assert ingest.group_of("a/b/3", "base", source) == "a/b"
+    assert ingest.group_of("3", "base", source) == "3"
+    assert ingest.group_of("3", "later", source) == "later/3"
+
+
+def test_misplaced_files_are_named(project: Path) -> None:
+    names = ["images/a.png", "images/a.webp", "masks/z.png", "readme.txt", "images/b.png"]
+    seeds = dict(zip(names, range(5), strict=True))
+    shards.write_tar(project / "b.tar", [(n, tiny_source.encode(tiny_source.picture(s))) for n, s in seeds.items()])
+    ingest.ingest(project / "b.tar", "base", SOURCE, config.Ingest(), QUIET)
+    codes = {k: v["code"] for k, v in tiny_source.quarantine(project, "data/ingested/base/quarantine.json").items()}
+    assert codes == {
+        "images/a.webp": "duplicate-name", "masks/z.png": "mask-without-image", "readme.txt": "unexpected-place",
+    }  # fmt: skip
+    assert [r.name for r in manifest.read(project / "data/ingested/base/rows.parquet")] == ["a", "b"]
+
+
+def test_unknown_dump_and_missing_archive_are_errors_not_traces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_source.write_source(tmp_path / "source", {"a": 1})
+    tiny_source.write_project(tmp_path / "project", tmp_path / "source")
+    assert tiny_source.run(tmp_path / "project", upto="pull") == 0
+    with tiny_source.inside(tmp_path / "project"):
+        assert ingest.main(["autumn"]) == 1
+        assert "known: base" in capsys.readouterr().err
+        Path("data/pulled/base.tar").unlink()
+        assert ingest.main(["base"]) == 1
+        assert "base.tar" in capsys.readouterr().err
+        assert not Path("data/ingested/base").exists()

@@ -1,0 +1,139 @@
+"""Ranking: rarity, doubt, diversity, group caps against closed cases; the folder reads back."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_project
+from PIL import Image
+
+from pipeline import config, files, manifest, pool, rank
+from training import predict
+
+
+def made(doubt_NK: list[list[float]], place: list[list[float]], groups: str = "", labelled: int = 0) -> pool.Pool:
+    """A pool with these doubts and embeddings; the first `labelled` rows are labelled, groups one letter a row."""
+    n, k = len(doubt_NK), len(doubt_NK[0])
+    names = np.array([f"i{j:02d}" for j in range(n)])
+    split = np.array(["labelled"] * labelled + ["unlabelled"] * (n - labelled))
+    ones = np.ones(n)
+    return pool.Pool(
+        names, names, np.array(["base"] * n), np.array(list(groups) or [""] * n), split, np.array(place, float),
+        ones, ones, ones, np.full((n, k), 1 / k), np.array(doubt_NK, float), np.array([f"c{j}" for j in range(k)]),
+    )  # fmt: skip
+
+
+def test_rarity_is_the_capped_root_of_the_ratio() -> None:
+    np.testing.assert_allclose(rank.rarity(np.array([0.64, 0.32, 0.04, 0.0])), [1, np.sqrt(2), 4, 4])
+    np.testing.assert_allclose(rank.rarity(np.array([0.5, 0.125, 0.375])), [1, 2, np.sqrt(4 / 3)])
+    np.testing.assert_array_equal(rank.rarity(np.zeros(3)), 1)  # nothing labelled: nothing is rare
+
+
+def test_label_frequency_reads_the_summary_by_name() -> None:
+    summary = {"classes": tiny_project.CLASSES, "pixels": {"labelled": {"sky": 30, "wall": 60, "lamp": 10}}}
+    np.testing.assert_allclose(rank.label_frequency(summary, tiny_project.NAMES), [0.3, 0.6, 0.0, 0.1])
+
+
+def test_doubt_in_a_rare_class_counts_more() -> None:
+    seen = made([[0.1, 0.0], [0.0, 0.1]], [[0, 0], [0, 0]])
+    got = rank.doubt(seen, np.array([0.8, 0.2]))
+    np.testing.assert_allclose(got, [0.1, 0.2])
+
+
+def test_doubt_decides_between_equals_and_labelled_images_are_never_chosen() -> None:
+    seen = made([[0.9], [0.2], [0.4], [0.3], [0.1]], [[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]], labelled=1)
+    choices = rank.choose(seen, np.array([1.0]), 3)
+    assert choices[0].index == 2
+    assert 0 not in {c.index for c in choices}
+    assert len({c.index for c in choices}) == 3
+
+
+def test_a_near_copy_of_a_labelled_or_chosen_image_waits() -> None:
+    """Two doubtful twins, and a less doubtful image elsewhere: the second twin comes last."""
+    seen = made([[0.1], [0.50], [0.49], [0.3]], [[0, 0], [4, 0], [4, 0.01], [0, 4]], labelled=1)
+    assert [c.index for c in rank.choose(seen, np.array([1.0]), 3)] == [1, 3, 2]
+    beside = made([[0.1], [0.50], [0.3]], [[4, 0], [4, 0.01], [0, 4]], labelled=1)
+    assert rank.choose(beside, np.array([1.0]), 1)[0].index == 2
+
+
+def test_no_group_gives_more_than_twice_its_share_unless_all_are_used_up() -> None:
+    rng = np.random.default_rng(0)
+    doubts = [[0.9 - 0.001 * i] for i in range(20)] + [[0.2 - 0.001 * i] for i in range(20)]
+    groups = "a" * 20 + "b" * 8 + "c" * 6 + "d" * 6
+    seen = made(doubts, rng.normal(size=(40, 3)).tolist(), groups)
+    chosen = [groups[c.index] for c in rank.choose(seen, np.array([1.0]), 8)]
+    assert chosen.count("a") == 4  # 8 wanted, 4 groups: at most 4 each
+    only = made(doubts[:20], rng.normal(size=(20, 3)).tolist(), "a" * 19 + "b")
+    assert len(rank.choose(only, np.array([1.0]), 8)) == 8
+
+
+def test_without_labelled_images_the_most_doubtful_comes_first() -> None:
+    seen = made([[0.2], [0.6], [0.4]], [[0, 0], [1, 1], [2, 0]])
+    assert rank.choose(seen, np.array([0.0]), 2)[0].index == 1
+    assert rank.choose(made([[0.5]], [[0, 0]], labelled=1), np.array([1.0]), 3) == []
+
+
+def test_the_order_of_files_decides_nothing() -> None:
+    rng = np.random.default_rng(1)
+    seen = made(rng.uniform(0, 1, (30, 3)).tolist(), rng.normal(size=(30, 4)).tolist(), "ab" * 15, labelled=4)
+    order = rng.permutation(30)
+    shuffled = pool.Pool(**{k: v if k == "classes" else v[order] for k, v in seen.__dict__.items()})
+    frequency = np.array([0.5, 0.3, 0.2])
+    first = [str(seen.id[c.index]) for c in rank.choose(seen, frequency, 6)]
+    assert first == [str(shuffled.id[c.index]) for c in rank.choose(shuffled, frequency, 6)]
+
+
+def test_equal_names_get_their_dump_as_a_folder() -> None:
+    names = rank.export_names(["x", "y", "x"], ["base", "base", "night"])
+    assert names == ["base/x", "y", "night/x"]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
+    monkeypatch.chdir(tmp_path)
+    params = tiny_project.write(tmp_path)
+    assert predict.main() == 0
+    return params
+
+
+def test_stage_writes_a_folder_with_pre_labels(project: config.Params) -> None:
+    Path("reports/label_next/images").mkdir(parents=True)
+    Path("reports/label_next/images/old.png").write_bytes(b"of an earlier run")
+    assert rank.main() == 0
+    folder = Path("reports/label_next")
+    rows = {r.name: r for r in manifest.read(Path("data/split/manifest.parquet"))}
+    table = list(csv.DictReader(io.StringIO(Path("reports/rank.csv").read_text())))
+    assert [row["place"] for row in table] == ["1", "2", "3", "4"]
+    for row in table:
+        source = rows[row["name"]]
+        assert source.split == "unlabelled"
+        assert (folder / f"images/{row['name']}.png").read_bytes() == manifest.read_image_bytes(source)
+        with Image.open(folder / f"masks/{row['name']}.png") as mask:
+            assert mask.size == (source.width, source.height)
+            assert np.array(mask).max() < 4
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    assert len(found) == 9  # four pairs and the class list: nothing of the earlier run
+    assert (folder / "classes.txt").read_text().split() == tiny_project.NAMES
+    before = Path("reports/rank.csv").read_bytes()
+    assert rank.main() == 0
+    assert Path("reports/rank.csv").read_bytes() == before
+
+
+def test_pre_labels_of_another_run_are_an_error(project: config.Params, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline import shards
+
+    shards.write_tar(pool.PRELABELS, [])
+    assert rank.main() == 1
+    assert "run the predict stage again" in capsys.readouterr().err
+    assert not Path("reports/rank.csv").exists()
+
+
+def test_a_pool_without_an_array_is_named(project: config.Params) -> None:
+    with np.load(pool.FILE) as arrays:
+        kept = {key: arrays[key] for key in arrays if key != "doubt"}
+    with files.replacing(pool.FILE) as file:
+        np.savez(file, **kept)
+    with pytest.raises(pool.PoolError, match="'doubt'"):
+        pool.read()
