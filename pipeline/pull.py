@@ -72,8 +72,8 @@ def pull_folder(params: config.Params, console: Console) -> tuple[dict[str, Any]
         Path(data.path), classes=data.classes, lists=data.lists, group=data.group, max_pixels=params.ingest.max_pixels
     )
     with progress.bar("pack", len(source.files), console) as bar, shards.replacing_tar(PULLED / "base.tar") as add:
-        for name, content in source.members():
-            add(name, content)
+        for name, path in source.files:
+            add(name, path)
             bar.advance()
     about = {"source": "folder", "classes": source.classes, "ignore": 255, "lists": source.lists}
     about |= {"groups": source.groups, "group_pattern": data.group}  # the pattern also serves later dumps

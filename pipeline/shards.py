@@ -4,6 +4,7 @@ Members carry WebDataset-style names (`KEY.ext`), so other tools can stream the 
 """
 
 import os
+import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,27 +25,33 @@ class Member(NamedTuple):
     length: int
 
 
-def _append(file: IO[bytes], name: str, data: bytes) -> int:
-    """Write one tar member at the file's position; returns the offset of its first data byte."""
+def _append(file: IO[bytes], name: str, data: bytes | Path) -> int:
+    """Write one tar member, from memory or from a file, at the file's position; returns its first byte's offset."""
     info = tarfile.TarInfo(name)
-    info.size = len(data)
+    info.size = data.stat().st_size if isinstance(data, Path) else len(data)
     info.mode = 0o644  # owner, times and modes are constants: equal content gives equal archives
     file.write(info.tobuf(tarfile.PAX_FORMAT))
     offset = file.tell()
-    file.write(data)
-    file.write(bytes(-len(data) % BLOCK))
+    if isinstance(data, Path):
+        with data.open("rb") as source:
+            shutil.copyfileobj(source, file, 1 << 20)
+    else:
+        file.write(data)
+    if file.tell() != offset + info.size:
+        raise ValueError(f"{name}: its size changed while it was read; wait until it is written, then run again")
+    file.write(bytes(-info.size % BLOCK))
     return offset
 
 
 @contextmanager
-def replacing_tar(path: Path) -> Iterator[Callable[[str, bytes], int]]:
+def replacing_tar(path: Path) -> Iterator[Callable[[str, bytes | Path], int]]:
     """Yields add(name, data) -> offset; the finished uncompressed tar replaces `path` when the block ends well."""
     with files.replacing(path) as file:
         yield lambda name, data: _append(file, name, data)
         file.write(bytes(2 * BLOCK))
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> int:
+def write_tar(path: Path, members: Iterable[tuple[str, bytes | Path]]) -> int:
     """Write (name, data) pairs in the order given; returns how many. Atomic; the bytes depend on the pairs alone."""
     count = 0
     with replacing_tar(path) as add:

@@ -7,7 +7,7 @@ labelled.txt ...        name ids, one a line (params.yaml: data.lists)
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +29,6 @@ class Source(NamedTuple):
     classes: list[dict[str, Any]]
     lists: dict[str, list[str] | None]
     groups: dict[str, str] | None
-
-    def members(self) -> Iterator[tuple[str, bytes]]:
-        for name, path in self.files:
-            yield name, path.read_bytes()
 
 
 def name_id(path: str) -> str:

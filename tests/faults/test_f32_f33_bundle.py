@@ -123,6 +123,24 @@ def in_sparse(model: onnx.ModelProto) -> None:
     model.graph.sparse_initializer.append(sparse)
 
 
+def in_lists(model: onnx.ModelProto) -> None:
+    """Attributes that hold several tensors, sparse tensors or graphs, one kind at a time."""
+    inner = helper.make_graph([], "inner", [], [], [weight()])
+    sparse = onnx.SparseTensorProto()
+    sparse.indices.CopyFrom(weight())
+    for field, value in (("tensors", weight()), ("graphs", inner), ("sparse_tensors", sparse)):
+        single = onnx.ModelProto()
+        single.CopyFrom(model)
+        getattr(single.graph.node.add(op_type="X").attribute.add(name="a"), field).append(value)
+        assert external_references(single.SerializeToString()), field
+    one = model.graph.node.add(op_type="X").attribute.add(name="a")
+    one.sparse_tensor.CopyFrom(sparse)
+
+
+def in_training(model: onnx.ModelProto) -> None:
+    model.training_info.add().algorithm.CopyFrom(helper.make_graph([], "inner", [], [], [weight()]))
+
+
 def in_function(model: onnx.ModelProto) -> None:
     node = helper.make_node("Constant", [], ["c"], value=weight())
     model.functions.append(helper.make_function("d", "f", [], ["c"], [node], [helper.make_opsetid("", 18)]))
@@ -144,8 +162,8 @@ def in_context_node(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     "hide",
     [
-        in_initializer, in_attribute, in_subgraph, in_sparse, in_function, in_location_only, in_flag_only,
-        in_context_node,
+        in_initializer, in_attribute, in_subgraph, in_sparse, in_lists, in_training, in_function, in_location_only,
+        in_flag_only, in_context_node,
     ],
 )  # fmt: skip
 def test_f32_data_outside_the_file(tmp_path: Path, hide: Callable[[onnx.ModelProto], None]) -> None:

@@ -33,8 +33,7 @@ def test_members_are_sorted_whole_and_without_hidden_files(source: Path) -> None
     tiny_source.put(source, "images/.cache/thumb.png", b"x")
     found = read(source)
     names = ["images/a/00.png", "images/a/01.png", "images/b/00.png", "masks/a/00.png", "masks/a/01.png"]
-    assert [name for name, _ in found.members()] == names
-    assert all(data == (source / name).read_bytes() for name, data in found.members())
+    assert found.files == [(name, source / name) for name in names]
     assert found.groups is None
     assert found.lists == dict.fromkeys(("labelled", "unlabelled", "val", "test"))
 

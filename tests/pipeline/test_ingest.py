@@ -1,8 +1,10 @@
 """Archives become shards and rows: everything is found again, nothing depends on threads, processes or neighbours."""
 
 import hashlib
+import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,13 @@ def test_results_come_in_order_with_bounded_work_under_way() -> None:
             under_way -= 1
             assert result == item * item
     assert most <= 6
+
+
+def test_a_dead_decoder_process_is_an_error_that_names_where(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        results = ingest._surviving(ingest.ordered(pool, os._exit, [3, 3], 4), tmp_path / "base.tar")  # type: ignore
+        with pytest.raises(RuntimeError, match=r"base\.tar: a decoder process died shortly after image 'none'"):
+            list(results)
 
 
 def test_groups_of_base_and_later_dumps() -> None:

@@ -102,6 +102,8 @@ def test_confusion_rows_keep_the_shares() -> None:
     assert rows[("a", "b")] == 20
     assert not any(actual == "b" for actual, _ in rows)
     assert sorted(rows[("c", p)] for p in "abc") == [66, 67, 67]
+    uneven = Counter(report.confusion_rows(np.array([[5, 2], [0, 1]]), ["a", "b"]))
+    assert (uneven[("a", "a")], uneven[("a", "b")]) == (143, 57)  # 142.86 and 57.14
 
 
 def test_answer_rounds_the_highest_probability() -> None:

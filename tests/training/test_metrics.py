@@ -150,6 +150,7 @@ def test_ece_against_the_loop() -> None:
             place = next(b for b in range(15) if c * 15 <= (b + 1) * 255)
             bins[place].append((c / 255, t == p))
     n = sum(map(len, bins))
+    assert metrics.reliability(counts)[:, 0].tolist() == [len(b) for b in bins]  # the edges of the bins too
     want = sum(abs(sum(c for c, _ in b) - sum(r for _, r in b)) for b in bins) / n
     assert metrics.ece(counts) == pytest.approx(want, abs=1e-12)
 
