@@ -7,8 +7,9 @@ So the six classes are exact, not guessed.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +134,18 @@ def classes_of(
     return out
 
 
+def swapped(
+    image_HWC: NDArray[np.uint8], seen: Sequence[NDArray[np.uint8]], back_HWC: NDArray[np.uint8]
+) -> NDArray[np.bool_]:
+    """Where the sky is, H x W: pixels that differ between the views `seen` under other skies and are as in `image_HWC`
+    once its own sky is `back`. An animated wall differs as well, but does not come back."""
+    same_HW: NDArray[np.bool_] = (back_HWC == image_HWC).all(2)
+    sky_HW = np.zeros_like(same_HW)
+    for one, two in combinations(seen, 2):
+        sky_HW |= (one != two).any(2)
+    return same_HW & sky_HW
+
+
 def usable(image_HWC: NDArray[np.uint8], mask_HW: NDArray[np.uint8], darkest: float, largest_share: float) -> bool:
     """Whether a frame is bright enough and not nearly all of one class."""
     share_K = np.bincount(mask_HW.ravel(), minlength=256) / mask_HW.size
@@ -219,11 +232,10 @@ def _shoot(game: Any, level: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]
         _act(game)
         seen.append(game.get_state().screen_buffer.copy())
     game.send_game_command("freeze")
-    same_HW = (seen.pop() == image_HWC).all(2)
-    if same_HW.mean() < 0.9:
+    back_HWC = seen.pop()
+    if (back_HWC == image_HWC).all(2).mean() < 0.9:
         return None
-    swapped_HW = (seen[0] != seen[1]).any(2) | (seen[1] != seen[2]).any(2) | (seen[0] != seen[2]).any(2)
-    return DISPLAY[image_HWC], classes_of(labels_HW, swapped_HW & same_HW & far_HW, sprites, pitch)
+    return DISPLAY[image_HWC], classes_of(labels_HW, far_HW & swapped(image_HWC, seen, back_HWC), sprites, pitch)
 
 
 def render(job: Job) -> tuple[str, list[Frame]]:

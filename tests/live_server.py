@@ -108,7 +108,7 @@ def start(settings: dict[str, str], command: list[str] | None = None) -> Server:
         assert process.poll() is None, server.log()
         return httpx.get(server.url + "/readyz", trust_env=False).status_code == 200
 
-    until(ready)
+    until(ready, 180)  # three Python starts; on a machine busy with training that takes a while
     return server
 
 

@@ -207,10 +207,10 @@ def _show(value: dict[str, Any], console: Console) -> None:
         cells = [report.percent(row[k]) for k in ("iou", "precision", "recall")]
         spread = " .. ".join(map(report.percent, row["ci"] or (None, None)))
         table.add_row(name, cells[0], spread, *cells[1:], f"{row['pixels']:,}")
+    overall, edge, best = (report.percent(v) for v in (value["miou_all"], value["boundary_iou"], value["best"]["miou"]))
     table.caption = (
-        f"mIoU over all classes {report.percent(value['miou_all'])}, "
-        f"boundary IoU {report.percent(value['boundary_iou'])}, pixel accuracy {value['pixel_accuracy']:.4f}, calibration error {value['ece']:.4f}; "
-        f"best on val: test mIoU {report.percent(value['best']['miou'])}"
+        f"mIoU over all classes {overall}, boundary IoU {edge}, pixel accuracy {value['pixel_accuracy']:.4f}, "
+        f"calibration error {value['ece']:.4f}; best on val: test mIoU {best}"
     )
     console.print(table)
 

@@ -79,7 +79,7 @@ class Project:
         self.run("git", "commit", "-qm", "now")
 
     def run(self, *command: str, fails: bool = False) -> str:
-        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=900)
         assert (done.returncode != 0) == fails, done.stdout[-4000:] + done.stderr[-4000:]
         return done.stdout + done.stderr
 

@@ -82,6 +82,16 @@ def test_looking_down_lifts_the_horizon() -> None:
         assert (found[rows:] == doom.FLOOR).all()
 
 
+def test_sky_is_what_changes_with_the_sky_and_comes_back() -> None:
+    def view(*pixels: int) -> np.ndarray:
+        return np.repeat(np.array([pixels], np.uint8)[..., None], 3, 2)
+
+    # columns: sky; sky with one colour in two of the textures; wall; animated wall; wall that changes at the end
+    own, back = view(10, 20, 30, 40, 50), view(10, 20, 30, 41, 51)
+    seen = [view(1, 4, 30, 40, 50), view(2, 4, 30, 41, 50), view(3, 5, 30, 42, 50)]
+    assert doom.swapped(own, seen, back).tolist() == [[True, True, False, False, False]]
+
+
 def test_crossings_equal_exact_arithmetic() -> None:
     rng = np.random.default_rng(0)
     points = rng.integers(-4, 5, (400, 8)).astype(float)
