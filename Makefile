@@ -51,4 +51,4 @@ serve: setup
 
 # Ratios of one run on this machine; run it when the machine is otherwise idle.
 bench: setup
-	for script in tests/ratios/r*.py; do $(BIN)/python $$script --out benchmarks/results || exit 1; done
+	for script in tests/ratios/r[0-9]*.py tests/ratios/request_latency.py; do $(BIN)/python $$script --out benchmarks/results || exit 1; done

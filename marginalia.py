@@ -26,13 +26,9 @@ def add_dump(
     params: Annotated[Path, typer.Option(help="settings file")] = Path("params.yaml"),
 ) -> None:
     """Register a dump of unlabelled images; `dvc repro` then ingests it, retrains from the champion and gates."""
-    from pipeline import config, dumps
+    from pipeline import dumps
 
-    try:
-        added = dumps.add(path, name=name, root=Path(), params=config.load(params))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _fail(error) from error
-    typer.echo(str(added))
+    raise typer.Exit(dumps.main([str(path), "--params", str(params), *(["--name", name] if name else [])]))
 
 
 @app.command()

@@ -44,7 +44,7 @@ def table(root: Path) -> Table:
         result.add_row(f"  {name}", _percent(one["iou"]), _interval(one.get("ci")))
     result.add_row("boundary IoU (%)", _percent(scores.get("boundary_iou")), "")
     result.add_row("expected calibration error", _percent(scores.get("ece"), 3), "", end_section=True)
-    agreement = parity["agreement"]
+    agreement = parity["original"]["agreement"]
     result.add_row(
         "parity: ONNX agrees with torch (%)", _percent(100 * agreement, 3), "passed" if parity["passed"] else "FAILED"
     )

@@ -60,7 +60,9 @@ class Project:
             "labelled": [("a", 6), ("b", 6)], "val": [("v", 6)], "test": [("t", 8)]}.items()}  # fmt: skip
         for part, text in names.items():
             put(self.source, f"{part}.txt", text.encode())
-        self.change(data={"source": "folder", "path": str(self.source), "lists": {part: f"{part}.txt" for part in names}})
+        self.change(
+            data={"source": "folder", "path": str(self.source), "lists": {part: f"{part}.txt" for part in names}}
+        )
         tools = Path(sys.executable).parent
         self.environment = os.environ | {
             "PATH": f"{tools}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1",
@@ -71,7 +73,11 @@ class Project:
 
     def change(self, **sections: object) -> None:
         path = self.root / "params.yaml"
-        now = yaml.safe_load(path.read_text()) if path.exists() else Params.model_validate(SETTINGS).model_dump(mode="json")
+        now = (
+            yaml.safe_load(path.read_text())
+            if path.exists()
+            else Params.model_validate(SETTINGS).model_dump(mode="json")
+        )
         path.write_text(yaml.safe_dump({**now, **sections}))
 
     def commit(self) -> None:
@@ -172,7 +178,7 @@ def test_a_new_dump_is_ingested_alone_and_the_next_training_starts_from_the_cham
     write_images(dump, {"m": 7}, masked=False, seed=3)
     assert "7" in project.run("marginalia", "add-dump", str(dump))
     again = project.run("marginalia", "add-dump", str(dump))  # delivered twice
-    assert "already" in again
+    assert "nothing new" in again
     output = project.run("dvc", "repro")
     assert {s for s in project.ran(output) if s.startswith("ingest")} == {"ingest@monday"}
     assert "pull" not in project.ran(output)
