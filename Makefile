@@ -19,6 +19,9 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m venv $(VENV)
 	$(BIN)/pip install -q uv==0.13.9
+	@# The two onnxruntime builds overwrite each other: when the card came or went, take the other one out first.
+	@if ls $(VENV)/.installed-* >/dev/null 2>&1; then \
+	  $(BIN)/uv pip uninstall -q --python $(BIN)/python onnxruntime onnxruntime-gpu 2>/dev/null || true; rm -f $(VENV)/.installed-*; fi
 	$(BIN)/uv pip install -q --no-config --python $(BIN)/python \
 	  $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@

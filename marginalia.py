@@ -26,9 +26,17 @@ def add_dump(
     params: Annotated[Path, typer.Option(help="settings file")] = Path("params.yaml"),
 ) -> None:
     """Register a dump of unlabelled images; `dvc repro` then ingests it, retrains from the champion and gates."""
-    from pipeline import dumps
+    from pipeline import dumps, registry, versioning
 
-    raise typer.Exit(dumps.main([str(path), "--params", str(params), *(["--name", name] if name else [])]))
+    code = dumps.main([str(path), "--params", str(params), *(["--name", name] if name else [])])
+    if code == 0:
+        known = registry.read()
+        keep = [Path(e.archive) for n, e in known.dumps.items() if n != registry.BASE]
+        if known.warm_start:
+            keep.append(Path("champions") / known.warm_start)
+        if problem := versioning.track(keep):
+            typer.secho(f"not versioned by DVC: {problem}", fg="yellow", err=True)
+    raise typer.Exit(code)
 
 
 @app.command()

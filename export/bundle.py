@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -186,17 +185,10 @@ def create(
         MODEL: model,
     }
     content[SUMS] = _sums({name: files.sha256(content[name]) for name in _LISTED})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        fresh, old = Path(temporary) / "new", Path(temporary) / "old"
-        fresh.mkdir()
+    with files.replacing_folder(folder) as fresh:
         for file, data in content.items():
             files.write_bytes(fresh / file, data)
         verify(fresh)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        files.sync_folder(folder.parent)
     return open_bundle(folder)
 
 

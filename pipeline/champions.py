@@ -29,7 +29,7 @@ def check_bundle(bundle: Path) -> str:
     if not sums.exists():
         raise ChampionError(f"{sums}: not found; run the export stage")
     listed = {}
-    for line in sums.read_text(encoding="utf-8").splitlines():
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         listed[name.strip()] = digest
     there = {p.name for p in bundle.iterdir()} - {"SHA256SUMS"}
@@ -38,9 +38,25 @@ def check_bundle(bundle: Path) -> str:
             f"{bundle}: files {sorted(there ^ set(listed))} are missing or not listed; run the export stage again"
         )
     for name, digest in listed.items():
-        if files.sha256(bundle / name) != digest:
+        if not (bundle / name).is_file() or files.sha256(bundle / name) != digest:
             raise ChampionError(f"{bundle / name}: differs from its checksum; run the export stage again")
-    return str(files.read_json(bundle / "bundle.json")["id"])
+    return str(read_record(bundle / "bundle.json", ("id",), "run the export stage again")["id"])
+
+
+def read_record(path: Path, keys: Sequence[str], remedy: str) -> dict[str, Any]:
+    """A JSON object that has `keys`, each a non-empty string.
+
+    Raises:
+        ChampionError: the file is missing or something else; the message names it and ends with `remedy`.
+    """
+    try:
+        record = files.read_json(path)
+    except (OSError, ValueError) as error:
+        raise ChampionError(f"{path}: cannot be read as JSON ({error.__cause__ or error}); {remedy}") from error
+    wrong = [k for k in keys if not isinstance(record.get(k), str) or not record[k]] if isinstance(record, dict) else ""
+    if not isinstance(record, dict) or wrong:
+        raise ChampionError(f"{path}: {f'lacks {wrong} (text)' if wrong else 'not a JSON object'}; {remedy}")
+    return record
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -80,7 +96,7 @@ def promote(champions: Path, id: str, bundle: Path, extra: Sequence[Path], recor
 def settle(champions: Path, record: dict[str, Any]) -> None:
     """What follows the pointer, also after a kill right behind it: the champion's line of history, and no leftovers."""
     file = champions / "history.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
     line = json.dumps(record, sort_keys=True)
     if line not in lines:
         files.write_text(file, "\n".join([*lines, line]) + "\n")
@@ -88,18 +104,42 @@ def settle(champions: Path, record: dict[str, Any]) -> None:
         shutil.rmtree(left)
 
 
-def current(champions: Path) -> dict[str, Any] | None:
-    """The pointer's content, or None before the first champion. Raises ChampionError when what it names is not
-    there.
-    """
-    pointer = champions / "champion.json"
-    if not pointer.exists():
+def pointer(champions: Path) -> dict[str, Any] | None:
+    """What champion.json says, or None before the first champion. Raises ChampionError when it is damaged."""
+    file = champions / "champion.json"
+    if not file.exists():
         return None
-    record: dict[str, Any] = files.read_json(pointer)
-    home = champions / str(record["id"])
-    if not (home / "bundle").is_dir():
+    remedy = (
+        f"put the last line of {champions / 'history.jsonl'} there, or move the file away to start a new line of "
+        "champions; then run `dvc repro -f -s gate`"
+    )
+    record = read_record(file, ("id", "bundle", "student"), remedy)
+    if Path(record["id"]).name != record["id"]:
+        raise ChampionError(f"{file}: id {record['id']!r} is no folder name; {remedy}")
+    return record
+
+
+def current(champions: Path) -> dict[str, Any] | None:
+    """`pointer`, whose bundle is there too. Raises ChampionError when the pointer or the folder it names is not."""
+    record = pointer(champions)
+    if record is not None and not (champions / record["id"] / "bundle").is_dir():
         raise ChampionError(
-            f"{pointer} names {record['id']}, but {home / 'bundle'} is gone: restore that folder, or move the pointer "
-            "away"
+            f"{champions / 'champion.json'} names {record['id']}, but {champions / record['id'] / 'bundle'} is gone: "
+            "restore that folder, or move the pointer away and run `dvc repro -f -s gate`"
         )
     return record
+
+
+def check_copy(champions: Path, record: dict[str, Any], student: Path) -> None:
+    """The champion's own bundle against its checksums and id, and its weights against `student`.
+
+    Raises:
+        ChampionError: a file is missing, extra or changed; named.
+    """
+    home = champions / str(record["id"])
+    found = check_bundle(home / "bundle")
+    if found != record["id"]:
+        raise ChampionError(f"{home / 'bundle'}: holds bundle {found}")
+    copy = home / "student.safetensors"
+    if not copy.is_file() or files.sha256(copy) != files.sha256(student):
+        raise ChampionError(f"{copy}: missing, or differs from {student}")

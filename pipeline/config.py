@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -53,6 +53,14 @@ class Split(Section):
     test: Share = 0.2
     labelled: Positive | None = None
 
+    @model_validator(mode="after")
+    def _leaves_something(self) -> "Split":
+        if self.val + self.test >= 1:
+            raise ValueError(
+                f"val {self.val} and test {self.test} leave nothing to train on: together they must stay below 1"
+            )
+        return self
+
 
 class Model(Section):
     architecture: Literal["DeepLabV3Plus", "FPN", "Unet", "Segformer"] = "DeepLabV3Plus"
@@ -73,8 +81,9 @@ class Train(Section):
     method: Literal["supervised", "fixmatch", "s4mc"] = "s4mc"
     preset: Literal["paper", "ref_a", "ref_b"] = "paper"
     steps: Positive = 600
-    batch_labelled: Positive = 6
-    batch_unlabelled: Positive = 6
+    # BatchNorm and in-batch CutMix both need a partner.
+    batch_labelled: Annotated[int, Field(ge=2)] = 6
+    batch_unlabelled: Annotated[int, Field(ge=2)] = 6
     crop: tuple[Positive, Positive] = (192, 192)
     scale: tuple[float, float] = (0.5, 2.0)
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -93,8 +102,19 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     val_every: Positive = 100
     checkpoint_every: Positive = 50
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = True
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Train":
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale {list(self.scale)}: give the smaller factor first, both above 0")
+        if self.method != "supervised" and self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} leaves no step of {self.steps} for the unlabelled images; lower it, "
+                "or say method: supervised"
+            )
+        return self
 
 
 class Evaluate(Section):
@@ -114,7 +134,7 @@ class Parity(Section):
 
 
 class Gate(Section):
-    confidence: Share = 0.95
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     bootstrap: Positive = 2000
     class_floor: Annotated[float, Field(ge=0)] = 5.0
     guarded: tuple[str, ...] = ()
@@ -130,6 +150,15 @@ class Pool(Section):
     label_next: Positive = 24
     max_images: Positive = 100_000
 
+    @model_validator(mode="after")
+    def _can_flag(self) -> "Pool":
+        if 1 / (1 + self.permutations) >= self.drift_p:
+            raise ValueError(
+                f"{self.permutations} permutations give no p below {1 / (1 + self.permutations):.3g}, so nothing could reach "
+                f"drift_p {self.drift_p}; raise permutations"
+            )
+        return self
+
 
 class Params(Section):
     data: Data = Data()
@@ -142,6 +171,14 @@ class Params(Section):
     parity: Parity = Parity()
     gate: Gate = Gate()
     pool: Pool = Pool()
+
+    @model_validator(mode="after")
+    def _sizes_fit_the_network(self) -> "Params":
+        step = self.model.output_stride if self.model.architecture == "DeepLabV3Plus" else 32
+        for key, value in (("input.stride", self.input.stride), *(("train.crop", side) for side in self.train.crop)):
+            if value % step:
+                raise ValueError(f"{key}: {value} is not a multiple of {step}, which {self.model.architecture} needs")
+        return self
 
 
 def _known_keys(path: tuple[str | int, ...]) -> list[str]:
@@ -159,7 +196,8 @@ def _explain(error: Any, file: Path) -> str:
     path: tuple[str | int, ...] = error["loc"]
     key = ".".join(map(str, path))
     if error["type"] != "extra_forbidden":
-        return f"{file}: {key}: {error['msg']} (got {error['input']!r})"
+        got = "" if error["type"] == "value_error" else f" (got {error['input']!r})"
+        return f"{file}: {key + ': ' if key else ''}{error['msg'].removeprefix('Value error, ')}{got}"
     known = _known_keys(path)
     near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"

@@ -14,6 +14,9 @@ where
   the alarm;
 - "images": without groups, images are permuted.
 
+`reports/screen.pass` lists the later dumps that may train, one a line, and nothing else: training depends on that, not
+on the numbers beside it.
+
 `pool.policy`: `warn` records the verdict, `hold` also fails the stage, which stops what depends on it.
 Source: Szekely and Rizzo, "Testing for equal distributions in high dimension" (InterStat 2004); p = (1 + #{E* >= E})
 / (1 + B).
@@ -36,6 +39,7 @@ from pipeline import config, files, manifest, pool, progress
 from pipeline.pool import Floats, Names, Pool, PoolError
 
 BASE = "base"
+PASS = Path("reports/screen.pass")
 SIDE = 600  # images of one side that enter the test; more cost time squared and change little
 SMALLEST_GROUP = 5
 SEED = 0
@@ -108,8 +112,25 @@ def _take(rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64
     return rows if len(rows) <= SIDE else np.sort(rng.choice(rows, SIDE, replace=False))
 
 
+def _fewest(drift_p: float) -> int:
+    """Smallest count of permutations whose 1 / (1 + count) is below `drift_p`."""
+    count = max(1, math.floor(1 / drift_p) - 2)
+    while 1 / (1 + count) >= drift_p:
+        count += 1
+    return count
+
+
 def compare(cloud: Cloud, dump: str, settings: config.Pool) -> Finding:
-    """The rule of the module's docstring for one dump; seeded. Raises PoolError when a side has no image."""
+    """The rule of the module's docstring for one dump; seeded.
+
+    Raises:
+        PoolError: a side has no image, or too few permutations for any p below `drift_p`.
+    """
+    if 1 / (1 + settings.permutations) >= settings.drift_p:
+        raise PoolError(
+            f"pool.permutations {settings.permutations} can flag nothing: the smallest p is 1 / (1 + permutations), "
+            f"which is not below pool.drift_p {settings.drift_p:g}; set it to {_fewest(settings.drift_p)} or more"
+        )
     rng = np.random.default_rng(SEED)
     is_reference = (cloud.split == "labelled") | (cloud.dump == BASE)
     sides = [_take(np.flatnonzero(mask), rng) for mask in (is_reference, (cloud.dump == dump) & ~is_reference)]
@@ -245,6 +266,10 @@ def run(params: config.Params, screen: bool, console: Console) -> bool:
     }  # fmt: skip
     picture(cloud, findings, target.with_suffix(".png"))
     files.write_json(target, report)
+    if screen:
+        PASS.unlink(missing_ok=True)
+        if not report["held"]:
+            files.write_text(PASS, "".join(f"{dump}\n" for dump in sorted(findings)))
     table = Table("dump", "images", "energy", "p", "rule", "verdict", title=f"drift in {report['space']}")
     for dump, f in findings.items():
         table.add_row(

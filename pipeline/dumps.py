@@ -35,7 +35,8 @@ _SUFFIX = re.compile(r"(\.tar)?\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|zst)$", re.IGN
 class Added(NamedTuple):
     """What became of a delivery. `same_as` names the registered dump it equals, in which case nothing was changed.
 
-    `skipped` pairs the names of files that were not taken with the reason.
+    `skipped` pairs the names of files that were not taken with the reason. `restored`: that dump's archive was gone
+    from the disk and has been written again.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Added(NamedTuple):
     skipped: list[tuple[str, str]]
     same_as: str | None
     warm_start: str | None
+    restored: bool = False
 
 
 def add(
@@ -66,7 +68,8 @@ def add(
 
     Raises:
         archives.DumpRefused: the delivery is hostile, damaged, too large or holds no image; nothing was changed.
-        registry.RegistryError: dumps.yaml is unusable, or `name` is malformed or taken by other content.
+        registry.RegistryError: dumps.yaml is unusable, or `name` is malformed or taken by other content, be it in
+            dumps.yaml or as a file in data/dumps that the registry does not know (any more).
     """
     registry.read(root / registry.FILE)  # a broken registry stops the work before it begins
     if name is not None and not registry.NAME.fullmatch(name):
@@ -103,7 +106,7 @@ def _sweep(home: Path) -> None:
 def _spool(members: Iterator[archives.Member], spool: Path, skipped: list[tuple[str, str]]) -> dict[str, str]:
     """Copy the images among the members to an unsorted tar; returns canonical name -> SHA-256 of the file."""
     hashes: dict[str, str] = {}
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     with shards.replacing_tar(spool) as write:
         for member in members:
             if reason := _not_ours(member):
@@ -133,14 +136,20 @@ def _not_ours(member: archives.Member) -> str | None:
     return None
 
 
-def _canonical(name: str, taken: set[str]) -> str:
-    """`images/...` name whose name id is unique in the dump: nothing is lost to a.jpg beside a.png."""
+def _canonical(name: str, taken: dict[str, int]) -> str:
+    """`images/...` name whose name id is unique in the dump: nothing is lost to a.jpg beside a.png.
+
+    `taken` maps each name id to the number that its next namesake tries first: a million equal names cost a million
+    steps, not their square.
+    """
     path = name.removeprefix("images/")
-    key, number = name_id(path), 1
+    key = name_id(path)
     extension = path[len(key) :]
+    number = taken.get(key, 1)
     while (unique := key if number == 1 else f"{key}~{number}") in taken:
         number += 1
-    taken.add(unique)
+    taken[unique] = 2
+    taken[key] = number + 1
     return f"images/{unique}{extension}"
 
 
@@ -157,13 +166,20 @@ def _register(
     known = registry.read(root / registry.FILE)
     for other, entry in known.dumps.items():
         if entry.sha256 == content:
-            return Added(other, count, content, Path(entry.archive), skipped, other, known.warm_start)
-    chosen = name or _free_name(path, known)
+            place = root / entry.archive
+            if restored := not place.exists():
+                _move(ready, place)
+            return Added(other, count, content, Path(entry.archive), skipped, other, known.warm_start, restored)
+    chosen = name or _free_name(path, known, root, content)
     if chosen in known.dumps:
         raise registry.RegistryError(f"dump {chosen!r} is registered with other content; choose another name")
     archive = DUMPS / f"{chosen}.tar"
-    ready.replace(root / archive)
-    files.sync_folder(root / DUMPS)
+    if not _available(root / archive, content):
+        raise registry.RegistryError(
+            f"{archive} is there already with other content, though {registry.FILE} does not name it; "
+            "choose another name, or move that file away"
+        )
+    _move(ready, root / archive)
     champion = root / CHAMPION
     warm = str(files.read_json(champion)["id"]) if champion.exists() else known.warm_start
     entry = registry.Entry(
@@ -173,12 +189,31 @@ def _register(
     return Added(chosen, count, content, archive, skipped, None, warm)
 
 
-def _free_name(path: Path, known: registry.Registry) -> str:
+def _move(ready: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    ready.replace(place)
+    files.sync_folder(place.parent)
+
+
+def _available(archive: Path, content: str) -> bool:
+    """Whether `archive` may be written: it is absent, or holds the same files, as after a run that died before the
+    registry was written."""
+    if not archive.exists():
+        return True
+    try:
+        return manifest.content_hash(archive) == content
+    except ValueError:  # not an archive of ours: not ours to overwrite either
+        return False
+
+
+def _free_name(path: Path, known: registry.Registry, root: Path, content: str) -> str:
     stem = re.sub(r"[^a-z0-9_-]+", "-", _SUFFIX.sub("", path.resolve().name).lower()).strip("-_")[:56] or "dump"
     number = 1
-    while (candidate := stem if number == 1 else f"{stem}-{number}") in known.dumps:
+    while True:
+        candidate = stem if number == 1 else f"{stem}-{number}"
+        if candidate not in known.dumps and _available(root / DUMPS / f"{candidate}.tar", content):
+            return candidate
         number += 1
-    return candidate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,6 +239,13 @@ def main(argv: list[str] | None = None) -> int:
     except (config.ConfigError, ValueError, OSError) as error:
         Console(stderr=True).print(f"add-dump: {error}", style="red", markup=False, soft_wrap=True)
         return 1
+    if added.restored:
+        console.print(
+            f"put back: {added.archive} was missing; {arguments.path} has the same files as dump {added.same_as!r}, "
+            "so its archive was written again and the registry is unchanged",
+            markup=False,
+        )
+        return 0
     if added.same_as:
         console.print(f"nothing new: {arguments.path} has the same files as dump {added.same_as!r}", markup=False)
         return 0

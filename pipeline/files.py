@@ -95,23 +95,30 @@ def sha256(source: Path | bytes) -> str:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A new empty folder that takes `path`'s place when the block ends without an exception; else `path` is untouched.
 
-    Left-overs of a killed run for the same `path` are removed first.
+    A folder cannot be renamed over a full one, so the old one steps aside for a moment. Should that moment end badly it
+    is put back: at once on an error, by the next call after a kill. Other left-overs of a killed run for the same `path`
+    are removed first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    left = sorted(path.parent.glob(f".{path.name}.*.old.part"), key=lambda aside: aside.stat().st_mtime)
+    if left and not path.exists():
+        left[-1].replace(path)
     for stale in path.parent.glob(f".{path.name}.*.part"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    aside = temporary.with_suffix(".old.part")
     try:
         yield temporary
         temporary.chmod(0o755)
         sync_folder(temporary)
-        aside = temporary.with_suffix(".old.part")
         if path.exists():
             path.replace(aside)
         temporary.replace(path)
         sync_folder(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
+        if aside.exists() and not path.exists():
+            aside.replace(path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -11,13 +11,17 @@ classes:
 - a class named in `gate.guarded` blocks already when its fall exceeds half that floor, or when the upper bound of its
   delta is below 0 (a fall of any size that is not chance).
 - without a champion: promoted if mIoU >= `gate.minimum_miou`.
+- inside a DVC experiment nothing is promoted: what is tried must not reach the running service. The numbers are told.
 
 The promotion itself is `pipeline.champions.promote`.
 """
 
+import os
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -86,8 +90,8 @@ def _incomparable(challenger: Scored, champion: Scored, rest: NDArray[np.int64] 
     return None
 
 
-def judge(challenger: Scored, champion: Scored | None, gate: config.Gate) -> Verdict:
-    """The rules above, from counts to a verdict; no file is touched.
+def judge(challenger: Scored, champion: Scored | None, gate: config.Gate, *, experiment: str | None = None) -> Verdict:
+    """The rules above, from counts to a verdict; no file is touched. `experiment` names the DVC experiment, if any.
 
     Raises:
         GateError: a guarded class that does not exist, or no test image.
@@ -97,6 +101,17 @@ def judge(challenger: Scored, champion: Scored | None, gate: config.Gate) -> Ver
         raise GateError(f"gate.guarded names {unknown}, which are not classes; known: {', '.join(challenger.classes)}")
     if not challenger.images:
         raise GateError("reports/confusions.npz holds no test image; give the test split images with masks")
+    verdict = _judge(challenger, champion, gate)
+    if experiment is None or verdict.verdict != "promoted":
+        return verdict
+    reason = (
+        f"an experiment never moves the champion: `dvc exp apply {experiment}` and then `dvc repro -f -s gate` let it "
+        f"compete; judged: {verdict.reason}"
+    )
+    return replace(verdict, verdict="kept", reason=reason)
+
+
+def _judge(challenger: Scored, champion: Scored | None, gate: config.Gate) -> Verdict:
     miou = scores.miou(challenger.confusion_NKK.sum(0))
     if champion is None:
         if not miou >= gate.minimum_miou:
@@ -154,23 +169,39 @@ def _compare(challenger: Scored, champion_NKK: NDArray[np.int64], gate: config.G
     return Verdict(verdict, reason, delta, spread.as_list(), per_class, miou, champion_miou)
 
 
-def read_scored(id: str, scores_file: Path, confusions_file: Path) -> Scored:
+def read_scored(id: str, scores_file: Path, confusions_file: Path, remedy: str = "run the evaluate stage") -> Scored:
     """Scores and per-image counts as evaluate left them.
 
     Raises:
-        GateError: a file is missing or the two do not belong together.
+        GateError: a file is missing or damaged, or the two do not belong together; the message ends with `remedy`.
     """
     for file in (scores_file, confusions_file):
         if not file.exists():
-            raise GateError(f"{file}: not found; run the evaluate stage")
-    said = files.read_json(scores_file)
-    with np.load(confusions_file, allow_pickle=False) as arrays:
-        if str(arrays["test_hash"]) != said["test_hash"] or str(arrays["weights"]) != said["weights"]:
-            raise GateError(
-                f"{confusions_file} and {scores_file} come from different runs; run the evaluate stage again"
-            )
-        names, images = (tuple(map(str, arrays[key])) for key in ("classes", "ids"))
-        return Scored(id, said["test_hash"], names, images, arrays["confusion"])
+            raise GateError(f"{file}: not found; {remedy}")
+    said = champions.read_record(scores_file, ("test_hash", "weights"), f"{remedy} again")
+    try:
+        with np.load(confusions_file, allow_pickle=False) as arrays:
+            hashes = str(arrays["test_hash"]), str(arrays["weights"])
+            names, images = (tuple(map(str, arrays[key])) for key in ("classes", "ids"))
+            counts_NKK = arrays["confusion"]
+    except (
+        OSError,
+        EOFError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise GateError(f"{confusions_file}: damaged ({error!r}); {remedy} again") from error
+    if hashes != (said["test_hash"], said["weights"]):
+        raise GateError(f"{confusions_file} and {scores_file} come from different runs; {remedy} again")
+    wanted = (len(images), len(names), len(names))
+    if counts_NKK.shape != wanted or counts_NKK.dtype.kind not in "iu":
+        found = f"{counts_NKK.dtype} {counts_NKK.shape}"
+        raise GateError(f"{confusions_file}: confusion is {found}, not whole numbers {wanted}; {remedy} again")
+    return Scored(id, said["test_hash"], names, images, counts_NKK)
 
 
 def _belongs(bundle_id: str, student: Path, said: dict[str, Any], parity: dict[str, Any]) -> str | None:
@@ -187,39 +218,77 @@ def _belongs(bundle_id: str, student: Path, said: dict[str, Any], parity: dict[s
     return None
 
 
-def run(root: Path, gate: config.Gate, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Verdict:
-    """The stage: read, judge, promote if so, write reports/gate.json. Raises GateError for missing or damaged
-    inputs.
+def _champions_scores(home: Path, champion: dict[str, Any]) -> Scored:
+    theirs = home / str(champion["id"])
+    remedy = f"restore {theirs}, or move {home / 'champion.json'} away; then run `dvc repro -f -s gate`"
+    return read_scored(theirs.name, theirs / "scores.json", theirs / "confusions.npz", remedy)
+
+
+def _damage(home: Path, champion: dict[str, Any], student: Path) -> str | None:
+    """What is wrong with the files of a champion whose weights are `student`, or None."""
+    try:
+        champions.check_copy(home, champion, student)
+        _champions_scores(home, champion)
+    except champions.ChampionError as error:
+        return str(error).partition("; ")[0]  # the rest is advice that is followed here
+    return None
+
+
+def run(
+    root: Path,
+    gate: config.Gate,
+    *,
+    experiment: str | None = None,
+    home: Path | None = None,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Verdict:
+    """The stage: read, judge, promote if so, write reports/gate.json. `home` is the champions' folder, if not in `root`.
+
+    A challenger that is the champion already is kept; when the champion's own files are damaged or gone, they are
+    written again from it. Inside `experiment` nothing in `home` is written.
+
+    Raises:
+        ChampionError: missing or damaged inputs; the message names the file and what to do.
     """
-    home, reports, bundle = root / "champions", root / "reports", root / "bundle"
+    home, reports, bundle = home or root / "champions", root / "reports", root / "bundle"
     student = root / "models/student/student.safetensors"
     inputs = [reports / "scores.json", reports / "confusions.npz"]
     for file in (student, reports / "parity.json"):
         if not file.exists():
             raise GateError(f"{file}: not found; run `dvc repro`")
     id = champions.check_bundle(bundle)
-    champion = champions.current(home)
-    if champion is not None:
+    champion = champions.pointer(home)
+    if champion is not None and champion["id"] != id:
+        champion = champions.current(home)
+    if champion is not None and experiment is None:
         champions.settle(home, champion)
-    challenger = read_scored(id, *inputs)
-    wrong = _belongs(id, student, files.read_json(inputs[0]), files.read_json(reports / "parity.json"))
+    challenger = read_scored(id, inputs[0], inputs[1])
+    parity = champions.read_record(reports / "parity.json", (), "run the parity stage again")
+    said = champions.read_record(inputs[0], ("weights",), "run the evaluate stage again")
+    wrong = _belongs(id, student, said, parity)
+    move = False
     if wrong is not None:
         verdict = Verdict("refused", wrong)
     elif champion is not None and champion["id"] == id:
-        verdict = Verdict(
-            "kept", f"bundle {id} is the champion already", miou=_number(scores.miou(challenger.confusion_NKK.sum(0)))
-        )
-    elif champion is None:
-        verdict = judge(challenger, None, gate)
+        harm = None if experiment is not None else _damage(home, champion, student)
+        reason, move = f"bundle {id} is the champion already", harm is not None
+        if harm is not None:
+            reason = f"{reason}; its files were written again, since {harm}"
+        verdict = Verdict("kept", reason, miou=_number(scores.miou(challenger.confusion_NKK.sum(0))))
     else:
-        theirs = home / str(champion["id"])
-        verdict = judge(challenger, read_scored(theirs.name, theirs / "scores.json", theirs / "confusions.npz"), gate)
-    if verdict.verdict == "promoted":
+        rival = None
+        if champion is not None:
+            rival = _champions_scores(home, champion)
+        verdict = judge(challenger, rival, gate, experiment=experiment)
+        move = verdict.verdict == "promoted"
+    if move:
         record = {
             "id": id, "bundle": f"champions/{id}/bundle", "student": f"champions/{id}/student.safetensors",
             "previous": champion["id"] if champion else None, "promoted_at": now().isoformat(timespec="seconds"),
             "miou": verdict.miou, "reason": verdict.reason,
         }  # fmt: skip
+        if champion is not None and champion["id"] == id:
+            record["previous"] = champion.get("previous")
         champions.promote(home, id, bundle, [student, *inputs], record)
     report = {**verdict.__dict__, "challenger": id, "champion": champion["id"] if champion else None}
     report |= {
@@ -251,7 +320,11 @@ def _show(verdict: Verdict, console: Console) -> None:
 def main() -> int:
     """Exit code 0 for promoted and kept, 1 for refused or unusable inputs (the reason is printed)."""
     try:
-        verdict = run(Path(), config.load().gate)
+        # DVC sets both in the stages of `dvc exp run`: in the workspace, with --temp and from the queue. A temporary run
+        # lies elsewhere, without champions/; DVC_ROOT is then still the project.
+        experiment = os.environ.get("DVC_EXP_NAME") or None
+        project = Path(os.environ.get("DVC_ROOT", "")) if experiment else Path()
+        verdict = run(Path(), config.load().gate, experiment=experiment, home=project / "champions")
     except (champions.ChampionError, config.ConfigError) as error:
         Console(stderr=True).print(f"gate: {error}", style="red", markup=False, soft_wrap=True)
         return 1

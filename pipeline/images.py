@@ -4,7 +4,7 @@ The rules (each has a golden test):
 
 - Only the decoders in `FORMATS` exist for us; the format is told by the content, never by a name or a content type.
 - Size comes from the header and is checked against the pixel budget before a pixel is decoded.
-- EXIF orientation is applied. ICC profiles are ignored.
+- EXIF orientation is applied, also where a PNG's eXIf chunk stands after the pixel data. ICC profiles are ignored.
 - 16-bit samples become their high byte (v >> 8), for grey and colour alike; float and 32-bit images are refused.
 - Grey and palette become RGB; alpha is composited on black, (c * a + 127) // 255; CMYK goes by Pillow's plain formula.
 - More than one frame or page (APNG, animated WebP, multi-page TIFF) is refused: one image in, one mask out.
@@ -98,7 +98,8 @@ def sniff(data: bytes) -> str:
 
 
 def png_chunks(data: bytes) -> dict[bytes, bytes]:
-    """Verify every chunk's CRC up to IEND; return the header chunks before the pixel data (IHDR, acTL...).
+    """Verify every chunk's CRC up to IEND; return the chunks before the pixel data (IHDR, acTL...), and eXIf, which may
+    stand on either side of it (PNG specification, third edition, 5.6).
 
     Raises Refused("corrupt") on a bad checksum and Refused("truncated") when IEND is never reached.
     """
@@ -117,7 +118,7 @@ def png_chunks(data: bytes) -> dict[bytes, bytes]:
         pixels = pixels or kind == b"IDAT"
         if kind == b"IEND":
             return found
-        if not pixels:
+        if not pixels or kind == b"eXIf":
             found.setdefault(kind, bytes(view[at + 8 : at + 8 + length]))
         at += 12 + length
     raise Refused("truncated", f"the PNG ends after {len(data)} bytes, before its end mark; send the whole file")
@@ -170,9 +171,10 @@ def _orientation(image: ImageFile) -> int:
 def open_header(data: bytes, max_pixels: int) -> tuple[str, ImageFile]:
     """Header only. Raises Refused; anything a decoder throws at hostile bytes becomes Refused("corrupt")."""
     kind = sniff(data)
-    animated = False
+    animated, chunks = False, dict[bytes, bytes]()
     if kind == "PNG":
-        animated = b"acTL" in png_chunks(data)
+        chunks = png_chunks(data)
+        animated = b"acTL" in chunks
     elif kind == "WEBP":
         width, height, animated = _webp_size(data)
         _check_pixels(width, height, max_pixels)
@@ -187,6 +189,8 @@ def open_header(data: bytes, max_pixels: int) -> tuple[str, ImageFile]:
     _check_pixels(*image.size, max_pixels)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_tiff(image, max_pixels)
+    if b"eXIf" in chunks:
+        image.info.setdefault("exif", chunks[b"eXIf"])  # the plugin sees one after the pixels too late for the header
     return kind, image
 
 

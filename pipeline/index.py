@@ -55,7 +55,7 @@ def deduplicate(
                 reason = f"same pixels as {earlier.dump}/{earlier.name}"
                 dropped.append(ingest.record(row.dump, row.name, "duplicate", reason))
                 continue
-            value, part = int(row.phash, 16), parts[row.name]
+            value, part = int(row.phash, 16) if row.phash else None, parts[row.name]
             if (other := near.find(value, part)) is not None:
                 reason = f"looks like {other} (difference hash within {bits} bits; ingest.near_duplicate_bits)"
                 dropped.append(ingest.record(row.dump, row.name, "near-duplicate", reason))
@@ -73,11 +73,11 @@ class _NearByPart:
     def __init__(self, bits: int) -> None:
         self._by_part = {part: duplicates.NearIndex(bits) for part in (*RANKED, None)}
 
-    def find(self, value: int, part: str | None) -> str | None:
+    def find(self, value: int | None, part: str | None) -> str | None:
         found = (index.find(value) for other, index in self._by_part.items() if other != part or part is None)
         return next((key for key in found if key is not None), None)
 
-    def add(self, value: int, key: str, part: str | None) -> None:
+    def add(self, value: int | None, key: str, part: str | None) -> None:
         self._by_part[part].add(value, key)
 
 

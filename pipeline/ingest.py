@@ -58,6 +58,7 @@ class Checked(NamedTuple):
     image: tuple[str, str, int, int, str] | None  # id, format, height, width, phash
     mask_png: bytes | None
     refusal: tuple[str, str] | None  # code, reason
+    mask_digest: str | None = None
 
 
 def check_mask(data: bytes, shape: tuple[int, int], classes: int, max_pixels: int) -> NDArray[np.uint8]:
@@ -98,7 +99,8 @@ def check(task: Task) -> Checked:
     except images.Refused as error:
         return Checked(None, None, (error.code, str(error)))
     height, width = image_HWC.shape[:2]
-    phash = f"{duplicates.dhash(image_HWC):016x}"
+    hashed = duplicates.dhash(image_HWC)
+    phash = "" if hashed is None else f"{hashed:016x}"
     found = (manifest.image_id(image_HWC), kind.lower(), height, width, phash)
     try:
         if task.mask is None:
@@ -109,7 +111,7 @@ def check(task: Task) -> Checked:
         mask_HW = check_mask(data, (height, width), task.classes, task.max_pixels)
     except images.Refused as error:
         return Checked(None if task.needs_mask else found, None, (error.code, str(error)))
-    return Checked(found, masks.encode_png(mask_HW, list(task.palette)), None)
+    return Checked(found, masks.encode_png(mask_HW, list(task.palette)), None, manifest.mask_digest(mask_HW))
 
 
 def ordered(pool: Executor, work: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[tuple[T, R]]:
@@ -169,6 +171,17 @@ def record(dump: str, name: str, code: str, reason: str, kept: bool = False) -> 
     return {"dump": dump, "name": name, "code": code, "reason": reason, "kept": kept}
 
 
+def verify(archive: Path, dump: str, entry: registry.Entry) -> None:
+    """Raises ValueError where the archive does not hold the files that were registered; base has no hash to compare."""
+    if entry.sha256 is None or (found := manifest.content_hash(archive)) == entry.sha256:
+        return
+    raise ValueError(
+        f"{archive}: its files are not those registered as dump {dump!r} (content hash {found[:12]}, "
+        f"{registry.FILE} says {entry.sha256[:12]}); delete the file and add the original delivery again with "
+        "`marginalia add-dump`, which puts it back. If the new files are meant, register them under a name of their own"
+    )
+
+
 def ingest(archive: Path, dump: str, source: dict[str, Any], params: config.Ingest, console: Console) -> Counter[str]:
     """Write data/ingested/DUMP from one archive; returns counts for the summary. The folder appears complete or not."""
     tasks, refused = plan(archive, dump, source, params)
@@ -202,7 +215,8 @@ def ingest(archive: Path, dump: str, source: dict[str, Any], params: config.Inge
                 mask = ((home / name).as_posix(), start, size)
             kept = (id_, task.name, source["source"] if dump == registry.BASE else "dump", dump)
             group, place = group_of(task.name, dump, source), ((home / shard).as_posix(), offset, length)
-            rows.append(manifest.Row(*kept, group, width, height, *place, *mask, phash))
+            row = manifest.Row(*kept, group, width, height, *place, *mask, phash, mask_digest=result.mask_digest)
+            rows.append(row)
         image_shards.close()
         mask_shards.close()
         manifest.write(folder / "rows.parquet", rows)
@@ -233,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         params = config.load(arguments.params)
         entry = registry.find(registry.read(), arguments.dump)
+        verify(Path(entry.archive), arguments.dump, entry)
         counts = ingest(Path(entry.archive), arguments.dump, files.read_json(SOURCE), params.ingest, console)
     except (config.ConfigError, ValueError, RuntimeError, OSError) as error:
         Console(stderr=True).print(f"ingest {arguments.dump}: {error}", style="red", markup=False, soft_wrap=True)

@@ -23,8 +23,10 @@ class ManifestError(ValueError):
 class Row:
     """One image. Shard paths are relative to the project's folder; offsets and lengths are bytes.
 
-    `id` is `image_id` of the decoded pixels; `phash` is `duplicates.dhash` as 16 hex digits. The mask fields are None
-    for an image without a mask. `split` is "" until the stage split has assigned one of `SPLITS`.
+    `id` is `image_id` of the decoded pixels; `phash` is `duplicates.dhash` as 16 hex digits, "" for a flat image. The
+    mask fields are None for an image without a mask. `split` is "" until the stage split has assigned one of `SPLITS`.
+    `mask_digest` is `mask_digest` of the decoded mask; None is not checked. It stands beside the row's own fields: a
+    table without that column is read too.
     """
 
     id: str
@@ -42,12 +44,13 @@ class Row:
     mask_length: int | None
     phash: str
     split: str = ""
+    mask_digest: str | None = None
 
 
 _TEXT, _COUNT = pa.string(), pa.int64()
 _TYPES = {"width": _COUNT, "height": _COUNT, "offset": _COUNT, "length": _COUNT}
 _TYPES |= {"mask_offset": _COUNT, "mask_length": _COUNT}
-_NULLABLE = {"mask_shard", "mask_offset", "mask_length"}
+_NULLABLE = {"mask_shard", "mask_offset", "mask_length", "mask_digest"}
 SCHEMA = pa.schema([pa.field(f.name, _TYPES.get(f.name, _TEXT), f.name in _NULLABLE) for f in fields(Row)])
 
 
@@ -56,6 +59,26 @@ def image_id(image_HWC: NDArray[np.uint8]) -> str:
     digest = hashlib.sha256("{}x{}x{} ".format(*image_HWC.shape).encode())
     digest.update(np.ascontiguousarray(image_HWC).data)
     return digest.hexdigest()
+
+
+def mask_digest(mask_HW: NDArray[np.uint8]) -> str:
+    """Hex SHA-256 over the class ids, row by row; the shape is the image's and is checked against it."""
+    return files.sha256(mask_HW.tobytes())
+
+
+def content_hash(archive: Path) -> str:
+    """`set_hash` over the SHA-256 of every file in an uncompressed tar, names and order apart, as dumps.yaml records it.
+
+    Raises:
+        ValueError: not a readable uncompressed tar; names the file.
+    """
+    found = []
+    for member in shards.members(archive):
+        digest = hashlib.sha256()
+        for at in range(0, member.length, files.CHUNK):
+            digest.update(shards.read(archive, member.offset + at, min(files.CHUNK, member.length - at)))
+        found.append(digest.hexdigest())
+    return set_hash(found)
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
@@ -78,10 +101,10 @@ def read(path: Path) -> list[Row]:
         raise ManifestError(f"{path}: not found; run `dvc repro` to make it") from error
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{path}: not a readable manifest ({error}); run `dvc repro` to make it again") from error
-    if table.column_names != SCHEMA.names:
+    if table.column_names not in (SCHEMA.names, SCHEMA.names[:-1]):
         odd = sorted(set(table.column_names) ^ set(SCHEMA.names))
         raise ManifestError(f"{path}: columns differ from the manifest's: {odd}; run `dvc repro` to make it again")
-    columns = [table.column(name).to_pylist() for name in SCHEMA.names]
+    columns = [table.column(name).to_pylist() for name in table.column_names]
     return [Row(*values) for values in zip(*columns, strict=True)]
 
 
@@ -120,7 +143,8 @@ def open_mask(row: Row, max_pixels: int, root: Path = Path()) -> NDArray[np.uint
     """Class ids, H x W uint8 with 255 for ignore, or None for an image without a mask.
 
     Raises:
-        ManifestError: the mask does not decode or has another size than the image.
+        ManifestError: the mask does not decode, has another size than the image, or other ids than when the manifest
+            was written (fault F15).
     """
     data = read_mask_bytes(row, root)
     if data is None:
@@ -134,7 +158,13 @@ def open_mask(row: Row, max_pixels: int, root: Path = Path()) -> NDArray[np.uint
         raise ManifestError(
             f"{where}: mask of {mask_HW.shape}, image of {(row.height, row.width)}: run `dvc repro` again"
         )
-    return mask_HW.astype(np.uint8, copy=False)
+    mask_HW = mask_HW.astype(np.uint8, copy=False)
+    if row.mask_digest is not None and mask_digest(mask_HW) != row.mask_digest:
+        raise ManifestError(
+            f"{where}: the mask's class ids do not match the manifest's hash {row.mask_digest[:12]}; "
+            "the data changed after ingest: run `dvc repro` again"
+        )
+    return mask_HW
 
 
 def set_hash(parts: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.images import Image_HWC, Refused, open_header, short
 
@@ -21,19 +22,29 @@ Colour = tuple[int, int, int]
 IGNORE = 255
 IGNORE_COLOUR: Colour = (224, 224, 192)  # the cream that PASCAL VOC draws its void border with
 _LOSSY = ("JPEG", "WEBP")
+_BITS, _PHOTOMETRIC = 258, 262  # TIFF 6.0 tags
 
 
 def decode_mask(data: bytes, *, max_pixels: int, colours: Mapping[Colour, int] | None = None) -> Ids:
     """Encoded mask -> uint8 or uint16 ids, H x W.
 
-    Grey values and palette indices are ids as stored, at any bit depth. RGB(A) masks need `colours`, (r, g, b) -> id.
+    Grey values and palette indices are ids as stored, at any bit depth; a grey TIFF has 8 or 16 bits and 0 for black,
+    because the decoder inverts or spreads the others' values. RGB(A) masks need `colours`, (r, g, b) -> id.
 
     Raises:
-        Refused: the codes of `pipeline.images`, or "lossy-mask", "rgb-mask", "unknown-colour".
+        Refused: the codes of `pipeline.images`, or "lossy-mask", "tiff-mask", "rgb-mask", "unknown-colour".
     """
     kind, image = open_header(data, max_pixels)
     if kind in _LOSSY:
         raise Refused("lossy-mask", f"{kind} blurs class ids; save masks as PNG")
+    if isinstance(image, TiffImageFile) and (image.mode in ("1", "L") or image.mode.startswith("I;16")):
+        bits, black = image.tag_v2.get(_BITS, (1,)), image.tag_v2.get(_PHOTOMETRIC)
+        if bits not in ((8,), (16,)) or black != 1:
+            raise Refused(
+                "tiff-mask",
+                f"a grey TIFF of {bits[0]} bits with photometric interpretation {black} does not give back its class "
+                "ids; save the mask as PNG, or as TIFF with 8 or 16 bits where 0 is black (interpretation 1)",
+            )
     try:
         image.load()
         mode = image.mode

@@ -10,7 +10,6 @@ from predict.
 import csv
 import io
 import math
-import shutil
 import sys
 import tarfile
 from collections import Counter
@@ -143,11 +142,9 @@ def write_folder(
     Raises:
         PoolError: a chosen image has no pre-label or no row, because predict and rank saw different data.
     """
-    fresh = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(fresh, ignore_errors=True)
     chosen = [c.index for c in choices]
     names = export_names([str(seen.name[i]) for i in chosen], [str(seen.dump[i]) for i in chosen])
-    with tarfile.open(prelabels) as archive:
+    with files.replacing_folder(folder) as fresh, tarfile.open(prelabels) as archive:
         masks = {member.name: member for member in archive}
         for i, name in zip(chosen, names, strict=True):
             id = str(seen.id[i])
@@ -159,10 +156,7 @@ def write_folder(
             assert stream is not None
             files.write_bytes(fresh / "images" / f"{name}.{SUFFIX[images.probe(data)[0]]}", data)
             files.write_bytes(fresh / "masks" / f"{name}.png", stream.read())
-    files.write_text(fresh / "classes.txt", "".join(f"{name}\n" for name in seen.classes))
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
-    files.sync_folder(folder.parent)
+        files.write_text(fresh / "classes.txt", "".join(f"{name}\n" for name in seen.classes))
 
 
 def table_csv(choices: Sequence[Choice], seen: Pool) -> str:

@@ -1,9 +1,14 @@
 """Stage split: manifest -> labelled, unlabelled, val and test by group, proven free of leaks.
 
 - The source's id lists win. A name in two lists, or a listed group on both sides of an evaluation border, is refused.
-- Images with a mask that no list names fill the missing lists by whole groups, in an order drawn from `split.seed`:
-  test, then val, then labelled (at most `split.labelled` images; the others go in as unlabelled, with hidden labels).
-  Where a labelled list is given, they become unlabelled, unless an unlabelled list is given too: then unused.
+- Images with a mask that no list names fill the missing lists by whole groups: test, then val, then labelled (at most
+  `split.labelled` images; the others go in as unlabelled, with hidden labels). Where a labelled list is given, they
+  become unlabelled, unless an unlabelled list is given too: then unused.
+- Each group draws a number in 0..1 by a hash of `split.seed` and its name: below `split.test` it is test, within
+  `split.val` above that it is val, else it trains. So a new group never moves another one, and no training place turns
+  into a test place; in return the shares are of groups and only approximate. Two exceptions keep few groups useful: the
+  group with the highest draw always trains, and a part that nobody drew gets the lowest group that is left. Those a
+  later group can replace, which is warned about.
 - Images without a mask are unlabelled; later archives always are.
 - An unlisted image whose group is in val or test is unused: it would leak the place into training.
 """
@@ -53,7 +58,7 @@ def assign(rows: Sequence[Row], lists: Lists, params: config.Split) -> tuple[lis
     free = [
         row for row in base if row.name not in split and row.mask_shard is not None and row.group not in used_groups
     ]
-    split |= _by_group(free, lists, params, masked=sum(row.mask_shard is not None for row in base))
+    split |= _by_group(free, lists, params)
     held = {row.group: split[row.name] for row in base if split.get(row.name) in ("val", "test")}
     out: list[Row] = []
     unused: dict[str, str] = {}
@@ -71,21 +76,27 @@ def assign(rows: Sequence[Row], lists: Lists, params: config.Split) -> tuple[lis
     return out, unused
 
 
-def _by_group(free: Sequence[Row], lists: Lists, params: config.Split, masked: int) -> dict[str, str]:
+def draw(group: str, seed: int) -> float:
+    """The group's own number in 0..1, whatever other groups there are."""
+    return int(files.sha256(f"{seed} {group}".encode())[:13], 16) / 16**13
+
+
+def _by_group(free: Sequence[Row], lists: Lists, params: config.Split) -> dict[str, str]:
     """Unlisted images with masks -> test, val and labelled by whole groups."""
     groups: dict[str, list[str]] = defaultdict(list)
     for row in sorted(free, key=lambda row: row.name):
         groups[row.group].append(row.name)
-    order = sorted(groups)
-    np.random.default_rng(params.seed).shuffle(order)
-    wanted = {part: round(getattr(params, part) * masked) for part in ("test", "val") if lists.get(part) is None}
+    order = sorted(groups, key=lambda group: (draw(group, params.seed), group))
+    shares = {part: getattr(params, part) for part in ("test", "val") if lists.get(part) is None}
     split: dict[str, str] = {}
-    for part, size in wanted.items():
-        taken = 0
-        while taken < size and len(order) > 1:  # a last group is left for training
-            names = groups[order.pop()]
-            split |= dict.fromkeys(names, part)
-            taken += len(names)
+    edge = 0.0
+    for part, share in shares.items():
+        edge += share
+        below = sum(draw(group, params.seed) < edge for group in order[:-1])
+        count = max(below, min(1, len(order) - 1)) if share > 0 and order else 0
+        for group in order[:count]:
+            split |= dict.fromkeys(groups[group], part)
+        order = order[count:]
     if lists.get("labelled") is None:
         rest = [name for group in order for name in groups[group]]
         split |= dict.fromkeys(rest[: params.labelled], "labelled")
@@ -122,8 +133,8 @@ def verify(rows: Sequence[Row]) -> None:
 
 def pixels(
     rows: Sequence[Row], classes: int, max_pixels: int, seen: Callable[[], None] = lambda: None
-) -> tuple[NDArray[np.int64], str]:
-    """Pixels per class (K,) of one split's masks, and the SHA-256 over its ids and decoded masks.
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Pixels per class (K,) of one split's masks, and for each row "id digest of the decoded mask".
 
     `seen()` is called after each image.
 
@@ -141,9 +152,9 @@ def pixels(
             alien = classes + int(np.flatnonzero(counts[classes:255])[0])
             raise manifest.ManifestError(f"{row.dump}/{row.name}: class id {alien}; there are {classes} classes")
         total_K += counts[:classes]
-        parts.append(f"{row.id} {files.sha256(mask_HW.tobytes())}")
+        parts.append(f"{row.id} {manifest.mask_digest(mask_HW)}")
         seen()
-    return total_K, manifest.set_hash(parts)
+    return total_K, parts
 
 
 def summarise(
@@ -153,7 +164,10 @@ def summarise(
     max_pixels: int,
     seen: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """summary.json: counts, groups, pixels and missing classes per split, and the hashes that name the split."""
+    """summary.json: counts, groups, pixels and missing classes per split, and the hashes that name the split.
+
+    `label_hash` names the images and masks that training sees, labelled and val; `test_hash` those that it must not.
+    """
     names = [c["name"] for c in source["classes"]]
     parts = {part: [row for row in rows if row.split == part] for part in manifest.SPLITS}
     counted = {part: pixels(parts[part], len(names), max_pixels, seen) for part in ingest.NEEDS_MASK}
@@ -169,7 +183,8 @@ def summarise(
         "hidden_labels": sum(row.mask_shard is not None for row in parts["unlabelled"]),
         "unused": dict(unused),
         "split_hash": manifest.set_hash(f"{row.id} {row.split}" for row in rows),
-        "test_hash": counted["test"][1],
+        "test_hash": manifest.set_hash(counted["test"][1]),
+        "label_hash": manifest.set_hash(counted["labelled"][1] + counted["val"][1]),
         "data_hash": manifest.set_hash(row.id for row in rows),
     }
 
@@ -191,6 +206,12 @@ def warnings(summary: Mapping[str, Any], lists: Lists, rows: Sequence[Row]) -> l
     for part in ("labelled", "val", "test"):
         if not summary["counts"][part]:
             found.append(f"no {part} image at all")
+    for part in ("val", "test"):
+        if lists.get(part) is None and len(groups := summary["groups"][part]) == 1:
+            found.append(
+                f"{part} is the group {groups[0]!r} alone: with so few groups a later one may take its place; "
+                f"data.lists.{part} keeps it"
+            )
     return found
 
 

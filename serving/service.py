@@ -4,13 +4,36 @@ Start it by `marginalia serve`, or by hand with `bentoml serve serving.service:M
 """
 
 import gc
+import sys
 
 import bentoml
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from export.bundle import BundleError
+from export.runtime import ProviderError
 from serving import app, observe, settings, slots
 
 _settings = settings.from_environment()
+
+
+def _refuse_absent_provider() -> None:
+    """End `bentoml serve` with the reason when the provider named in MARGINALIA_PROVIDER does not run here.
+
+    BentoML imports this module before it starts its worker, and leaving then is a clean refusal. A worker that leaves is
+    started again for ever, so there the watcher's event has to do. What else is wrong (no champion yet) may pass.
+    """
+    in_worker = getattr(sys.modules["__main__"].__spec__, "name", "") == "_bentoml_impl.worker.service"
+    if in_worker or _settings.provider in ("auto", "cpu"):
+        return
+    try:
+        slots.open_runtime(_settings)
+    except ProviderError as error:
+        raise SystemExit(f"marginalia: {error}") from error
+    except (slots.PointerError, BundleError, OSError):
+        return
+
+
+_refuse_absent_provider()
 _slot = slots.Slot(_settings)
 _app, _desk = app.build(_settings, _slot)
 
@@ -51,6 +74,8 @@ class Marginalia:
         Full collections took 80 to 440 ms with the defaults; frozen start-up objects and rare full rounds cure it.
         """
         observe.set_up_logging()
+        if others := settings.ignored():
+            observe.event("variables-ignored", names=others, reason="set by Kubernetes for a service of this name")
         _slot.start()
         gc.collect()
         gc.freeze()

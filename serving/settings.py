@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 PREFIX = "MARGINALIA_"
+# What Kubernetes puts into every pod for a service called marginalia or marginalia-<name>: MARGINALIA_SERVICE_HOST,
+# MARGINALIA_SERVICE_PORT[_<name>], MARGINALIA_PORT=tcp://..., MARGINALIA_PORT_3000_TCP[_ADDR|_PORT|_PROTO].
+_KUBERNETES = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_KUBERNETES_PORT = re.compile(r"(\w+_)?PORT")
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -46,14 +51,31 @@ class Settings(BaseModel):
         return int(self.max_body_mb * (1 << 20))
 
 
+def ignored(environment: Mapping[str, str] | None = None) -> list[str]:
+    """MARGINALIA_* variables that are no settings but Kubernetes' links to services, sorted."""
+    source = os.environ if environment is None else environment
+    names = [(name, name.removeprefix(PREFIX)) for name in source if name.startswith(PREFIX)]
+    return sorted(
+        name
+        for name, rest in names
+        if _KUBERNETES.fullmatch(rest)
+        or (_KUBERNETES_PORT.fullmatch(rest) and source[name].startswith(("tcp://", "udp://", "sctp://")))
+    )
+
+
 def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
-    """Settings from MARGINALIA_* variables.
+    """Settings from MARGINALIA_* variables, without the `ignored` ones.
 
     Raises:
         SettingsError: a variable is unknown (the nearest one is suggested) or its value is wrong (never repeated).
     """
     source = os.environ if environment is None else environment
-    given = {name.removeprefix(PREFIX).lower(): value for name, value in source.items() if name.startswith(PREFIX)}
+    others = ignored(source)
+    given = {
+        name.removeprefix(PREFIX).lower(): value
+        for name, value in source.items()
+        if name.startswith(PREFIX) and name not in others
+    }
     for name in sorted(given.keys() - Settings.model_fields.keys()):
         near = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.5)
         known = ", ".join(PREFIX + field.upper() for field in Settings.model_fields)

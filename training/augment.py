@@ -50,7 +50,8 @@ def crop(
 ) -> View:
     """Scale each image by U(scale), cut a random window of `size` (height, width), flip half of them.
 
-    Where the scaled image is smaller than the window it lies at the top left; the rest is 0, ignored and not valid.
+    Where the scaled image is smaller than the window it lies at the top left (right if flipped); the rest is 0, ignored
+    and not valid.
     Scale 1 copies source pixels (up to float rounding).
     """
     n, (out_h, out_w) = len(image_BCHW), size

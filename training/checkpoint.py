@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ def describe(identity: dict[str, Any]) -> str:
 
 def folder(identity: dict[str, Any], root: Path = WORK) -> Path:
     return root / key(identity)
+
+
+def discard(work: Path) -> None:
+    """Remove a finished run's state: the next run with the same settings starts anew, perhaps with other code."""
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

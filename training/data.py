@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import fit, images, manifest, masks
+from pipeline import fit, manifest
 from pipeline.config import Input
 from pipeline.manifest import Row
 
@@ -46,12 +46,8 @@ class Images:
         return sample
 
     def _read(self, row: Row) -> Sample:
-        try:
-            image = images.decode(manifest.read_image_bytes(row), max_pixels=self.max_pixels)
-            data = manifest.read_mask_bytes(row)
-            label = None if data is None else masks.decode_mask(data, max_pixels=self.max_pixels)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{row.name} (dump {row.dump}): {error}; run `dvc repro -f ingest@{row.dump}`") from error
+        image = manifest.open_image(row, self.max_pixels)  # verified against the manifest's hash
+        label = manifest.open_mask(row, self.max_pixels)
         plan = fit.plan(*image.shape[:2], long_side=self.policy.long_side, stride=self.policy.stride)
         height, width = plan.scaled_height, plan.scaled_width
         scaled = torch.from_numpy(np.ascontiguousarray(fit.apply(image, plan)[:height, :width]))

@@ -22,7 +22,7 @@ MAX_BAD_STEPS = 5
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on (non-finite loss, collapse); the message gives the reason and where the last good weights are."""
+    """Training cannot go on (non-finite loss); the message gives the reason and where the last good weights are."""
 
 
 class Interrupted(RuntimeError):
@@ -31,7 +31,7 @@ class Interrupted(RuntimeError):
 
 @dataclass(frozen=True)
 class Event:
-    """Handed to `on_log`: the step just done, seconds per step since the last event, and named numbers."""
+    """Handed to `on_log`: the step just done and named numbers, means since the last event."""
 
     step: int
     values: dict[str, float]
@@ -41,8 +41,8 @@ class Event:
 class Result:
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
-    best: dict[str, Tensor]
-    best_step: int
+    best: dict[str, Tensor] | None
+    best_step: int | None
     history: list[dict[str, float]]
 
 
@@ -132,6 +132,7 @@ def fit(
     """
     device = pick_device()
     torch.set_flush_denormal(True)  # without it a CPU run can slow down many times over
+    # On CUDA some backward passes (bilinear upsampling) have no deterministic form: seeds are fixed, bits are not.
     torch.use_deterministic_algorithms(config.deterministic and device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = (
         False  # a debugging aid that costs a pass over every new tensor
@@ -140,7 +141,7 @@ def fit(
     teacher = ema.teacher_of(model).to(memory_format=torch.channels_last)
     optimizer = optimiser(model, config)
     seen = PseudoLabels(n_classes, device)
-    best: tuple[float, int, dict[str, Tensor]] = (-1.0, 0, _copy(teacher))
+    best: tuple[float, int | None, dict[str, Tensor] | None] = (-1.0, None, None)
     history: list[dict[str, float]] = []
     path = (work or checkpoint.folder(identity)) / "checkpoint.pt"
     running: list[Tensor] = []
@@ -185,6 +186,7 @@ def fit(
             factor = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * factor
+            buffers = [value.clone() for value in model.buffers()]  # BatchNorm's statistics move in the forward pass
             with autocast(config, device):
                 done = methods.step(
                     method, model, teacher, labelled, unlabelled,
@@ -201,7 +203,10 @@ def fit(
                 bad = 0
             else:
                 bad += 1
+                for value, good in zip(model.buffers(), buffers, strict=True):
+                    value.copy_(good)
                 if bad >= MAX_BAD_STEPS:
+                    save(step)
                     raise TrainingStopped(
                         f"the loss or its gradient was not finite for {bad} steps in a row, the last at step {step} on "
                         f"{', '.join(batch.names)}; the last good weights are in {path}. Lower train.lr, or set "

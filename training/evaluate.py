@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from pipeline import champions, config, files, fit, manifest, progress, scores
-from training import infer, metrics, models, report
+from training import infer, metrics, models, report, start
 
 STUDENT = Path("models/student")
 SPLIT = Path("data/split")
@@ -258,6 +258,9 @@ def rescore_champion(params: config.Params, home: Path = Path("champions")) -> P
     if record is None:
         raise EvaluateError(f"{home}/champion.json: there is no champion to score yet")
     folder = home / str(record["id"])
+    weights = folder / "student.safetensors"
+    rows = manifest.read(SPLIT / "manifest.parquet")
+    start.refuse_seen(weights, models.read_meta(weights), (row.id for row in rows if row.split == "test"))
     scoring = evaluate(folder / "student.safetensors", params, same_split=False)
     value = scoring.scores | {
         "last": _short(scoring.scores, None),

@@ -5,18 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on servers
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from pipeline import masks
 from pipeline.config import Params
-from training import refine
+from training import methods, report
 from training.data import Images
 from training.models import Segmenter
+
+
+def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _series(history: Sequence[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
@@ -26,7 +28,7 @@ def _series(history: Sequence[dict[str, float]], key: str) -> tuple[list[float],
 
 def curves(history: Sequence[dict[str, float]], classes: Sequence[dict[str, Any]], path: Path) -> None:
     """Losses, val mIoU, kept ratio / precision / threshold, and kept ratio per class, over steps."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure, axes = _grid(2, 2, 11, 7)
     panels: list[tuple[str, list[tuple[str, str]]]] = [
         ("loss", [("loss_supervised", "supervised"), ("loss_unsupervised", "unsupervised")]),
         ("val mIoU of the teacher (%)", [("val_miou", "val mIoU")]),
@@ -53,18 +55,26 @@ def curves(history: Sequence[dict[str, float]], classes: Sequence[dict[str, Any]
             axis.legend(fontsize=8)
         else:
             axis.text(0.5, 0.5, "not used by this method", ha="center", transform=axis.transAxes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    report.save(figure, path)
 
 
 @torch.inference_mode()
 def previews(
-    model: Segmenter, images: Images, params: Params, classes: Sequence[dict[str, Any]], bar: float, path: Path
+    model: Segmenter,
+    images: Images,
+    method: methods.Method,
+    params: Params,
+    classes: Sequence[dict[str, Any]],
+    bar: float,
+    path: Path,
 ) -> None:
-    """Per row an unlabelled image: photo, pseudo-label, refined margin, and the pixels above the last threshold."""
+    """Per row an unlabelled image: photo, pseudo-label, the score that `method` judges by, and what it keeps at `bar`.
+
+    Without a bar (a supervised run) every pixel counts as kept: there is no selection to show.
+    """
+    chooser = methods.fixed(method, bar if not math.isnan(bar) else -math.inf)
     rows = max(1, len(images))
-    figure, axes = plt.subplots(rows, 4, figsize=(12, 2.5 * rows), layout="constrained", squeeze=False)
+    figure, axes = _grid(rows, 4, 12, 2.3 * rows)
     palette = [tuple(c["color"]) for c in classes]
     for row in axes:
         for axis in row:
@@ -76,19 +86,17 @@ def previews(
         image = F.pad(
             image_HWC.permute(2, 0, 1)[None].float(), (0, -width % stride, 0, -height % stride), mode="replicate"
         )
-        prob = model(image)[:, :, :height, :width].softmax(1)
-        sure = refine.margin(refine.refine(prob))[0].clamp(0, 1)
-        label = prob.argmax(1)[0].to(torch.uint8).numpy()
-        kept = sure.numpy() > (bar if not math.isnan(bar) else 0)
+        logits = model(image)[:, :, :height, :width]
+        chosen = methods.select(chooser, logits, torch.ones(1, height, width, dtype=torch.bool), 0)
+        label = chosen.label_BHW[0].to(torch.uint8).numpy()
+        kept = chosen.keep_BHW[0].numpy()
         shown = [
             (image_HWC.numpy(), "image"),
             (masks.overlay(image_HWC.numpy(), label, palette, 0.6), "pseudo-label"),
-            (sure.numpy(), "refined margin"),
+            (chosen.score_BHW[0].clamp(0, 1).numpy(), "score, 0 to 1"),
             (masks.overlay(image_HWC.numpy(), label, palette, 0.6) * kept[..., None], "kept"),
         ]
         for axis, (picture, title) in zip(row, shown, strict=True):
             axis.imshow(picture, cmap="magma", vmin=0, vmax=1) if picture.ndim == 2 else axis.imshow(picture)
             axis.set_title(title if index == 0 else "", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    report.save(figure, path)

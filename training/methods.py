@@ -80,6 +80,11 @@ def build(config: Train, *, total: int, epoch_steps: int, table_K: Tensor | None
     return Method(how, partition, how.normaliser, how.strict, table_K)
 
 
+def needs_table(config: Train) -> bool:
+    """Whether the method's preset uses the class table (`refine.neighbour_table`)."""
+    return config.method == "s4mc" and refine.PRESETS[config.preset].joint == "table"
+
+
 def fixed(method: Method, bar: float) -> Method:
     """The same method with a fixed bar (for ablations and the equivalence S4MC(beta 0, fixed) = FixMatch)."""
     return replace(method, threshold=Fixed(bar))
@@ -89,7 +94,7 @@ def fixed(method: Method, bar: float) -> Method:
 def select(method: Method, logits_BKHW: Tensor, valid_BHW: Tensor, step: int) -> Selection:
     """Teacher logits -> pseudo-labels and which of them count. Invalid pixels influence neither the bar nor the loss."""
     assert method.threshold is not None
-    prob = logits_BKHW.float().softmax(1)
+    prob = logits_BKHW.float().softmax(1) * valid_BHW[:, None]  # outside the photograph nothing supports anything
     if method.refinement is None:
         raw, label = prob.max(1)
         refined = raw
@@ -172,7 +177,10 @@ def step(
     box = augment.boxes(len(chosen.label_BHW), chosen.label_BHW.shape[1:], cutmix, generator).to(
         chosen.label_BHW.device
     )
-    image = augment.mix(augment.strong(unlabelled.image_BCHW, generator), box)
+    with torch.autocast(
+        unlabelled.image_BCHW.device.type, enabled=False
+    ):  # bf16 has 8 bits of mantissa: too few for pixels
+        image = augment.mix(augment.strong(unlabelled.image_BCHW, generator), box)
     label, keep, valid = (augment.mix(v, box) for v in (chosen.label_BHW, chosen.keep_BHW, unlabelled.valid_BHW))
     logits = student(torch.cat([labelled.image_BCHW, image]))
     on_labelled, on_mixed = logits.split([len(labelled.label_BHW), len(label)])

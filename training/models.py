@@ -37,7 +37,7 @@ class AsymmetricConv2d(nn.Conv2d):
     """TensorFlow's "same" padding of a stride-2 convolution on even sizes, as a constant: the odd pixel goes right/bottom."""
 
     def forward(self, input: Tensor) -> Tensor:
-        total = self.kernel_size[0] - 2
+        total = max(self.kernel_size[0] - 2, 0)
         before, after = total // 2, total - total // 2
         padded = F.pad(input, (before, after, before, after))
         return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)

@@ -5,6 +5,7 @@ Everything here is without gradient, in float32 or wider, and independent from i
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,18 +88,19 @@ def refine(
 
 
 @torch.no_grad()
-def neighbour_table(label_BHW: Tensor, n_classes: int, *, ignore: int = 255, prior: float = 8.0) -> Tensor:
-    """E_c: share of the 4-neighbours of class-c pixels that are class c, from labelled masks only.
+def neighbour_table(labels_HW: Iterable[Tensor], n_classes: int, *, ignore: int = 255, prior: float = 8.0) -> Tensor:
+    """E_c: share of the 4-neighbours of class-c pixels that are class c, pooled over labelled masks of any sizes.
 
     Classes that never occur get the mean over the others; `prior` pseudo-counts at that mean smooth rare classes.
     Returns: E_K float64 in [0, 1].
     """
     same, total = torch.zeros(2, n_classes, dtype=torch.float64)
-    for a, b in ((label_BHW[:, 1:], label_BHW[:, :-1]), (label_BHW[:, :, 1:], label_BHW[:, :, :-1])):
-        both = (a != ignore) & (b != ignore)
-        for one, other in ((a, b), (b, a)):
-            total += torch.bincount(one[both].long(), minlength=n_classes)[:n_classes]
-            same += torch.bincount(one[both & (one == other)].long(), minlength=n_classes)[:n_classes]
+    for label in labels_HW:
+        for a, b in ((label[1:], label[:-1]), (label[:, 1:], label[:, :-1])):
+            both = (a != ignore) & (b != ignore)
+            for one, other in ((a, b), (b, a)):
+                total += torch.bincount(one[both].long(), minlength=n_classes)[:n_classes]
+                same += torch.bincount(one[both & (one == other)].long(), minlength=n_classes)[:n_classes]
     mean = same.sum() / total.sum() if total.sum() > 0 else torch.tensor(1.0, dtype=torch.float64)
     return (same + prior * mean) / (total + prior)
 

@@ -58,9 +58,6 @@ class Fixed:
     def value(self, score: Tensor, valid: Tensor, step: int) -> Tensor:
         return torch.tensor(self.bar, dtype=score.dtype, device=score.device)
 
-    def state_dict(self) -> dict[str, float]:
-        return {"bar": self.bar}
-
 
 @dataclass(frozen=True)
 class Partition:
@@ -80,6 +77,3 @@ class Partition:
 
     def value(self, score: Tensor, valid: Tensor, step: int) -> Tensor:
         return quantile(score, valid, self.alpha(step))
-
-    def state_dict(self) -> dict[str, float]:
-        return {"start": self.start, "end": self.end, "total": self.total, "every": self.every}

@@ -6,13 +6,12 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -20,13 +19,11 @@ from torch import Tensor, nn
 from pipeline import config, files, manifest, progress, scores
 from pipeline.config import Params
 from pipeline.manifest import Row
-from training import checkpoint, engine, methods, metrics, models, refine
+from training import checkpoint, engine, figures, methods, metrics, models, refine, start
 from training.data import Batches, Images
-from training.figures import curves, previews
 
 MANIFEST = Path("data/split/manifest.parquet")
 SUMMARY = Path("data/split/summary.json")
-REGISTRY = Path("dumps.yaml")
 OUT = Path("models/student")
 REPORTS = Path("reports/train")
 
@@ -42,6 +39,8 @@ class Data:
     ignore: int
     split_hash: str
     data_hash: str
+    label_hash: str | None
+    judged: frozenset[str]
 
     @classmethod
     def read(cls, rows: Sequence[Row], summary: dict[str, Any]) -> "Data":
@@ -51,44 +50,8 @@ class Data:
         return cls(
             use("labelled"), use("unlabelled"), use("val"),
             summary["classes"], summary["ignore"], summary["split_hash"], summary["data_hash"],
+            summary.get("label_hash"), frozenset(row.id for row in rows if row.split in ("val", "test")),
         )  # fmt: skip
-
-
-def warm_start(registry: Path) -> Path | None:
-    """The champion's weights that the dump registry names as starting point; None for a first training.
-
-    Raises:
-        ConfigError: the registry names a champion whose weights are not there.
-    """
-    if not registry.exists():
-        return None
-    name = (yaml.safe_load(registry.read_text(encoding="utf-8")) or {}).get("warm_start")
-    if name is None:
-        return None
-    path = Path("champions") / str(name) / "student.safetensors"
-    if not path.exists():
-        raise config.ConfigError(
-            f"{registry}: warm_start names champion {name!r}, but {path} does not exist; restore champions/ or set "
-            "warm_start: null to train from the encoder's weights"
-        )
-    return path
-
-
-def start_from(model: models.Segmenter, path: Path, classes: list[dict[str, Any]]) -> None:
-    """Copy a champion's weights into `model`. Raises WeightsError when classes or architecture differ, naming both."""
-    meta = models.read_meta(path)
-    theirs, ours = ([c["name"] for c in m] for m in (meta["classes"], classes))
-    if theirs != ours:
-        raise models.WeightsError(
-            f"{path} has the classes {theirs}, the data has {ours}; set warm_start: null in {REGISTRY}"
-        )
-    donor, _ = models.load(path)
-    try:
-        model.load_state_dict(donor.state_dict())
-    except RuntimeError as error:
-        raise models.WeightsError(
-            f"{path} has another architecture than params.yaml's model section: {error}"
-        ) from error
 
 
 def validator(images: Images, n_classes: int, stride: int, ignore: int, limit: int = 128) -> Any:
@@ -116,62 +79,79 @@ def validator(images: Images, n_classes: int, stride: int, ignore: int, limit: i
     return validate
 
 
-def class_table(data: Data, images: Images) -> Tensor:
-    """S4MC's neighbour table from the labelled masks alone (preset ref_a)."""
-    labels = [images[i].label_HW for i in range(len(images))]
-    tables = [refine.neighbour_table(label[None], len(data.classes), ignore=data.ignore) for label in labels]
-    return torch.stack(tables).mean(0).float()
+def code_hash() -> str:
+    """Digest of this room's source: a killed run is not continued by other code."""
+    return files.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
 
-def run(
-    params: Params, data: Data, *, work: Path | None = None, start: Path | None = None, on_log: Any = lambda _: None
-) -> engine.Result:
-    """Train on `data` and return both networks' weights and the history; wires, decides nothing."""
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that the engine needs, and what the outputs say about it."""
+
+    model: models.Segmenter
+    method: methods.Method
+    batches: Batches
+    validate: Any
+    identity: dict[str, Any]
+    seen: str
+    precision_on: str
+
+
+def prepare(params: Params, data: Data, start_at: Path | None) -> Prepared:
+    """Networks, samples and method for `data`; wires, decides nothing but what measures the pseudo-labels."""
     settings, n_classes = params.train, len(data.classes)
 
     def read(rows: Sequence[Row]) -> Images:
         return Images(rows, params.input, ignore=data.ignore, max_pixels=params.ingest.max_pixels)
 
-    labelled, val = read(data.labelled), read(data.val)
-    # Labelled images are fed as unlabelled ones too: their masks measure the pseudo-labels' precision where no other
-    # hidden labels exist, and a pool of zero unlabelled images is still a pool.
-    pool = read([*data.unlabelled, *data.labelled])
+    labelled = read(data.labelled)
+    # Labelled images are fed as unlabelled ones too, so that a pool of zero unlabelled images is still a pool. Their
+    # masks measure the pseudo-labels only where no unlabelled image has a hidden one: the network has learnt them.
+    hidden = any(row.mask_shard is not None for row in data.unlabelled)
+    blank = {"mask_shard": None, "mask_offset": None, "mask_length": None}
+    pool = read([*data.unlabelled, *(replace(row, **blank) if hidden else row for row in data.labelled)])
     torch.manual_seed(settings.seed)
     model = models.build(params.model, n_classes)
-    if start is not None:
-        start_from(model, start, data.classes)
-    epoch = max(1, math.ceil(len(pool) / settings.batch_unlabelled))
-    needs_table = settings.method == "s4mc" and refine.PRESETS[settings.preset].joint == "table"
+    seen = {row.id for row in (*data.labelled, *data.unlabelled)}
+    if start_at is not None:
+        seen |= start.load_into(model, start_at, data.classes, data.judged)
     method = methods.build(
         settings,
         total=settings.steps - settings.warmup_steps,
-        epoch_steps=epoch,
-        table_K=class_table(data, labelled) if needs_table else None,
+        epoch_steps=max(1, math.ceil(len(pool) / settings.batch_unlabelled)),
+        table_K=class_table(labelled, n_classes, data.ignore) if methods.needs_table(settings) else None,
     )
     identity = {
         "params": params.model_dump(mode="json", include={"model", "input", "train"}),
         "split": data.split_hash,
         "data": data.data_hash,
-        "start": files.sha256(start) if start is not None else None,
+        "labels": data.label_hash,
+        "start": files.sha256(start_at) if start_at is not None else None,
+        "code": code_hash(),
         "torch": torch.__version__,
     }
     batches = Batches(labelled, pool, (settings.batch_labelled, settings.batch_unlabelled), settings.seed)
-    return engine.fit(
-        model, batches, method, settings,
-        n_classes=n_classes, ignore=data.ignore, identity=identity, on_log=on_log,
-        validate=validator(val, n_classes, params.input.stride, data.ignore),
-        work=work or checkpoint.folder(identity),
-    )  # fmt: skip
+    validate = validator(read(data.val), n_classes, params.input.stride, data.ignore)
+    precision_on = "hidden labels" if hidden else "labels it trains on"
+    return Prepared(model, method, batches, validate, identity, start.short_ids(seen), precision_on)
 
 
-def describe(params: Params, data: Data, result: engine.Result, seconds: float, start: Path | None) -> dict[str, Any]:
+def class_table(images: Images, n_classes: int, ignore: int) -> Tensor:
+    """S4MC's neighbour table from the labelled masks alone (preset ref_a)."""
+    labels = (images[i].label_HW for i in range(len(images)))
+    return refine.neighbour_table(labels, n_classes, ignore=ignore).float()
+
+
+def describe(
+    params: Params, data: Data, result: engine.Result, seconds: float, start_at: Path | None, precision_on: str
+) -> dict[str, Any]:
     last = result.history[-1]
     return {
         "method": params.train.method, "preset": params.train.preset, "steps": params.train.steps,
         "seed": params.train.seed, "best_step": result.best_step, "val_miou": _number(last.get("val_miou")),
-        "kept": _number(last.get("kept")), "precision": _number(last.get("precision")),
+        "kept": _number(last.get("kept")), "precision": _number(last.get("precision")), "precision_on": precision_on,
         "labelled": len(data.labelled), "unlabelled": len(data.unlabelled), "seconds": round(seconds, 1),
-        "warm_start": str(start) if start else None, "torch": torch.__version__, "machine": platform.machine(),
+        "warm_start": str(start_at) if start_at else None, "torch": torch.__version__, "machine": platform.machine(),
         "device": str(engine.pick_device()), "split_hash": data.split_hash, "data_hash": data.data_hash,
     }  # fmt: skip
 
@@ -207,12 +187,11 @@ def open_live() -> Any:
 def stage(params: Params) -> None:
     """The stage: train, write weights and reports, print one table."""
     data = Data.read(manifest.read(MANIFEST), files.read_json(SUMMARY))
-    start = warm_start(REGISTRY)
+    start_at = start.champion()
     began = time.monotonic()
-    with (
-        open_live() as live,
-        progress.bar(f"train {params.train.method}", params.train.steps) as bar,
-    ):
+    ready = prepare(params, data, start_at)
+    work = checkpoint.folder(ready.identity)
+    with open_live() as live, progress.bar(f"train {params.train.method}", params.train.steps) as bar:
         done = 0
 
         def log(event: engine.Event) -> None:
@@ -224,34 +203,45 @@ def stage(params: Params) -> None:
                     live.log_metric(key, value)
             live.next_step()
 
-        result = run(params, data, start=start, on_log=log)
-    about = describe(params, data, result, time.monotonic() - began, start)
-    meta = {
+        result = engine.fit(
+            ready.model, ready.batches, ready.method, params.train,
+            n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
+            on_log=log, work=work,
+        )  # fmt: skip
+    about = describe(params, data, result, time.monotonic() - began, start_at, ready.precision_on)
+    shared = {
         **about,
         "classes": data.classes,
         "ignore": data.ignore,
         "params": params.model_dump(mode="json", include={"model", "input"}),
+        "trained_on": ready.seen,
     }
-    models.save(OUT / "student.safetensors", result.teacher, {**meta, "weights": "teacher, last step"})
-    models.save(
-        OUT / "best.safetensors", result.best, {**meta, "weights": f"teacher, step {result.best_step}, best on val"}
-    )
+    models.save(OUT / "student.safetensors", result.teacher, {**shared, "weights": "teacher, last step"})
+    if result.best is not None:
+        best = {**shared, "weights": f"teacher, step {result.best_step}, best on val"}
+        models.save(OUT / "best.safetensors", result.best, best)
     files.write_json(OUT / "train.json", about)
-    curves(result.history, data.classes, REPORTS / "curves.png")
+    figures.curves(result.history, data.classes, REPORTS / "curves.png")
+    some = Images(
+        data.unlabelled[:: max(1, len(data.unlabelled) // 6)][:6],
+        params.input,
+        ignore=data.ignore,
+        max_pixels=params.ingest.max_pixels,
+    )
     model = models.load(OUT / "student.safetensors")[0]
-    pool = Images(data.unlabelled[:: max(1, len(data.unlabelled) // 6)][:6], params.input,
-                  ignore=data.ignore, max_pixels=params.ingest.max_pixels)  # fmt: skip
-    previews(
-        model, pool, params, data.classes, result.history[-1].get("threshold", math.nan), REPORTS / "pseudo_labels.png"
-    )
-    table = Table(
-        title=f"train: {params.train.method} ({params.train.preset}), {about['seconds']} s on {about['device']}"
-    )
-    for column in ("labelled", "unlabelled", "steps", "val mIoU", "best step", "kept", "precision"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        *(str(about[k]) for k in ("labelled", "unlabelled", "steps", "val_miou", "best_step", "kept", "precision"))
-    )
+    bar_at_end = result.history[-1].get("threshold", math.nan)
+    figures.previews(model, some, ready.method, params, data.classes, bar_at_end, REPORTS / "pseudo_labels.png")
+    checkpoint.discard(work)
+    show(about)
+
+
+def show(about: dict[str, Any]) -> None:
+    columns = ("labelled", "unlabelled", "steps", "val_miou", "best_step", "kept", "precision")
+    table = Table(title=f"train: {about['method']} ({about['preset']}), {about['seconds']} s on {about['device']}")
+    for column in columns:
+        table.add_column(column.replace("_miou", " mIoU").replace("_", " "), justify="right")
+    table.add_row(*("-" if about[k] is None else str(about[k]) for k in columns))
+    table.caption = f"precision of kept pseudo-labels against {about['precision_on']}"
     Console().print(table)
 
 
@@ -265,7 +255,7 @@ def main() -> int:
     except engine.Interrupted as reason:
         problems.print(f"train: {reason}", style="yellow", markup=False, soft_wrap=True)
         return 75
-    except (OSError, ValueError, engine.TrainingStopped) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         problems.print(f"train: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     return 0

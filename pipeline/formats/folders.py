@@ -2,10 +2,12 @@
 
 images/ANY/PATH.jpg     every image; its *name id* is the path under images/ without the extension
 masks/ANY/PATH.png      class ids of that image; images without one are unlabelled
-classes.txt             line n (from 0) names class n, optionally followed by a colour: `road #804080`
+classes.txt             line n (from 0) names class n, optionally followed by a colour: `road #804080` or
+                        `road 128 64 128`; with `data.classes: null` the ids found in the masks are the classes
 labelled.txt ...        name ids, one a line (params.yaml: data.lists)
 """
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ from pipeline import images, masks
 from pipeline.config import Lists
 
 LISTS = ("labelled", "unlabelled", "val", "test")
-_COLOUR = re.compile(r"\s#([0-9a-fA-F]{6})$")
+_HEX = re.compile(r"\s#([0-9a-fA-F]{6})$")
+_RGB = re.compile(r"\s(\d+)\s+(\d+)\s+(\d+)$")
 
 
 class SourceError(ValueError):
@@ -46,30 +49,40 @@ def _walk(folder: Path) -> dict[str, Path]:
     return {name: named[name] for name in sorted(named) if not any(part.startswith(".") for part in name.split("/"))}
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path, way_out: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise SourceError(f"{path}: not found; params.yaml's data section names it") from error
+        beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside)
+        hint = f" (there is {', '.join(near)})" if near else ""
+        raise SourceError(f"{path}: not found{hint}, though params.yaml names it; {way_out}") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def class_list(lines: Sequence[str], file: Path) -> list[dict[str, Any]]:
-    """`name` or `name #rrggbb` lines -> [{"id", "name", "color"}]; classes without a colour get a distinct one.
+    """`name`, `name #rrggbb` or `name r g b` lines -> [{"id", "name", "color"}].
+
+    Colours are 0..255 each; classes without one get a distinct one.
 
     Raises:
-        SourceError: no class, a name twice, or more than 255 classes (255 means ignore).
+        SourceError: no class, a name twice, a colour beyond 255, or more than 255 classes (255 means ignore).
     """
     if not 0 < len(lines) <= 255:
         raise SourceError(f"{file}: {len(lines)} classes; expected 1 to 255, one name a line (id 255 means ignore)")
     spare = masks.palette(len(lines))
     out: list[dict[str, Any]] = []
     for index, line in enumerate(lines):
-        match = _COLOUR.search(line)
+        colour = list(spare[index])
+        if match := _HEX.search(line):
+            colour = list(bytes.fromhex(match[1]))
+        elif match := _RGB.search(line):
+            colour = [int(value) for value in match.groups()]
+            if max(colour) > 255:
+                raise SourceError(f"{file}: line {index + 1}: {line!r}: red, green and blue are 0 to 255 each")
         name = line[: match.start()].strip() if match else line
         if any(known["name"] == name for known in out):
             raise SourceError(f"{file}: line {index + 1}: class {name!r} stands there twice")
-        colour = list(bytes.fromhex(match[1])) if match else list(spare[index])
         out.append({"id": index, "name": name, "color": colour})
     return out
 
@@ -84,7 +97,7 @@ def _infer_classes(mask_files: dict[str, Path], max_pixels: int) -> list[dict[st
         if (known := ids[ids < 255]).size:
             highest = max(highest, int(known.max()))
     if highest < 0:
-        raise SourceError("no class file and no readable mask: give data.classes a file with one class name a line")
+        raise SourceError("no class file and no readable mask: name a file with one class a line in data.classes")
     return [{"id": k, "name": f"class_{k}", "color": list(c)} for k, c in enumerate(masks.palette(highest + 1))]
 
 
@@ -107,14 +120,15 @@ def read(
 
     Args:
         folder: holds `images/` and, for labelled images, `masks/`.
-        classes: class file inside the folder; where it is absent the ids found in the masks are the classes.
+        classes: class file inside the folder; None: the ids found in the masks are the classes.
         lists: id lists inside the folder.
         group: regular expression with one (...) that yields an image's group from its name id. Without it the
             sub-folder under images/ is the group, and an image directly in images/ is a group of its own.
         max_pixels: budget for masks that are decoded where no class file is given.
 
     Raises:
-        SourceError: no images, a list names an unknown image or one twice, a group that does not match; names the file.
+        SourceError: no images, a class file or list that is not there, a list names an unknown image or one twice, a
+            group that does not match; names the file.
     """
     image_files, mask_files = _walk(folder / "images"), _walk(folder / "masks")
     if not image_files:
@@ -129,10 +143,14 @@ def read(
         if not match or not match[1]:
             raise SourceError(f"data.group: {group!r} finds no group in the image id {key!r}")
         groups[key] = match[1]
-    known = class_list(_lines(folder / classes), folder / classes) if classes and (folder / classes).exists() else None
+    if classes is None:
+        known = _infer_classes(mask_files, max_pixels)
+    else:
+        way_out = "write it, or set data.classes: null to take the ids found in the masks as the classes"
+        known = class_list(_lines(folder / classes, way_out), folder / classes)
     return Source(
         files=[(f"images/{n}", p) for n, p in image_files.items()] + [(f"masks/{n}", p) for n, p in mask_files.items()],
-        classes=known or _infer_classes(mask_files, max_pixels),
+        classes=known,
         lists=found,
         groups=groups or None,
     )
@@ -141,7 +159,7 @@ def read(
 def _id_list(folder: Path, file: str | None, ids: set[str]) -> list[str] | None:
     if file is None:
         return None
-    listed = [line if line in ids else name_id(line) for line in _lines(folder / file)]
+    listed = [line if line in ids else name_id(line) for line in _lines(folder / file, "write it, or take it out")]
     if unknown := [key for key in listed if key not in ids]:
         raise SourceError(
             f"{folder / file}: {len(unknown)} ids have no file under images/, the first is {unknown[0]!r}"

@@ -26,7 +26,7 @@ SETTINGS = {
     "evaluate": {"bootstrap": 100, "previews": 2},
     "parity": {"agreement": 0.999, "class_agreement": 0.98},
     "gate": {"bootstrap": 200},
-    "pool": {"permutations": 99, "label_next": 4},
+    "pool": {"permutations": 199, "label_next": 4},
 }  # fmt: skip
 
 
@@ -179,6 +179,8 @@ def test_a_new_dump_is_ingested_alone_and_the_next_training_starts_from_the_cham
     assert "7" in project.run("marginalia", "add-dump", str(dump))
     again = project.run("marginalia", "add-dump", str(dump))  # delivered twice
     assert "nothing new" in again
+    assert (project.root / "data/dumps/monday.tar.dvc").exists()
+    assert (project.root / f"champions/{champion}.dvc").exists()
     output = project.run("dvc", "repro")
     assert {s for s in project.ran(output) if s.startswith("ingest")} == {"ingest@monday"}
     assert "pull" not in project.ran(output)

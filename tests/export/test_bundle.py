@@ -1,6 +1,7 @@
 """export.bundle: what is written can be verified, by us and by sha256sum; what is wrong is not written."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -91,3 +92,24 @@ def test_a_model_changed_after_verifying_is_not_read(tmp_path: Path) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(bundle.BundleError, match="no bundle folder"):
         bundle.open_bundle(tmp_path / "absent")
+
+
+def test_a_failed_rename_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that brings the new folder in, after the old one was moved aside."""
+    old = tiny_onnx.write(tmp_path / "bundle")
+    failed = []
+    for name in ("rename", "replace"):
+        real = getattr(os, name)
+
+        def failing(source, target, *rest, real=real, **options):
+            if Path(target) == tmp_path / "bundle" and not failed:
+                failed.append(source)
+                raise OSError("no space left on device")
+            return real(source, target, *rest, **options)
+
+        monkeypatch.setattr(os, name, failing)
+    with pytest.raises(OSError, match="no space"):
+        tiny_onnx.write(tmp_path / "bundle", model_bytes=tiny_onnx.model(250.0))
+    assert len(failed) == 1
+    assert bundle.open_bundle(tmp_path / "bundle") == old
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]

@@ -131,6 +131,23 @@ def test_f15_one_flipped_bit_and_a_shortened_shard(project: Path) -> None:
         manifest.open_image(row, 10_000, project)
 
 
+def test_f15_a_valid_mask_in_anothers_place(project: Path) -> None:
+    rows = tiny_source.rows(project)
+    one, two = rows["base/a/00"], rows["base/a/01"]
+    truth = {row.name: manifest.open_mask(row, 10_000, project) for row in (one, two)}
+    assert (truth[one.name] != truth[two.name]).any()
+    path = project / str(one.mask_shard)
+    data = path.read_bytes()
+    mask = data[two.mask_offset : two.mask_offset + two.mask_length]
+    assert len(mask) == one.mask_length  # bytes of equal size: nothing but the ids tell
+    path.write_bytes(data[: one.mask_offset] + mask + data[one.mask_offset + one.mask_length :])
+    with pytest.raises(manifest.ManifestError, match=r"masks-00000\.tar \(base/a/00\).*do not match.*dvc repro"):
+        manifest.open_mask(one, 10_000, project)
+    np.testing.assert_array_equal(manifest.open_mask(two, 10_000, project), truth[two.name])
+    unchecked = replace(one, mask_digest=None)
+    np.testing.assert_array_equal(manifest.open_mask(unchecked, 10_000, project), truth[two.name])
+
+
 def test_f15_a_changed_mask_is_noticed_before_training(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = next(row for row in tiny_source.rows(project).values() if row.split == "test")
     path = project / str(row.mask_shard)

@@ -1,5 +1,6 @@
 """F37: the provider that was asked for by name runs, or nothing does; and only one ONNX Runtime may be installed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from export import runtime
 from serving import run
 from tests import tiny_onnx
+from tests.live_server import ROOT
 
 
 def cuda_works(opened: runtime.Runtime) -> bool:
@@ -49,6 +51,23 @@ def test_f37_the_service_does_not_start(tmp_path: Path, monkeypatch: pytest.Monk
         run.prepare(made.folder)
     monkeypatch.setenv("MARGINALIA_PROVIDER", "cpu")
     assert run.prepare(made.folder).bundle == made.folder
+
+
+def test_f37_the_service_started_by_hand_does_not_start(tmp_path: Path) -> None:
+    """`bentoml serve` ends with the reason, instead of a server that is never ready or a worker that dies for ever."""
+    made = tiny_onnx.write(tmp_path / "b")
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("MARGINALIA_", "BENTOML_"))}
+    own |= {
+        "MARGINALIA_BUNDLE": str(made.folder),
+        "MARGINALIA_PROVIDER": "tensorrt",
+        "BENTOML_HOME": str(tmp_path / "h"),
+    }
+    command = [sys.executable, "-m", "bentoml", "serve", "serving.service:Marginalia", "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "marginalia: " in done.stderr
+    assert "tensorrt" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_f37_two_onnxruntimes_are_refused(tmp_path: Path) -> None:

@@ -144,6 +144,19 @@ def test_no_later_dump_means_nothing_to_do(tmp_path: Path, monkeypatch: pytest.M
     assert drift.main(["--screen"]) == 0
     said = files.read_json(Path("reports/screen.json"))
     assert (said["dumps"], said["drifted"]) == ({}, [])
+    assert Path("reports/screen.pass").read_bytes() == b""
+
+
+@pytest.mark.parametrize(("drift_p", "fewest"), [(0.01, 100), (0.05, 20), (0.003, 333), (0.5, 2)])
+def test_too_few_permutations_to_flag_anything_are_refused(drift_p: float, fewest: int) -> None:
+    """Even a dump from another world gets p = 1 / (1 + permutations) at least."""
+    rng = np.random.default_rng(0)
+    parts = singles("labelled", "base", rng.normal(size=(30, 4)))
+    parts += singles("unlabelled", "new", rng.normal(size=(30, 4)) + 100.0)
+    enough = config.Pool.model_construct(permutations=fewest, drift_p=drift_p)
+    assert drift.compare(cloud(parts), "new", enough).drifted
+    with pytest.raises(pool.PoolError, match=rf"set it to {fewest} or more"):
+        drift.compare(cloud(parts), "new", config.Pool.model_construct(permutations=fewest - 1, drift_p=drift_p))
 
 
 def test_missing_pool_is_named(

@@ -189,3 +189,56 @@ def test_main_says_what_happened_and_what_is_next(
         Path("dumps.yaml").write_text("dumps: {base: {archive: a, colour: red}}")
         assert dumps.main([str(delivery)]) == 1
         assert "dumps.yaml: dumps.base.colour" in capsys.readouterr().err
+
+
+def deliver(path: Path, seed: int) -> Path:
+    shards.write_tar(path, [("a.png", tiny_source.encode(tiny_source.picture(seed)))])
+    return path
+
+
+def test_an_archive_that_the_registry_does_not_know_is_never_overwritten(tmp_path: Path, root: Path) -> None:
+    before = (root / "dumps.yaml").read_bytes()
+    dumps.add(deliver(tmp_path / "night.tar", 1), root=root, params=PARAMS)
+    (root / "data/dumps/torn.tar").write_bytes(b"no archive")
+    (root / "dumps.yaml").write_bytes(before)  # the registry went back, as by a version control checkout
+    kept = (root / "data/dumps/night.tar").read_bytes()
+    other = deliver(tmp_path / "sub.tar", 2).rename(tmp_path / "night.tar")
+    for taken in ("night", "torn"):
+        with pytest.raises(registry.RegistryError, match=rf"data/dumps/{taken}\.tar is there already"):
+            dumps.add(other, name=taken, root=root, params=PARAMS)
+    assert (root / "dumps.yaml").read_bytes() == before
+    assert dumps.add(other, root=root, params=PARAMS).name == "night-2"
+    assert (root / "data/dumps/night.tar").read_bytes() == kept
+    again = dumps.add(deliver(tmp_path / "night.tar", 1), root=root, params=PARAMS)  # the same files may take it over
+    assert (again.name, again.same_as) == ("night", None)
+
+
+def test_a_missing_archive_is_put_back_by_the_same_delivery(
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    delivery = as_zip(tmp_path / "night.zip")
+    dumps.add(delivery, root=root, params=PARAMS)
+    registered = (root / "dumps.yaml").read_bytes()
+    (root / "data/dumps/night.tar").unlink()
+    with tiny_source.inside(root):
+        assert dumps.main([str(delivery), "--name", "other"]) == 0
+    assert "put back: data/dumps/night.tar was missing" in " ".join(capsys.readouterr().out.split())
+    assert files.sha256(root / "data/dumps/night.tar") == CANONICAL
+    assert (root / "dumps.yaml").read_bytes() == registered
+    assert not dumps.add(delivery, root=root, params=PARAMS).restored
+
+
+def test_equal_names_are_numbered_without_starting_over() -> None:
+    class Counted(dict[str, int]):
+        looked = 0
+
+        def __contains__(self, key: object) -> bool:
+            self.looked += 1
+            return super().__contains__(key)
+
+    taken = Counted()
+    names = [dumps._canonical(name, taken) for name in ("a~2.png", *["a.png"] * 2000, "a~2.jpg")]
+    assert names[:4] == ["images/a~2.png", "images/a.png", "images/a~3.png", "images/a~4.png"]
+    assert names[-1] == "images/a~2~2.jpg"
+    assert len(set(names)) == len(names)
+    assert taken.looked <= 2 * len(names)

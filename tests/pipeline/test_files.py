@@ -116,3 +116,40 @@ def test_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         (folder / "three").write_text("3")
     assert [p.name for p in target.iterdir()] == ["three"]
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_folder_is_put_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "bundle"
+    with files.replacing_folder(target) as folder:
+        (folder / "one").write_text("1")
+    rename = Path.replace
+
+    def disk_fails(self: Path, place: Path) -> Path:
+        if place == target and ".old." not in self.name:
+            raise OSError("no")
+        return rename(self, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", disk_fails)
+        with pytest.raises(OSError, match="no"), files.replacing_folder(target) as folder:
+            (folder / "two").write_text("2")
+    assert [p.name for p in target.iterdir()] == ["one"]
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_folder_left_aside_by_a_killed_run_is_put_back_first(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    (tmp_path / ".bundle.x.old.part").mkdir()
+    (tmp_path / ".bundle.x.old.part/one").write_text("1")
+
+    def fail() -> None:
+        with files.replacing_folder(target):
+            assert [p.name for p in target.iterdir()] == ["one"]
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [p.name for p in target.iterdir()] == ["one"]
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]

@@ -54,14 +54,31 @@ def test_unusable_class_files_are_named(source: Path, text: str, message: str) -
         read(source)
 
 
+def test_colours_are_read_as_hex_or_as_three_numbers(source: Path) -> None:
+    (source / "classes.txt").write_text("road 16 32 48\nlane 2\nsky blue  0\t255 7\nzone 1 2\n")
+    classes = read(source).classes
+    assert [c["name"] for c in classes] == ["road", "lane 2", "sky blue", "zone 1 2"]
+    assert [classes[k]["color"] for k in (0, 2)] == [[16, 32, 48], [0, 255, 7]]
+    (source / "classes.txt").write_text("road\nwall 0 256 0\n")
+    with pytest.raises(folders.SourceError, match=r"classes\.txt: line 2.*0 to 255"):
+        read(source)
+
+
+def test_a_class_file_that_is_named_but_missing_is_an_error(source: Path) -> None:
+    (source / "classes.txt").rename(source / "Classes.txt")
+    with pytest.raises(folders.SourceError, match=r"classes\.txt: not found \(there is Classes.txt\).*classes: null"):
+        read(source)
+    with pytest.raises(folders.SourceError, match=r"other\.csv: not found, though"):
+        read(source, classes="other.csv")
+
+
 def test_without_a_class_file_the_masks_say_how_many(source: Path) -> None:
-    (source / "classes.txt").unlink()
     tiny_source.put(source, "masks/b/00.png", b"broken")
-    assert [c["name"] for c in read(source).classes] == ["class_0", "class_1", "class_2"]
+    assert [c["name"] for c in read(source, classes=None).classes] == ["class_0", "class_1", "class_2"]
     for path in (source / "masks/a").iterdir():
         path.write_bytes(tiny_source.encode(np.full((4, 4), 255, np.uint8)))
     with pytest.raises(folders.SourceError, match="no class file"):
-        read(source)
+        read(source, classes=None)
 
 
 def test_lists_name_ids_with_or_without_extension(source: Path) -> None:

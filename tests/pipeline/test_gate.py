@@ -155,8 +155,111 @@ def test_missing_inputs_are_named(
     id = write_run(tmp_path, "one", counts(GOOD))
     assert gate.main() == 0
     shutil.rmtree(Path("champions") / id)
+    write_run(tmp_path, "two", counts(BETTER))
     assert gate.main() == 1
     assert "is gone" in capsys.readouterr().err
+
+
+def test_what_is_damaged_is_named_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("gate: {bootstrap: 50}\n")
+    id = write_run(tmp_path, "one", counts(GOOD))
+    assert gate.main() == 0
+    write_run(tmp_path, "two", counts(BETTER))
+    whole = Path("reports/confusions.npz").read_bytes()
+    with np.load("reports/confusions.npz") as arrays:
+        flat = {key: arrays[key] for key in arrays} | {"confusion": np.zeros(3)}
+    with files.replacing(tmp_path / "flat.npz") as file:
+        np.savez(file, **flat)
+    harms = [b"[1]", b"not json", b"{}", b'{"id": 5, "bundle": "b", "student": "s"}', b"\xff"]
+    cases = [(f"champions/{name}", harm) for name in ("champion.json", f"{id}/scores.json") for harm in harms]
+    cases += [("reports/scores.json", harm) for harm in harms]
+    cases += [("reports/parity.json", b"[1]"), ("bundle/SHA256SUMS", b"\xff")]
+    torn = (b"", b"PK\x03\x04", whole[: len(whole) // 2], whole.replace(b"ids.npy", b"ibs.npy"), b"\x80\x04.")
+    for file in ("reports/confusions.npz", f"champions/{id}/confusions.npz"):
+        cases += [(file, harm) for harm in (*torn, (tmp_path / "flat.npz").read_bytes())]
+    pointed = Path("champions/champion.json").read_bytes()
+    for name, harm in cases:
+        before = Path(name).read_bytes()
+        Path(name).write_bytes(harm)
+        capsys.readouterr()
+        assert gate.main() == 1, (name, harm)
+        told = capsys.readouterr().err
+        assert Path(name).parent.name in told, (name, harm)
+        assert " run " in told, (name, harm)
+        assert told.count("\n") == 1
+        Path(name).write_bytes(before)
+        assert Path("champions/champion.json").read_bytes() == pointed
+    assert gate.main() == 0
+    assert files.read_json(Path("reports/gate.json"))["verdict"] == "promoted"
+
+
+@pytest.mark.parametrize("harm", ["bundle", "model", "student", "scores"])
+def test_the_champions_own_files_are_healed_from_the_same_bundle(tmp_path: Path, harm: str) -> None:
+    id = write_run(tmp_path, "one", counts(GOOD))
+    gate.run(tmp_path, GATE)
+    home = tmp_path / "champions" / id
+    wanted = {p.relative_to(home): p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    if harm == "bundle":
+        shutil.rmtree(home)
+    elif harm == "model":
+        (home / "bundle/model.onnx").write_bytes(b"graph of nobody")
+    elif harm == "student":
+        (home / "student.safetensors").unlink()
+    else:
+        (home / "scores.json").write_bytes(b"[1]")
+    verdict = gate.run(tmp_path, GATE, experiment="try-1")
+    assert (verdict.verdict, "written again" in verdict.reason) == ("kept", False)  # an experiment touches nothing
+    verdict = gate.run(tmp_path, GATE)
+    assert verdict.verdict == "kept"
+    assert "written again" in verdict.reason
+    assert {p.relative_to(home): p.read_bytes() for p in home.rglob("*") if p.is_file()} == wanted
+    pointer = champions.current(tmp_path / "champions")
+    assert pointer is not None
+    assert (pointer["id"], pointer["previous"]) == (id, None)
+    assert "written again" not in gate.run(tmp_path, GATE).reason
+
+
+def test_a_lost_champions_folder_is_promoted_again(tmp_path: Path) -> None:
+    """A fresh clone, or `rm -rf champions`: reports/gate.json is there and must not matter."""
+    id = write_run(tmp_path, "one", counts(GOOD))
+    gate.run(tmp_path, GATE)
+    gate.run(tmp_path, GATE)
+    assert files.read_json(tmp_path / "reports/gate.json")["verdict"] == "kept"
+    shutil.rmtree(tmp_path / "champions")
+    assert gate.run(tmp_path, GATE).verdict == "promoted"
+    pointer = champions.current(tmp_path / "champions")
+    assert pointer is not None
+    assert champions.check_bundle(tmp_path / pointer["bundle"]) == id
+
+
+def test_an_experiment_never_moves_the_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dvc exp run` sets DVC_EXP_NAME and DVC_ROOT, also where the stages run in a temporary copy."""
+    project, copy = tmp_path / "project", tmp_path / "copy"
+    write_run(project, "one", counts(GOOD))
+    gate.run(project, GATE)
+    write_run(copy, "two", counts(BETTER))
+    before = {p: p.read_bytes() for p in project.rglob("*") if p.is_file()}
+    (copy / "params.yaml").write_text("gate: {bootstrap: 400}\n")
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_EXP_NAME", "odd-idea")
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    assert gate.main() == 0
+    said = files.read_json(copy / "reports/gate.json")
+    assert said["verdict"] == "kept"
+    assert "`dvc exp apply odd-idea` and then `dvc repro -f -s gate`" in said["reason"]
+    honest = gate.judge(scored("b", counts(BETTER)), scored("a", counts(GOOD)), GATE)
+    assert (said["delta"], said["ci"], said["per_class"]) == (honest.delta, honest.ci, honest.per_class)
+    assert not (copy / "champions").exists()
+    assert {p: p.read_bytes() for p in project.rglob("*") if p.is_file()} == before
+    monkeypatch.delenv("DVC_EXP_NAME")
+    monkeypatch.chdir(project)
+    (project / "params.yaml").write_text("gate: {bootstrap: 400}\n")
+    write_run(project, "two", counts(BETTER))
+    assert gate.main() == 0
+    assert files.read_json(project / "reports/gate.json")["verdict"] == "promoted"
 
 
 def killed_at(root: Path, number: int) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline import images
-from tests.pictures import png, save
+from tests.pictures import chunk, exif, png, save
 
 # Set at import by the module itself; pytest resets the filters for every test.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -163,3 +163,14 @@ def test_damaged_exif_is_silent() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_png_is_turned_wherever_its_exif_chunk_stands(orientation: int) -> None:
+    plain = save(Image.fromarray(PICTURE))
+    block = chunk(b"eXIf", exif(orientation).removeprefix(b"Exif\x00\x00"))
+    first, last = plain.index(b"IDAT") - 4, plain.index(b"IEND") - 4
+    before, after = (plain[:at] + block + plain[at:] for at in (first, last))
+    np.testing.assert_array_equal(images.decode(after, max_pixels=LIMIT), images.orient(PICTURE, orientation))
+    np.testing.assert_array_equal(images.decode(before, max_pixels=LIMIT), images.decode(after, max_pixels=LIMIT))
+    assert images.probe(before) == images.probe(after) == ("PNG", *((13, 21) if orientation == 6 else (21, 13)))

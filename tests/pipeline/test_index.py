@@ -68,3 +68,8 @@ def test_the_distance_counts_bits_inclusively() -> None:
 def test_order_within_an_archive_does_not_matter() -> None:
     rows = [row(f"{n}", f"{n % 5}", FAR[n % 8] ^ n, mask=n % 3 == 0) for n in range(8)]
     assert outcome([rows]) == outcome([rows[::-1]])
+
+
+def test_flat_images_stay_and_hash_zero_is_a_hash() -> None:
+    rows = [replace(row(n, n, 0), phash="") for n in "ab"] + [row("c", "3", 0), row("d", "4", 1)]
+    assert outcome([rows]) == (["base/a", "base/b", "base/c"], {"base/d": "near-duplicate"})

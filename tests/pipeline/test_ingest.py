@@ -12,7 +12,7 @@ import pytest
 import tiny_source
 from rich.console import Console
 
-from pipeline import config, duplicates, images, ingest, manifest, registry, shards
+from pipeline import config, dumps, duplicates, images, ingest, manifest, registry, shards
 
 QUIET = Console(quiet=True)
 SOURCE = {
@@ -93,7 +93,8 @@ def test_another_dump_leaves_the_first_ones_files_untouched(tmp_path: Path) -> N
     before = digests(root / "data/ingested/base")
     archive(root / "data/dumps/more.tar", range(50, 55), masked=False)
     known = registry.read(root / "dumps.yaml")
-    entry = registry.Entry(archive="data/dumps/more.tar", sha256="0" * 64, images=5)
+    content = manifest.content_hash(root / "data/dumps/more.tar")
+    entry = registry.Entry(archive="data/dumps/more.tar", sha256=content, images=5)
     registry.write(registry.Registry(dumps={**known.dumps, "more": entry}), root / "dumps.yaml")
     with tiny_source.inside(root):
         assert ingest.main(["more"]) == 0
@@ -159,3 +160,24 @@ def test_unknown_dump_and_missing_archive_are_errors_not_traces(
         assert ingest.main(["base"]) == 1
         assert "base.tar" in capsys.readouterr().err
         assert not Path("data/ingested/base").exists()
+
+
+def test_an_archive_that_is_not_the_registered_one_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "project"
+    tiny_source.write_source(tmp_path / "source", {"a": 1})
+    tiny_source.write_project(root, tmp_path / "source")
+    assert tiny_source.run(root, upto="pull") == 0
+    added = dumps.add(archive(tmp_path / "more.tar", range(3), masked=False), root=root, params=config.Params())
+    assert added.sha256 == manifest.content_hash(root / added.archive)
+    archive(root / added.archive, range(1, 4), masked=False)
+    with tiny_source.inside(root):
+        assert ingest.main(["more"]) == 1
+        error = capsys.readouterr().err
+        assert "data/dumps/more.tar: its files are not those registered as dump 'more'" in error
+        assert added.sha256[:12] in error
+        assert not Path("data/ingested/more").exists()
+        added.archive.unlink()  # the way out that the message names
+        assert dumps.main([str(archive(tmp_path / "more.tar", range(3), masked=False))]) == 0
+        assert ingest.main(["more"]) == 0

@@ -20,6 +20,8 @@ BARE = replace(ROW, id="cd" * 32, mask_shard=None, mask_offset=None, mask_length
 
 def test_rows_survive_the_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
+    manifest.write(path, [replace(ROW, mask_digest="e" * 64), BARE])
+    assert manifest.read(path) == [replace(ROW, mask_digest="e" * 64), BARE]
     manifest.write(path, [ROW, BARE])
     assert manifest.read(path) == [ROW, BARE]
     first = path.read_bytes()
@@ -31,7 +33,14 @@ def test_rows_survive_the_round_trip(tmp_path: Path) -> None:
 
 def test_columns_are_the_data_contract() -> None:
     names = "id name source dump group width height shard offset length mask_shard mask_offset mask_length phash split"
-    assert manifest.SCHEMA.names == names.split()
+    assert manifest.SCHEMA.names == [*names.split(), "mask_digest"]
+
+
+def test_a_table_without_the_mask_digests_is_read_too(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    manifest.write(path, [ROW, replace(BARE, mask_digest="e" * 64)])
+    pq.write_table(pq.read_table(path).drop_columns("mask_digest"), path)
+    assert manifest.read(path) == [ROW, BARE]
 
 
 def test_image_id_names_shape_and_pixels_only() -> None:

@@ -244,3 +244,26 @@ def test_palette_colours_are_distinct_and_neighbours_far_apart() -> None:
     assert distance.min() > 30
     with pytest.raises(ValueError, match="255"):
         masks.palette(256)
+
+
+def grey_tiff(bits: int, photometric: int, rows: bytes) -> bytes:
+    """An uncompressed 4 x 2 grey TIFF by hand (TIFF 6.0, section 3)."""
+    entries = [(256, 4), (257, 2), (258, bits), (259, 1), (262, photometric), (273, 8), (278, 2), (279, len(rows))]
+    body = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
+    head = b"II*\x00" + struct.pack("<I", 8 + len(rows))
+    return head + rows + struct.pack("<H", len(entries)) + body + bytes(4)
+
+
+def test_tiff_masks_whose_ids_the_decoder_changes_are_refused() -> None:
+    ids = bytes(range(8))
+    plain = masks.decode_mask(grey_tiff(8, 1, ids), max_pixels=LIMIT)
+    np.testing.assert_array_equal(plain, np.arange(8, dtype=np.uint8).reshape(2, 4))
+    wide = masks.decode_mask(grey_tiff(16, 1, np.arange(8, dtype="<u2").tobytes()), max_pixels=LIMIT)
+    np.testing.assert_array_equal(wide, np.arange(8).reshape(2, 4))
+    packed = bytes([0x01, 0x23, 0x45, 0x67])
+    odd = [(8, 0, ids), (4, 1, packed), (4, 0, packed), (1, 1, b"\x50\xa0"), (1, 0, b"\x50\xa0")]
+    assert [code(grey_tiff(*kind)) for kind in odd] == ["tiff-mask"] * len(odd)
+    assert code(save(Image.fromarray(np.zeros((2, 2, 3), np.uint8)), "TIFF")) == "rgb-mask"
+    indexed = Image.frombytes("P", (4, 2), ids)
+    indexed.putpalette([value for colour in PALETTE * 2 for value in colour])
+    np.testing.assert_array_equal(masks.decode_mask(save(indexed, "TIFF"), max_pixels=LIMIT), plain)

@@ -124,10 +124,14 @@ def test_stage_writes_a_folder_with_pre_labels(project: config.Params) -> None:
 def test_pre_labels_of_another_run_are_an_error(project: config.Params, capsys: pytest.CaptureFixture[str]) -> None:
     from pipeline import shards
 
+    assert rank.main() == 0
+    Path("reports/rank.csv").unlink()
+    before = {p: p.read_bytes() for p in Path("reports").rglob("*") if p.is_file()}
     shards.write_tar(pool.PRELABELS, [])
     assert rank.main() == 1
     assert "run the predict stage again" in capsys.readouterr().err
     assert not Path("reports/rank.csv").exists()
+    assert {p: p.read_bytes() for p in Path("reports").rglob("*") if p.is_file()} == before  # the old folder, whole
 
 
 def test_a_pool_without_an_array_is_named(project: config.Params) -> None:

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from export.runtime import Runtime
 from pipeline import files
-from serving import run
+from serving import observe, run, settings, slots
 from tests import live_server, tiny_onnx
 from tests.live_server import ROOT, Server, error, until
 from tests.pictures import save
@@ -176,6 +177,44 @@ desk.close()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["503 no-model 1", "True"]
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_passing_failure_does_not_lose_a_champion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned: bool
+) -> None:
+    """The folder is away for a while: tried again after 1, 2, 4 ... 60 seconds of a clock that the test moves."""
+    now, told = [0.0], []
+    monkeypatch.setattr(observe, "event", lambda kind, **facts: told.append((kind, facts)))
+    made = tiny_onnx.write(tmp_path / "champions" / "one" / "bundle")
+    live_server.point(tmp_path / "champions", made.folder)
+    away = made.folder.rename(tmp_path / "away")
+    pin = {"bundle": made.folder} if pinned else {}
+    chosen = settings.Settings(champions=tmp_path / "champions" / "champion.json", provider="cpu", threads=1, **pin)
+    slot = slots.Slot(chosen, clock=lambda: now[0])
+    opened = slots.open_runtime
+    tries: list[float] = []
+
+    def counting(these: settings.Settings) -> Runtime:
+        tries.append(now[0])
+        return opened(these)
+
+    monkeypatch.setattr(slots, "open_runtime", counting)
+    while now[0] < 250:
+        slot.refresh()
+        now[0] += 0.5
+    assert tries == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
+    assert [kind for kind, _ in told] == ["bundle-refused"]  # not once a try
+    away.rename(made.folder)
+    slot.refresh()
+    assert slot.runtime is None
+    now[0] = 303
+    slot.refresh()
+    assert slot.runtime is not None
+    assert slot.runtime.bundle.manifest.id == made.manifest.id
+    now[0] = 1000
+    slot.refresh()
+    assert len(tries) == 11  # what is served is not opened again
 
 
 def test_serving_imports_neither_torch_nor_onnx_nor_the_data_side() -> None:

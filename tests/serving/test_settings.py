@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.settings import SettingsError, from_environment
+from serving.settings import SettingsError, from_environment, ignored
 
 
 def test_defaults_and_values() -> None:
@@ -35,3 +35,28 @@ def test_wrong_variables_are_named(name: str, value: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said.replace("?", r"\?")) as caught:
         from_environment({name: value})
     assert "hush" not in str(caught.value)
+
+
+def test_what_kubernetes_sets_for_a_service_of_this_name_is_no_setting() -> None:
+    links = {
+        "MARGINALIA_SERVICE_HOST": "10.0.0.7",
+        "MARGINALIA_SERVICE_PORT": "3000",
+        "MARGINALIA_SERVICE_PORT_HTTP": "3000",
+        "MARGINALIA_WEB_SERVICE_HOST": "10.0.0.8",
+        "MARGINALIA_PORT": "tcp://10.0.0.7:3000",
+        "MARGINALIA_PORT_3000_TCP": "tcp://10.0.0.7:3000",
+        "MARGINALIA_PORT_3000_TCP_PROTO": "tcp",
+        "MARGINALIA_PORT_3000_TCP_PORT": "3000",
+        "MARGINALIA_PORT_3000_TCP_ADDR": "10.0.0.7",
+    }
+    assert from_environment(links | {"MARGINALIA_QUEUE": "5"}).queue == 5
+    assert ignored(links | {"MARGINALIA_QUEUE": "5", "PORT": "tcp://x"}) == sorted(links)
+    for name, value in (
+        ("PORT", "3000"),
+        ("SERVICE", "x"),
+        ("PORTS", "tcp://x"),
+        ("PORT_TCP", "1"),
+        ("SERVICE_HOSTS", "x"),
+    ):
+        with pytest.raises(SettingsError, match=f"MARGINALIA_{name} is no setting"):
+            from_environment({f"MARGINALIA_{name}": value})

@@ -32,6 +32,17 @@ def test_scale_one_is_a_copy_with_padding_marked():
         assert (view.image_BCHW[i][:, ~view.valid_BHW[i]] == 0).all()
 
 
+def test_padding_between_images_of_other_sizes_never_bleeds_in():
+    images = [torch.full((20, 24, 3), 200, dtype=torch.uint8), torch.full((9, 7, 3), 200, dtype=torch.uint8)]
+    labels = [torch.ones(20, 24, dtype=torch.int32), torch.ones(9, 7, dtype=torch.int32)]
+    image, label, sizes = augment.stack(images, labels, 255)
+    for seed in range(5):
+        view = augment.crop(image, label, sizes, (16, 16), (0.6, 1.7), 255, generator(seed))
+        inside = view.image_BCHW.permute(0, 2, 3, 1)[view.valid_BHW]
+        assert (inside - 200).abs().max() < 1e-2
+        assert (view.label_BHW[view.valid_BHW] == 1).all()
+
+
 def test_crop_windows_and_flips_are_windows_and_flips_of_the_source():
     images, labels = batch(((12, 11),))
     image, label, sizes = augment.stack(images, labels, 255)
@@ -154,10 +165,11 @@ def test_x2_padding_never_counts():
     valid = torch.ones(2, 6, 6, dtype=torch.bool)
     valid[:, 4:] = False
     changed = logits.clone()
-    changed[:, :, 5:] = 50 * torch.randn(2, 3, 1, 6, generator=generator(7))  # beyond the neighbourhood of valid pixels
+    changed[:, :, 4:] = 50 * torch.randn(2, 3, 2, 6, generator=generator(7))
     a, b = (methods.select(method, v, valid, 3) for v in (logits, changed))
     assert a.bar == b.bar
     assert torch.equal(a.keep_BHW, b.keep_BHW)
+    assert torch.equal(a.score_BHW[valid], b.score_BHW[valid])
     assert not a.keep_BHW[:, 4:].any()
     student = torch.randn(2, 3, 6, 6, generator=generator(8))
     other = student.clone()

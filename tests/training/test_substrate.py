@@ -217,16 +217,40 @@ def test_a_torn_checkpoint_write_leaves_the_last_good_one(tmp_path, monkeypatch)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_non_finite_steps_are_skipped_and_then_stop_with_the_images_named(tmp_path):
-    class Broken(Tiny):
-        def forward(self, image_BCHW):
-            return super().forward(image_BCHW) * math.nan
+class Broken(Tiny):
+    """Answers NaN on chosen calls, after BatchNorm has seen them."""
 
-    model = Broken()
-    before = {k: v.clone() for k, v in model.named_parameters()}
+    def __init__(self, calls):
+        super().__init__()
+        self.calls, self.count = calls, 0
+
+    def forward(self, image_BCHW):
+        if self.training:
+            self.count += 1
+            if self.count in self.calls:
+                image_BCHW = image_BCHW * math.nan
+        return super().forward(image_BCHW)
+
+
+def test_non_finite_steps_stop_with_the_images_named_and_the_last_good_weights_saved(tmp_path):
+    model = Broken(range(1, 100))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(engine.TrainingStopped, match=r"5 steps in a row.*1-"):
         train(settings(method="supervised"), tmp_path, model=model)
-    assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+    kept = checkpoint.load(tmp_path / "checkpoint.pt", {"run": "a"})["student"]
+    assert all(torch.equal(v, before[k]) for k, v in kept.items())
+
+
+def test_one_non_finite_step_leaves_no_trace_in_any_statistics(tmp_path):
+    result = train(settings(method="supervised"), tmp_path, model=Broken({5}))
+    for weights in (result.student, result.teacher, result.best):
+        assert all(v.isfinite().all() for v in weights.values())
+
+
+def test_without_a_validation_there_is_no_best(tmp_path):
+    result = train(settings(), tmp_path, validate=lambda _: math.nan)
+    assert result.best is None
+    assert result.best_step is None
 
 
 def test_learning_rate_and_unsupervised_weight_schedules():

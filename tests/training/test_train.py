@@ -1,0 +1,141 @@
+"""The training stage's wiring on a small real project: what it starts from, what it has seen, what measures it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_project
+import torch
+
+from pipeline import config, manifest
+from training import engine, start, train
+from training.models import WeightsError
+
+PARTS = (
+    ("labelled", "base", "a", 3),
+    ("unlabelled", "base", "b", 3),
+    ("val", "base", "v", 2),
+    ("test", "base", "t", 2),
+)
+SETTINGS = {
+    "method": "s4mc", "steps": 4, "warmup_steps": 1, "batch_labelled": 2, "batch_unlabelled": 2, "crop": [64, 96],
+    "val_every": 2, "checkpoint_every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """(params, rows): images on disk, cwd there."""
+    monkeypatch.chdir(tmp_path)
+    rows = tiny_project.write_data(tmp_path, PARTS)
+    return tiny_project.write_params(tmp_path, train=SETTINGS), rows
+
+
+def data_of(rows, **changes):
+    summary = {"classes": tiny_project.CLASSES, "ignore": 255, "split_hash": "s", "data_hash": "d", **changes}
+    return train.Data.read(rows, summary)
+
+
+def fit(params, data, work, start_at=None):
+    ready = train.prepare(params, data, start_at)
+    result = engine.fit(
+        ready.model, ready.batches, ready.method, params.train, n_classes=4, ignore=255, identity=ready.identity,
+        validate=ready.validate, log_every=2, work=work,
+    )  # fmt: skip
+    return ready, result
+
+
+@pytest.mark.parametrize("labelled", [1, 3])
+@pytest.mark.parametrize("unlabelled", [0, 3])
+def test_f29_few_images_or_none_unlabelled_still_train(project, tmp_path, labelled, unlabelled):
+    params, rows = project
+    use = {"labelled": labelled, "unlabelled": unlabelled}
+    kept = [
+        r
+        for split in ("labelled", "unlabelled", "val")
+        for r in [r for r in rows if r.split == split][: use.get(split, 9)]
+    ]
+    _, result = fit(params, data_of(kept), tmp_path / "w")
+    assert all(v.isfinite().all() for v in result.teacher.values())
+    assert 0 <= result.history[-1]["kept"] <= 1
+
+
+def test_f29_no_labelled_image_is_an_error_that_says_what_to_do(project):
+    params, rows = project
+    with pytest.raises(ValueError, match=r"data\.lists\.labelled"):
+        train.prepare(params, data_of([r for r in rows if r.split != "labelled"]), None)
+
+
+def test_precision_is_measured_on_hidden_labels_where_there_are_any(project):
+    params, rows = project
+    own = next(r for r in rows if r.split == "labelled")
+    mask = {"mask_shard": own.mask_shard, "mask_offset": own.mask_offset, "mask_length": own.mask_length}
+    rows = [replace(r, **mask) if r.split == "unlabelled" else r for r in rows]
+    ready = train.prepare(params, data_of(rows), None)
+    pool = ready.batches.unlabelled
+    own = [i for i, row in enumerate(pool.rows) if row.split == "labelled"]
+    assert len(own) == 3
+    assert all((pool[i].label_HW == 255).all() for i in own)
+    assert ready.precision_on == "hidden labels"
+    blind = [
+        replace(r, mask_shard=None, mask_offset=None, mask_length=None) if r.split == "unlabelled" else r for r in rows
+    ]
+    ready = train.prepare(params, data_of(blind), None)
+    assert ready.precision_on == "labels it trains on"
+    assert any((ready.batches.unlabelled[i].label_HW != 255).any() for i in range(6))
+
+
+def test_labels_and_code_are_part_of_a_runs_identity(project, monkeypatch):
+    params, rows = project
+    one, two = (train.prepare(params, data_of(rows, label_hash=h), None).identity for h in ("x", "y"))
+    assert one != two
+    monkeypatch.setattr(train, "code_hash", lambda: "other")
+    assert train.prepare(params, data_of(rows, label_hash="x"), None).identity != one
+
+
+def champion(root: Path, rows, trained_on):
+    model = tiny_project.trained()
+    path = root / "champions/c1/student.safetensors"
+    from training import models
+
+    models.save(path, model.state_dict(), {**tiny_project.meta(), "trained_on": start.short_ids(trained_on)})
+    (root / "dumps.yaml").write_text("warm_start: c1\ndumps: {base: {archive: x}}\n")
+    return path
+
+
+def test_a_warm_start_begins_with_the_champions_weights_and_inherits_what_it_saw(project, tmp_path):
+    params, rows = project
+    path = champion(tmp_path, rows, ["f" * 64])
+    assert start.champion() == Path("champions/c1/student.safetensors")
+    ready = train.prepare(params, data_of(rows), path)
+    assert all(torch.equal(v, tiny_project.trained().state_dict()[k]) for k, v in ready.model.state_dict().items())
+    assert ready.seen.split() == sorted({r.id[:16] for r in rows if r.split in ("labelled", "unlabelled")} | {"f" * 16})
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_warm_start_that_has_seen_a_judged_image_is_refused(project, tmp_path, split):
+    params, rows = project
+    seen = next(r.id for r in rows if r.split == split)
+    path = champion(tmp_path, rows, [seen, "f" * 64])
+    with pytest.raises(WeightsError, match=r"1 images .* val or test .*warm_start: null"):
+        train.prepare(params, data_of(rows), path)
+
+
+def test_a_warm_start_with_other_classes_or_without_its_file_is_refused(project, tmp_path):
+    params, rows = project
+    path = champion(tmp_path, rows, [])
+    other = [{**c, "name": c["name"].upper()} for c in tiny_project.CLASSES]
+    with pytest.raises(WeightsError, match="SKY"):
+        train.prepare(params, data_of(rows, classes=other), path)
+    path.unlink()
+    with pytest.raises(config.ConfigError, match=r"warm_start.*c1"):
+        start.champion()
+
+
+def test_f15_a_changed_image_stops_training_with_its_name(project):
+    params, rows = project
+    first, second = [r for r in rows if r.split == "labelled"][:2]
+    swapped = [replace(r, offset=second.offset, length=second.length) if r is first else r for r in rows]
+    ready = train.prepare(params, data_of(swapped), None)
+    with pytest.raises(manifest.ManifestError, match=first.name):
+        [ready.batches.labelled[i] for i in range(3)]
