@@ -14,7 +14,7 @@ where
   the alarm;
 - "images": without groups, images are permuted.
 
-`reports/screen.pass` lists the later dumps that may train, one a line, and nothing else: training depends on that, not
+`reports/screen.pass` lists the dumps that may train, one a line, and nothing else: training depends on that, not
 on the numbers beside it.
 
 `pool.policy`: `warn` records the verdict, `hold` also fails the stage, which stops what depends on it.
@@ -269,7 +269,7 @@ def run(params: config.Params, screen: bool, console: Console) -> bool:
     if screen:
         PASS.unlink(missing_ok=True)
         if not report["held"]:
-            files.write_text(PASS, "".join(f"{dump}\n" for dump in sorted(findings)))
+            files.write_text(PASS, "".join(f"{dump}\n" for dump in (BASE, *sorted(findings))))
     table = Table("dump", "images", "energy", "p", "rule", "verdict", title=f"drift in {report['space']}")
     for dump, f in findings.items():
         table.add_row(

@@ -26,7 +26,7 @@ def test_f61_night_dump_is_flagged_without_any_network(
     assert said["held"] == (["dusk"] if policy == "hold" else [])
     assert said["dumps"]["dusk"]["p"] < 0.01
     passed = Path("reports/screen.pass")  # training depends on this: which dumps may train, and nothing else
-    assert (passed.read_text() if passed.exists() else None) == ("dusk\nmore\n" if policy == "warn" else None)
+    assert (passed.read_text() if passed.exists() else None) == ("base\ndusk\nmore\n" if policy == "warn" else None)
     assert ("pool.policy: hold" in " ".join(capsys.readouterr().err.split())) == (code == 1)
     with Image.open("reports/screen.png") as picture:
         assert min(picture.size) > 300
@@ -34,7 +34,7 @@ def test_f61_night_dump_is_flagged_without_any_network(
         tiny_project.write_params(tmp_path, pool={"permutations": 299, "drift_p": 0.005})
         assert drift.main(["--screen"]) == 0
         assert files.read_json(Path("reports/screen.json")) != said
-        assert passed.read_text() == "dusk\nmore\n"
+        assert passed.read_text() == "base\ndusk\nmore\n"
         tiny_project.write_params(tmp_path, pool={"permutations": 199, "policy": "hold"})
         assert drift.main(["--screen"]) == 1
         assert not passed.exists()

@@ -144,7 +144,7 @@ def test_no_later_dump_means_nothing_to_do(tmp_path: Path, monkeypatch: pytest.M
     assert drift.main(["--screen"]) == 0
     said = files.read_json(Path("reports/screen.json"))
     assert (said["dumps"], said["drifted"]) == ({}, [])
-    assert Path("reports/screen.pass").read_bytes() == b""
+    assert Path("reports/screen.pass").read_bytes() == b"base\n"
 
 
 @pytest.mark.parametrize(("drift_p", "fewest"), [(0.01, 100), (0.05, 20), (0.003, 333), (0.5, 2)])
