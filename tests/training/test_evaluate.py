@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pipeline import champions, config, files, fit, manifest, scores
-from training import evaluate, infer, metrics, models, report
+from training import evaluate, infer, metrics, models, report, start
 
 
 @pytest.fixture
@@ -160,12 +160,17 @@ def test_champion_is_scored_again_on_todays_test_split(project: config.Params) -
     models.save(
         home / "student.safetensors", tiny_project.trained(8).state_dict(), tiny_project.meta() | {"split_hash": "1"}
     )
-    files.write_json(Path("champions/champion.json"), {"id": "old"})
+    record = {"id": "old", "bundle": "champions/old/bundle", "student": "champions/old/student.safetensors"}
+    files.write_json(Path("champions/champion.json"), record)
     assert evaluate.main(["--champion"]) == 0
     said = json.loads((home / "scores.json").read_text())
     assert said["test_hash"] == "7" * 64
     with np.load(home / "confusions.npz", allow_pickle=False) as arrays:
         assert scores.miou(arrays["confusion"].sum(0)) == pytest.approx(said["miou"])
+    judged = next(r.id for r in manifest.read(Path("data/split/manifest.parquet")) if r.split == "test")
+    seen = tiny_project.meta() | {"trained_on": start.short_ids([judged])}
+    models.save(home / "student.safetensors", tiny_project.trained(8).state_dict(), seen)
+    assert evaluate.main(["--champion"]) == 1  # it has been trained on an image that would judge it
     Path("champions/champion.json").unlink()
     assert champions.current(Path("champions")) is None
     assert evaluate.main(["--champion"]) == 1

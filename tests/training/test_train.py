@@ -45,8 +45,7 @@ def fit(params, data, work, start_at=None):
     return ready, result
 
 
-@pytest.mark.parametrize("labelled", [1, 3])
-@pytest.mark.parametrize("unlabelled", [0, 3])
+@pytest.mark.parametrize(("labelled", "unlabelled"), [(1, 0), (3, 1)])
 def test_f29_few_images_or_none_unlabelled_still_train(project, tmp_path, labelled, unlabelled):
     params, rows = project
     use = {"labelled": labelled, "unlabelled": unlabelled}
