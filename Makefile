@@ -54,4 +54,6 @@ serve: setup
 
 # Ratios of one run on this machine; run it when the machine is otherwise idle.
 bench: setup
-	for script in tests/ratios/r[0-9]*.py tests/ratios/request_latency.py; do $(BIN)/python $$script --out benchmarks/results || exit 1; done
+	for name in r03_mask_png r10_metric_share r11_metric_speed r12_noop; do \
+	  $(BIN)/python tests/ratios/$$name.py --out benchmarks/results/$$name.json || exit 1; done
+	$(BIN)/python tests/ratios/request_latency.py $$(test -d bundle && echo --bundle bundle) --out benchmarks/results/request_latency.json

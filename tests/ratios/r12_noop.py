@@ -24,7 +24,7 @@ def seconds(*arguments: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder for the result as JSON")
+    parser.add_argument("--out", type=Path, help="file for the result as JSON")
     out = parser.parse_args().out
     if not Path("dvc.lock").exists():
         print("R12 skipped: no dvc.lock here; run `dvc repro` (or `make demo`) first")
@@ -47,8 +47,8 @@ def main() -> None:
     )
     Console().print(table)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "r12.json").write_text(json.dumps(result, indent=2) + "\n")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
