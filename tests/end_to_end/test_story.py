@@ -199,7 +199,7 @@ def test_experiments_try_a_setting_without_touching_the_workspace(project: Proje
     project.commit()
     project.run("dvc", "exp", "run", "--temp", "-n", "plain", "-S", "train.method=supervised", "evaluate")
     table = project.run("dvc", "exp", "show", "--csv")
-    row = next(line for line in table.splitlines() if ",plain," in line)
+    row = next(line for line in table.splitlines() if line.startswith("plain,"))
     assert "supervised" in row
     diff = project.run("dvc", "metrics", "diff", "--json", "HEAD", "plain")
     assert json.loads(diff)["reports/scores.json"]["miou"]
