@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -99,8 +99,9 @@ def add(
 def _sweep(home: Path) -> None:
     """Remove what killed runs left behind, once it is a day old: a younger one may still be at work."""
     for stale in home.glob(".adding-*"):
-        if time.time() - stale.stat().st_mtime > 86_400:
-            shutil.rmtree(stale, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another delivery beside this one has just ended
+            if time.time() - stale.stat().st_mtime > 86_400:
+                shutil.rmtree(stale, ignore_errors=True)
 
 
 def _spool(members: Iterator[archives.Member], spool: Path, skipped: list[tuple[str, str]]) -> dict[str, str]:

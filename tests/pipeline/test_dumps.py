@@ -156,6 +156,13 @@ def test_simultaneous_deliveries_are_all_registered(tmp_path: Path, root: Path) 
     assert sorted(registry.read(root / "dumps.yaml").dumps) == ["base", *(f"d{n}" for n in range(4))]
 
 
+def test_a_work_folder_that_ends_while_it_is_looked_at_disturbs_nobody(tmp_path: Path, root: Path) -> None:
+    home = root / "data/dumps"
+    home.mkdir(parents=True, exist_ok=True)
+    (home / ".adding-ended").symlink_to(tmp_path / "ended")  # listed, yet gone when asked for its age
+    assert dumps.add(as_zip(tmp_path / "n.zip"), root=root, params=PARAMS).name == "n"
+
+
 @pytest.mark.parametrize("content", [{}, {"a.txt": b"no"}, {"masks/a.png": FILES["cam/00.png"]}])
 def test_a_delivery_without_images_is_refused(tmp_path: Path, root: Path, content: dict[str, bytes]) -> None:
     shards.write_tar(tmp_path / "n.tar", content.items())
