@@ -34,7 +34,7 @@ def add_dump(
         keep = [Path(e.archive) for n, e in known.dumps.items() if n != registry.BASE]
         if known.warm_start:
             keep.append(Path("champions") / known.warm_start)
-        if problem := versioning.track(keep):
+        if problem := versioning.track([path for path in keep if not versioning.tracked(path)]):
             typer.secho(f"not versioned by DVC: {problem}", fg="yellow", err=True)
     raise typer.Exit(code)
 

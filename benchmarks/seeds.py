@@ -1,75 +1,112 @@
-"""Methods against each other over seeds, same data, same steps: test mIoU of the teacher after the last step.
+"""Methods against each other over seeds, same data, same steps: test scores of the teacher after the last step.
 
-Run in a project whose split exists (after `make demo`): python benchmarks/seeds.py [--methods ...] [--seeds ...] [--out FILE]
-The settings are params.yaml's; only train.method and train.seed change. On 2 cores a demo run takes 5 to 8 minutes.
+Run in a project whose split exists (after `make demo`):
+    python benchmarks/seeds.py [--runs supervised fixmatch s4mc s4mc:alpha_end=0.2] [--seeds 0 1 2] [--out FILE]
+The settings are params.yaml's; a run changes train.method, train.seed and what follows its colon, and nothing else.
+With --out, finished runs are kept in the file and not repeated. On 2 cores a demo run takes 5 to 8 minutes.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pipeline import config, files, manifest, progress
-from training import engine, train
+from pipeline import config, files, manifest, progress, scores
+from training import engine, infer, metrics, train
 from training.data import Images
 
+SHOWN = ("kept", "precision", "seconds_per_step", "val_miou")
 
-def score(params: config.Params, rows: list[manifest.Row], data: train.Data) -> float:
-    """Train once and return the test mIoU in percent, at working size."""
+
+def variant(params: config.Params, run: str, seed: int) -> config.Params:
+    """`s4mc:alpha_end=0.2,steps=400` -> params with these train settings, checked like params.yaml's."""
+    method, _, rest = run.partition(":")
+    changes = dict(pair.split("=", 1) for pair in rest.split(",") if pair)
+    settings = {**params.train.model_dump(), "method": method, "seed": seed, **changes}
+    return params.model_copy(update={"train": config.Train.model_validate(settings)})
+
+
+def score(params: config.Params, rows: list[manifest.Row], data: train.Data, name: str) -> dict[str, Any]:
+    """Train once; scores on test at working size in percent, and what the pseudo-labels did at the end."""
     ready = train.prepare(params, data, None)
-    with tempfile.TemporaryDirectory() as work, progress.bar(f"{params.train.method} {params.train.seed}", 1) as bar:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as work, progress.bar(name, params.train.steps) as bar:
+        done = 0
+
+        def log(event: engine.Event) -> None:
+            nonlocal done
+            bar.advance(event.step - done)
+            done = event.step
+
         result = engine.fit(
             ready.model, ready.batches, ready.method, params.train,
             n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
-            work=Path(work),
+            work=Path(work), on_log=log,
         )  # fmt: skip
-        bar.advance()
+    seconds = time.monotonic() - began
     ready.model.load_state_dict(result.teacher)
-    test = Images(
-        [row for row in rows if row.split == "test"],
-        params.input,
-        ignore=data.ignore,
-        max_pixels=params.ingest.max_pixels,
-    )
-    judge = train.validator(test, len(data.classes), params.input.stride, data.ignore, limit=len(test))
-    return float(judge(ready.model))
+    ready.model.eval()
+    test = [row for row in rows if row.split == "test"]
+    images = Images(test, params.input, ignore=data.ignore, max_pixels=params.ingest.max_pixels)
+    total = np.zeros((len(data.classes),) * 2, np.int64)
+    for sample in (images[i] for i in range(len(images))):
+        label = infer.logits_of(ready.model, sample.image_HWC, params.input.stride).argmax(0).cpu()
+        total += metrics.confusion(sample.label_HW.long(), label, len(data.classes), data.ignore).numpy()
+    last = result.history[-1]
+    found = {"kept": last.get("kept"), "precision": last.get("precision"), "val_miou": last["val_miou"]}
+    return {
+        "miou": round(float(scores.miou(total)), 3),
+        "iou": {c["name"]: round(100 * float(v), 2) for c, v in zip(data.classes, scores.iou(total), strict=True)},
+        "seconds_per_step": round(seconds / params.train.steps, 3),
+        **{k: None if v is None or math.isnan(v) else round(v, 4) for k, v in found.items()},
+    }
+
+
+def show(results: dict[str, dict[str, Any]], runs: list[str], seeds: list[int]) -> None:
+    head = ("run", *(f"seed {s}" for s in seeds), "mean", "sd", *(name.replace("_", " ") for name in SHOWN))
+    table = Table(*head, title="test mIoU (%), teacher, last step; the columns after sd are means over seeds")
+    for run in runs:
+        of = [results[f"{run} {seed}"] for seed in seeds]
+        values = [r["miou"] for r in of]
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+        means = ["-" if of[0][k] is None else f"{statistics.mean(r[k] for r in of):.3f}" for k in SHOWN]
+        table.add_row(run, *(f"{v:.2f}" for v in values), f"{statistics.mean(values):.2f}", spread, *means)
+    Console().print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["supervised", "fixmatch", "s4mc"])
+    parser.add_argument("--runs", nargs="+", default=["supervised", "fixmatch", "s4mc"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     params = config.load()
     rows = manifest.read(train.MANIFEST)
     data = train.Data.read(rows, files.read_json(train.SUMMARY))
-    found: dict[str, list[float]] = {}
-    table = Table("method", *(f"seed {s}" for s in arguments.seeds), "mean", "sd", title="test mIoU (%), last step")
-    for method in arguments.methods:
-        found[method] = []
-        for seed in arguments.seeds:
-            changed = params.train.model_copy(update={"method": method, "seed": seed})
-            found[method].append(score(params.model_copy(update={"train": changed}), rows, data))
-        values = found[method]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        table.add_row(method, *(f"{v:.2f}" for v in values), f"{statistics.mean(values):.2f}", f"{spread:.2f}")
-    Console().print(table)
-    if arguments.out:
-        files.write_json(
-            arguments.out,
-            {
-                "miou": found, "seeds": arguments.seeds, "steps": params.train.steps, "split_hash": data.split_hash,
-                "threads": torch.get_num_threads(), "torch": torch.__version__,
-            },
-        )  # fmt: skip
+    kept = files.read_json(arguments.out) if arguments.out and arguments.out.exists() else {}
+    about = {
+        "train": params.train.model_dump(mode="json", exclude={"method", "seed"}), "split_hash": data.split_hash,
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    results = kept["runs"] if kept.get("about") == about else {}
+    for seed in arguments.seeds:
+        for run in arguments.runs:
+            if (name := f"{run} {seed}") not in results:
+                results[name] = score(variant(params, run, seed), rows, data, name)
+            if arguments.out:
+                files.write_json(arguments.out, {"about": about, "runs": results})
+    show(results, arguments.runs, arguments.seeds)
 
 
 if __name__ == "__main__":

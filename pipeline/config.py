@@ -98,6 +98,7 @@ class Train(Section):
     unsup_weight: Annotated[float, Field(ge=0)] = 1.0
     threshold: Share = 0.95
     alpha: Share = 0.4
+    alpha_end: Share = 0.0
     cutmix: Share = 0.5
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     val_every: Positive = 100

@@ -15,6 +15,11 @@ def _dvc(*arguments: str) -> str | None:
     return said[-1] if said else f"dvc {arguments[0]} ended with {done.returncode}"
 
 
+def tracked(path: Path) -> bool:
+    """Whether a .dvc file stands beside it. What is registered never changes its content, so once is enough."""
+    return path.with_name(path.name + ".dvc").exists()
+
+
 def track(paths: Sequence[Path]) -> str | None:
     """`dvc add` the paths that exist; writes PATH.dvc beside each, to be committed. None, or why it could not be done."""
     if not Path(".dvc").is_dir():
@@ -25,5 +30,4 @@ def track(paths: Sequence[Path]) -> str | None:
 
 def restore(path: Path) -> bool:
     """Bring a tracked path back from DVC's cache; False when it is not tracked or not in the cache (`dvc pull` first)."""
-    pointer = path.with_name(path.name + ".dvc")
-    return pointer.exists() and _dvc("checkout", "--quiet", str(pointer)) is None and path.exists()
+    return tracked(path) and _dvc("checkout", "--quiet", f"{path}.dvc") is None and path.exists()

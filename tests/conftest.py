@@ -1,6 +1,7 @@
 """One setting for every test: no telemetry, no hub, one thread's worth of determinism."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +9,8 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import httpx
+import live_server
 import pytest
 
 import training  # noqa: F401 - makes torchvision importable before anything asks for it
@@ -22,3 +25,15 @@ def shared_data() -> Path:
     if not folder.exists():
         pytest.skip(f"{folder} is absent: real photographs are not part of the repository")
     return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> live_server.Server:
+    """The real server, one process for the whole session; a module that needs another overrides this."""
+    return live_server.shared()
+
+
+@pytest.fixture(scope="module")
+def http(server: live_server.Server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client

@@ -4,10 +4,9 @@ import atexit
 import contextlib
 import functools
 import io
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +150,6 @@ def write(root: Path, **sections: Any) -> config.Params:
     return write_params(root, **sections)
 
 
-@contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    """Stages work on the current folder, as `dvc repro` runs them."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
 @functools.cache
 def exported() -> Path:
     """The usual project after evaluate and export, made once a test session: not to be changed."""
@@ -171,7 +159,7 @@ def exported() -> Path:
     root = Path(tempfile.mkdtemp(prefix="tiny-project-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     write(root)
-    with inside(root):
+    with contextlib.chdir(root):
         assert evaluate.main([]) == 0
         assert onnx.main() == 0
     return root

@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +72,13 @@ def write_project(root: Path, source: Path, data: dict[str, Any] | None = None, 
     registry.write(registry.Registry(dumps={"base": base}), root / registry.FILE)
 
 
-@contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
 def run(root: Path, *, dumps: tuple[str, ...] = ("base",), upto: str = "split") -> int:
     """pull, ingest of each dump, index, split, in this process; the first exit code that is not 0, else 0."""
     stages = [("pull", lambda: pull.main([]))]
     stages += [("ingest", lambda dump=dump: ingest.main([dump])) for dump in dumps]
     stages += [("index", lambda: index.main([])), ("split", lambda: split.main([]))]
     last = max(i for i, (name, _) in enumerate(stages) if name == upto)
-    with inside(root):
+    with chdir(root):
         for _, stage in stages[: last + 1]:
             if code := stage():
                 return code

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from pipeline import masks
 from pipeline.config import Params
-from training import methods, report
+from training import infer, methods, report
 from training.data import Images
 from training.models import Segmenter
 
@@ -82,12 +81,8 @@ def previews(
     for row, index in zip(axes, range(len(images)), strict=False):
         image_HWC = images[index].image_HWC
         height, width = image_HWC.shape[:2]
-        stride = params.input.stride
-        image = F.pad(
-            image_HWC.permute(2, 0, 1)[None].float(), (0, -width % stride, 0, -height % stride), mode="replicate"
-        )
-        logits = model(image)[:, :, :height, :width]
-        chosen = methods.select(chooser, logits, torch.ones(1, height, width, dtype=torch.bool), 0)
+        logits = infer.logits_of(model, image_HWC, params.input.stride)
+        chosen = methods.select(chooser, logits[None], torch.ones(1, height, width, dtype=torch.bool), 0)
         label = chosen.label_BHW[0].to(torch.uint8).numpy()
         kept = chosen.keep_BHW[0].numpy()
         shown = [

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -94,6 +95,16 @@ def to_network(samples: Sequence[Sample], where: torch.device) -> Tensor:
     """Equal padded inputs -> image_BCHW float32 in 0..255."""
     image_BHWC = torch.from_numpy(np.stack([s.input_HWC for s in samples])).to(where)
     return image_BHWC.to(torch.float32).permute(0, 3, 1, 2).contiguous()
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, image_HWC: Tensor, stride: int) -> Tensor:
+    """logits_KHW of one uint8 image at working scale and of any size: padded as a request is, then cut back."""
+    height, width = image_HWC.shape[:2]
+    where = next(model.parameters()).device
+    image_BCHW = image_HWC.to(where).permute(2, 0, 1)[None].float()
+    padded = F.pad(image_BCHW, (0, -width % stride, 0, -height % stride), mode="replicate")
+    return model(padded)[0, :, :height, :width]
 
 
 @torch.inference_mode()

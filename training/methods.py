@@ -71,12 +71,8 @@ def build(config: Train, *, total: int, epoch_steps: int, table_K: Tensor | None
     if config.method == "fixmatch":
         return Method(threshold=Fixed(config.threshold))
     how = refine.PRESETS[config.preset]
-    partition = Partition(
-        start=refine.ALPHA_START.get(config.preset, config.alpha),
-        end=how.alpha_end,
-        total=total,
-        every=epoch_steps if how.alpha_every == "epoch" else 1,
-    )
+    start, end = refine.ALPHA.get(config.preset, (config.alpha, config.alpha_end))
+    partition = Partition(start, end, total, every=epoch_steps if how.alpha_every == "epoch" else 1)
     return Method(how, partition, how.normaliser, how.strict, table_K)
 
 
@@ -177,9 +173,8 @@ def step(
     box = augment.boxes(len(chosen.label_BHW), chosen.label_BHW.shape[1:], cutmix, generator).to(
         chosen.label_BHW.device
     )
-    with torch.autocast(
-        unlabelled.image_BCHW.device.type, enabled=False
-    ):  # bf16 has 8 bits of mantissa: too few for pixels
+    # bf16 has 8 bits of mantissa: too few for pixels.
+    with torch.autocast(unlabelled.image_BCHW.device.type, enabled=False):
         image = augment.mix(augment.strong(unlabelled.image_BCHW, generator), box)
     label, keep, valid = (augment.mix(v, box) for v in (chosen.label_BHW, chosen.keep_BHW, unlabelled.valid_BHW))
     logits = student(torch.cat([labelled.image_BCHW, image]))

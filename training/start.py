@@ -4,30 +4,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline import config, versioning
+from pipeline import config, registry, versioning
 from training import models
 
-REGISTRY = Path("dumps.yaml")
 SHORT = 16  # hex digits of an image id kept in a student's description
 
 
-def champion(registry: Path = REGISTRY) -> Path | None:
+def champion(known: Path = registry.FILE) -> Path | None:
     """The weights that the registry's `warm_start` names; None for a first training.
 
     Raises:
-        ConfigError: the registry names a champion whose weights are not there.
+        RegistryError: the registry is unusable. ConfigError: it names a champion whose weights are not there.
     """
-    if not registry.exists():
-        return None
-    name = (yaml.safe_load(registry.read_text(encoding="utf-8")) or {}).get("warm_start")
+    name = registry.read(known).warm_start if known.exists() else None
     if name is None:
         return None
-    path = Path("champions") / str(name) / "student.safetensors"
+    path = Path("champions") / name / "student.safetensors"
     if not path.exists() and not versioning.restore(path.parent):
         raise config.ConfigError(
-            f"{registry}: warm_start names champion {name!r}, but {path} does not exist; restore it (`dvc pull`, "
+            f"{known}: warm_start names champion {name!r}, but {path} does not exist; restore it (`dvc pull`, "
             "`dvc checkout`) or set warm_start: null to train from the encoder's weights"
         )
     return path
@@ -49,7 +44,7 @@ def refuse_seen(path: Path, meta: dict[str, Any], judged: Iterable[str]) -> None
     if both:
         raise models.WeightsError(
             f"{path} was trained on {len(both)} images that are in today's val or test split (such as {both[0][:SHORT]}); "
-            f"restore the old split (split.seed, data.lists), or set warm_start: null in {REGISTRY} to start afresh"
+            f"restore the old split (split.seed, data.lists), or set warm_start: null in {registry.FILE} to start afresh"
         )
 
 
@@ -65,7 +60,7 @@ def load_into(
     theirs, ours = ([c["name"] for c in m] for m in (meta["classes"], classes))
     if theirs != ours:
         raise models.WeightsError(
-            f"{path} has the classes {theirs}, the data has {ours}; set warm_start: null in {REGISTRY}"
+            f"{path} has the classes {theirs}, the data has {ours}; set warm_start: null in {registry.FILE}"
         )
     refuse_seen(path, meta, judged)
     donor, _ = models.load(path)

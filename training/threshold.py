@@ -1,6 +1,7 @@
 """Which scores are high enough: a fixed bar, or S4MC's dynamic partition adjustment (a falling quantile)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,40 +14,46 @@ def alpha(step: int, total: int, start: float = 0.4, end: float = 0.0) -> float:
     return start + (end - start) * done
 
 
+DIGIT = 11  # bits a histogram resolves: 2048 bins
+
+
 @torch.no_grad()
-def quantile(score: Tensor, valid: Tensor, share: float) -> Tensor:
+def quantile(score: Tensor, valid: Tensor, share: float, reduce: Callable[[Tensor], Tensor] = lambda n: n) -> Tensor:
     """The bar that exactly floor(share * n) of the n valid, finite scores do not exceed (scores distinct).
 
+    Radix selection: a histogram of the scores' leading bits tells which bin holds the wanted rank, a histogram inside
+    that bin the next bits, and so on (3 histograms for float32). Exact, no sort, nothing leaves the device, and ranks
+    need to add up nothing but the counts.
+
     Args:
-        score, valid: same shape; invalid and non-finite scores do not count.
+        score, valid: same shape, float32 or float64; invalid and non-finite scores do not count.
         share: in [0, 1].
+        reduce: adds an int64 tensor up over ranks; every rank calls it the same number of times.
     Returns:
         A scalar tensor; -inf when floor(share * n) is 0, so that a strict comparison keeps everything.
-    The index is taken on the device: no transfer to the host.
     """
-    valid = valid & score.isfinite()
-    ordered = torch.where(valid, score, torch.inf).flatten().sort().values
-    below = (valid.sum(dtype=torch.float64) * share + 1e-9).floor().long()
-    picked = ordered.gather(0, (below - 1).clamp_min(0)[None]) if ordered.numel() else ordered.new_zeros(1)
-    return torch.where(below > 0, picked[0], -torch.inf)
-
-
-@torch.no_grad()
-def histogram(score: Tensor, valid: Tensor, bins: int = 2048, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Counts of valid scores in equal bins of [low, high]; scores outside are clamped. Ranks sum these counts."""
-    usable = valid & score.isfinite()
-    inside = torch.where(usable, score.clamp(low, high), torch.full_like(score, low - 1))
-    return torch.histc(inside.float(), bins, low, high)
-
-
-@torch.no_grad()
-def histogram_quantile(counts: Tensor, share: float, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """`quantile` from counts, at most one bin from the exact one; -inf when nothing lies below."""
-    total = counts.double().cumsum(0)
-    below = (total[-1] * share + 1e-9).floor()
-    index = torch.searchsorted(total, below.reshape(1)).clamp_max(counts.numel() - 1)
-    edge = low + (index.to(counts) + 0.5) * ((high - low) / counts.numel())
-    return torch.where(below > 0, edge[0], -torch.inf)
+    integer, bits = (torch.int64, 64) if score.dtype == torch.float64 else (torch.int32, 32)
+    score = score.to(torch.float64 if bits == 64 else torch.float32).flatten()
+    open_ = valid.flatten() & score.isfinite()
+    below = (reduce(open_.sum()).double() * share + 1e-9).floor().long()
+    raw = (score + 0.0).view(integer)  # + 0.0: minus zero is zero
+    # Bit patterns of floats sort like integers once the magnitude of negative ones is flipped.
+    key = raw ^ ((raw >> (bits - 1)) & torch.iinfo(integer).max)
+    rank, found = below.clamp_min(1), torch.zeros((), dtype=integer, device=score.device)
+    for top in range(bits, 0, -DIGIT):
+        shift, width = max(0, top - DIGIT), min(DIGIT, top)
+        digit = (key >> shift) & ((1 << width) - 1)
+        if top == bits:
+            digit = digit ^ (1 << (width - 1))  # the sign bit: negative first
+        counts = torch.zeros(1 << width, dtype=torch.int64, device=score.device)
+        upto = reduce(counts.scatter_add_(0, digit.long(), open_.long())).cumsum(0)
+        bin_ = torch.searchsorted(upto, rank[None])[0].clamp_max(len(upto) - 1)
+        rank = rank - torch.where(bin_ > 0, upto[(bin_ - 1).clamp_min(0)], 0)
+        open_ = open_ & (digit == bin_)
+        chosen = bin_ ^ (1 << (width - 1)) if top == bits else bin_
+        found = found | (chosen.to(integer) << shift)
+    back = found ^ ((found >> (bits - 1)) & torch.iinfo(integer).max)
+    return torch.where(below > 0, back.view(score.dtype), -torch.inf)
 
 
 @dataclass(frozen=True)

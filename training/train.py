@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline import config, files, manifest, progress, scores
 from pipeline.config import Params
 from pipeline.manifest import Row
-from training import checkpoint, engine, figures, methods, metrics, models, refine, start
+from training import checkpoint, engine, figures, infer, methods, metrics, models, refine, start
 from training.data import Batches, Images
 
 MANIFEST = Path("data/split/manifest.parquet")
@@ -66,13 +66,8 @@ def validator(images: Images, n_classes: int, stride: int, ignore: int, limit: i
         total = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=device)
         for i in np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int):
             sample = images[int(i)]
-            height, width = sample.image_HWC.shape[:2]
-            image = sample.image_HWC.permute(2, 0, 1)[None].float().to(device)
-            pad = (0, -width % stride, 0, -height % stride)
-            logits = model(torch.nn.functional.pad(image, pad, mode="replicate"))
-            total += metrics.confusion(
-                sample.label_HW.long().to(device), logits[0, :, :height, :width].argmax(0), n_classes, ignore
-            )
+            label = infer.logits_of(model, sample.image_HWC, stride).argmax(0)
+            total += metrics.confusion(sample.label_HW.long().to(device), label, n_classes, ignore)
         model.train(was_training)
         return float(scores.miou(total.cpu().numpy()))
 

@@ -1,5 +1,6 @@
 """F13, F14, F15: classes nobody shows, leaks between the splits, data that changed under the manifest."""
 
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +157,6 @@ def test_f15_a_changed_mask_is_noticed_before_training(project: Path, capsys: py
     at = data.index(b"IDAT", start) + 8
     data[at] ^= 0x20
     path.write_bytes(data)
-    with tiny_source.inside(project):
+    with chdir(project):
         assert split.main([]) == 1
     assert f"masks-00000.tar (base/{row.name})" in capsys.readouterr().err

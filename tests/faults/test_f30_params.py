@@ -1,6 +1,7 @@
 """F30: a mistyped key in params.yaml stops every data stage before any work, with the nearest key suggested."""
 
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ WRONG = {
 def test_f30_refused_before_any_work(tmp_path: Path, stage: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_source.write_project(tmp_path, tmp_path)
     (tmp_path / "params.yaml").write_text(text)
-    with tiny_source.inside(tmp_path):
+    with chdir(tmp_path):
         assert STAGES[stage]() == 1
     error = capsys.readouterr().err
     assert all(part in error for part in WRONG[text]), error
@@ -37,6 +38,6 @@ def test_f30_refused_before_any_work(tmp_path: Path, stage: str, text: str, caps
 
 
 def test_f30_another_params_file_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with tiny_source.inside(tmp_path):
+    with chdir(tmp_path):
         assert pull.main(["--params", "mine.yaml"]) == 1
     assert "mine.yaml: not found" in capsys.readouterr().err

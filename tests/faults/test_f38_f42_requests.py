@@ -21,17 +21,6 @@ PICTURE = save(Image.fromarray(np.random.default_rng(4).integers(0, 256, (24, 32
 LIMIT = 2 << 20  # what the shared server is started with
 
 
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return live_server.shared()
-
-
-@pytest.fixture(scope="module")
-def http(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
 def talk(server: Server, request: bytes, more: Iterator[bytes] | None = None, seconds: float = 10) -> bytes:
     """Raw bytes over a socket, for what no HTTP client would send; reads until the server closes or has answered."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as link:

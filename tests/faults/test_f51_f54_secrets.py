@@ -2,7 +2,6 @@
 
 import base64
 import socket
-from collections.abc import Iterator
 
 import httpx
 import numpy as np
@@ -24,12 +23,6 @@ GOOD = RAW | {"Authorization": f"Bearer {TOKEN}"}
 @pytest.fixture(scope="module")
 def server() -> Server:
     return live_server.guarded()
-
-
-@pytest.fixture(scope="module")
-def http(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,7 @@ def test_main_says_what_happened_and_what_is_next(
     tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     delivery = as_zip(tmp_path / "night.zip")
-    with tiny_source.inside(root):
+    with chdir(root):
         assert dumps.main([str(delivery)]) == 0
         out = " ".join(capsys.readouterr().out.split())
         assert "images taken │ 6" in out
@@ -227,7 +228,7 @@ def test_a_missing_archive_is_put_back_by_the_same_delivery(
     dumps.add(delivery, root=root, params=PARAMS)
     registered = (root / "dumps.yaml").read_bytes()
     (root / "data/dumps/night.tar").unlink()
-    with tiny_source.inside(root):
+    with chdir(root):
         assert dumps.main([str(delivery), "--name", "other"]) == 0
     assert "put back: data/dumps/night.tar was missing" in " ".join(capsys.readouterr().out.split())
     assert files.sha256(root / "data/dumps/night.tar") == CANONICAL

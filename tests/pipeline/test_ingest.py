@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import chdir
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,7 +28,7 @@ SOURCE = {
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Path]:
-    with tiny_source.inside(tmp_path):
+    with chdir(tmp_path):
         yield tmp_path
 
 
@@ -96,7 +97,7 @@ def test_another_dump_leaves_the_first_ones_files_untouched(tmp_path: Path) -> N
     content = manifest.content_hash(root / "data/dumps/more.tar")
     entry = registry.Entry(archive="data/dumps/more.tar", sha256=content, images=5)
     registry.write(registry.Registry(dumps={**known.dumps, "more": entry}), root / "dumps.yaml")
-    with tiny_source.inside(root):
+    with chdir(root):
         assert ingest.main(["more"]) == 0
     assert digests(root / "data/ingested/base") == before
 
@@ -153,7 +154,7 @@ def test_unknown_dump_and_missing_archive_are_errors_not_traces(
     tiny_source.write_source(tmp_path / "source", {"a": 1})
     tiny_source.write_project(tmp_path / "project", tmp_path / "source")
     assert tiny_source.run(tmp_path / "project", upto="pull") == 0
-    with tiny_source.inside(tmp_path / "project"):
+    with chdir(tmp_path / "project"):
         assert ingest.main(["autumn"]) == 1
         assert "known: base" in capsys.readouterr().err
         Path("data/pulled/base.tar").unlink()
@@ -172,7 +173,7 @@ def test_an_archive_that_is_not_the_registered_one_is_refused(
     added = dumps.add(archive(tmp_path / "more.tar", range(3), masked=False), root=root, params=config.Params())
     assert added.sha256 == manifest.content_hash(root / added.archive)
     archive(root / added.archive, range(1, 4), masked=False)
-    with tiny_source.inside(root):
+    with chdir(root):
         assert ingest.main(["more"]) == 1
         error = capsys.readouterr().err
         assert "data/dumps/more.tar: its files are not those registered as dump 'more'" in error

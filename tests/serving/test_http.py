@@ -14,7 +14,7 @@ from PIL import Image
 from export import bundle, runtime
 from pipeline import images, masks
 from serving import answers
-from tests import live_server, tiny_onnx
+from tests import tiny_onnx
 from tests.live_server import Server, error
 from tests.pictures import exif, save
 
@@ -29,17 +29,6 @@ def blobs(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 PHOTO = save(Image.fromarray(blobs(133, 210)), "JPEG", quality=92)
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return live_server.shared()
-
-
-@pytest.fixture(scope="module")
-def http(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

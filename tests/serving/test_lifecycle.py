@@ -24,11 +24,6 @@ PICTURE = save(Image.fromarray(np.random.default_rng(2).integers(0, 256, (60, 80
 RAW = {"Content-Type": "application/octet-stream"}
 
 
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return live_server.shared()
-
-
 def samples(server: Server) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     with server.client() as http:
         text = http.get("/metrics").text
