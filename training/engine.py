@@ -100,6 +100,23 @@ def _on_sigterm() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _arithmetic(deterministic: bool) -> Iterator[None]:
+    """Within the block: denormals are zero (a CPU run can slow down many times over without), and on a CPU bits repeat.
+
+    On CUDA some backward passes (bilinear upsampling) have no deterministic form: seeds are fixed, bits are not.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: a pass over every new tensor
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.use_deterministic_algorithms(before)
+
+
 def _view(samples: list[Sample], config: Train, ignore: int, device: torch.device, generator: torch.Generator) -> View:
     image, label, sizes = augment.stack([s.image_HWC for s in samples], [s.label_HW for s in samples], ignore)
     return augment.crop(image.to(device), label.to(device), sizes, config.crop, config.scale, ignore, generator)
@@ -131,12 +148,6 @@ def fit(
         TrainingStopped: MAX_BAD_STEPS non-finite steps in a row. Interrupted: SIGTERM.
     """
     device = pick_device()
-    torch.set_flush_denormal(True)  # without it a CPU run can slow down many times over
-    # On CUDA some backward passes (bilinear upsampling) have no deterministic form: seeds are fixed, bits are not.
-    torch.use_deterministic_algorithms(config.deterministic and device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a debugging aid that costs a pass over every new tensor
-    )
     model.to(device, memory_format=torch.channels_last).train()
     teacher = ema.teacher_of(model).to(memory_format=torch.channels_last)
     optimizer = optimiser(model, config)
@@ -173,7 +184,7 @@ def fit(
         checkpoint.save(path, state)
 
     checkpoint_identity = checkpoint.describe(identity)
-    with _on_sigterm() as told_to_stop:
+    with _arithmetic(config.deterministic and device.type == "cpu"), _on_sigterm() as told_to_stop:
         for step in range(start, config.steps):
             weight = unsup_weight(step, config)
             semi = method.threshold is not None and weight > 0
