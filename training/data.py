@@ -83,21 +83,25 @@ class Batch:
 class Batches:
     """The batch of any step, with the next one being read while this one trains."""
 
-    def __init__(self, labelled: Images, unlabelled: Images, sizes: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self, labelled: Images, unlabelled: Images, sizes: tuple[int, int], seed: int, rank: int = 0, world: int = 1
+    ) -> None:
         if not len(labelled):
             raise ValueError(
                 "the split has no labelled training image; add masks under masks/ or check data.lists.labelled in params.yaml"
             )
         self.labelled, self.unlabelled, self.sizes, self.seed = labelled, unlabelled, sizes, seed
+        self.rank, self.world = rank, world  # each rank takes its own stretch of one common order
         self._reader = ThreadPoolExecutor(1)
         self._next: tuple[int, bool, Future[Batch]] | None = None
 
     def _read(self, step: int, with_unlabelled: bool) -> Batch:
         n_labelled, n_unlabelled = self.sizes
-        first = order(len(self.labelled), 2 * self.seed, step * n_labelled, n_labelled)
-        second = (
-            order(len(self.unlabelled), 2 * self.seed + 1, step * n_unlabelled, n_unlabelled) if with_unlabelled else []
-        )
+        turn = step * self.world + self.rank
+        first = order(len(self.labelled), 2 * self.seed, turn * n_labelled, n_labelled)
+        second = []
+        if with_unlabelled:
+            second = order(len(self.unlabelled), 2 * self.seed + 1, turn * n_unlabelled, n_unlabelled)
         names = [self.labelled.rows[i].name for i in first] + [self.unlabelled.rows[i].name for i in second]
         return Batch([self.labelled[i] for i in first], [self.unlabelled[i] for i in second], names)
 

@@ -1,10 +1,9 @@
-"""The training loop: device, precision, schedule, guards and resume; the method's step is in `methods`."""
+"""The training loop: device, precision, schedule, guards and resume; the method's step is in `step`."""
 
-import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Train
-from training import augment, checkpoint, ema, methods
+from training import augment, checkpoint, correlate, ema, guards, ranks, schedule
 from training.augment import View
 from training.data import Batches, Sample
 from training.diagnostics import PseudoLabels
-from training.models import Segmenter
-
-MAX_BAD_STEPS = 5
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on (non-finite loss); the message gives the reason and where the last good weights are."""
+from training.methods import Method
+from training.step import Step, step
+from training.student import NoFeatures, Student
+from training.threshold import ClassMax
 
 
 class Interrupted(RuntimeError):
@@ -46,6 +42,25 @@ class Result:
     history: list[dict[str, float]]
 
 
+@dataclass
+class Best:
+    """The teacher with the highest val mIoU so far; -1 and None before the first validation."""
+
+    miou: float = -1.0
+    step: int | None = None
+    weights: dict[str, Tensor] | None = None
+
+
+@dataclass
+class Progress:
+    """What a resumed run needs beside the weights."""
+
+    step: int = 0
+    best: Best = field(default_factory=Best)
+    history: list[dict[str, float]] = field(default_factory=list)
+    running: list[Tensor] = field(default_factory=list)
+
+
 def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -57,32 +72,6 @@ def autocast(config: Train, device: torch.device) -> torch.autocast:
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
-
-
-def learning_rate(step: int, config: Train) -> float:
-    """Factor in (0, 1] on the base rates: linear warm-up, then (1 - t)^poly_power over the remaining steps."""
-    if step < config.lr_warmup:
-        return (step + 1) / (config.lr_warmup + 1)
-    done = (step - config.lr_warmup) / max(1, config.steps - config.lr_warmup)
-    return float((1 - done) ** config.poly_power)
-
-
-def optimiser(model: Segmenter, config: Train) -> torch.optim.AdamW:
-    encoder = list(model.net.encoder.parameters())
-    known = {id(p) for p in encoder}
-    head = [p for p in model.parameters() if id(p) not in known]
-    groups = [{"params": encoder, "lr": config.lr_encoder}, {"params": head, "lr": config.lr}]
-    for group in groups:
-        group["base"] = group["lr"]
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-
-
-def unsup_weight(step: int, config: Train) -> float:
-    """0 in the warm-up, then a linear ramp of `ramp_steps` up to `unsup_weight`."""
-    since = step - config.warmup_steps
-    if since < 0:
-        return 0.0
-    return config.unsup_weight * min(1.0, (since + 1) / max(1, config.ramp_steps))
 
 
 @contextmanager
@@ -119,13 +108,28 @@ def _arithmetic(deterministic: bool) -> Iterator[None]:
 
 def _view(samples: list[Sample], config: Train, ignore: int, device: torch.device, generator: torch.Generator) -> View:
     image, label, sizes = augment.stack([s.image_HWC for s in samples], [s.label_HW for s in samples], ignore)
-    return augment.crop(image.to(device), label.to(device), sizes, config.crop, config.scale, ignore, generator)
+    image, label = augment.send(image, device), augment.send(label, device)
+    return augment.crop(image, label, sizes, config.crop, config.scale, ignore, generator)
+
+
+def student_of(model: nn.Module, method: Method, n_classes: int) -> Student:
+    """The network with the head that the method asks for. Raises NoFeatures where the network hides its features."""
+    needs = method.correlation is not None or method.feature_dropout != "none"
+    if needs and not getattr(model, "has_features", False):
+        raise NoFeatures(
+            f"train.method needs feature maps and {type(model).__name__} gives logits only; choose supervised, fixmatch "
+            "or s4mc, or give the network encode(image) and decode(features, size)"
+        )
+    if method.correlation is None:
+        return Student(model)
+    channels: Any = model.channels
+    return Student(model, correlate.Head(channels, n_classes))
 
 
 def fit(
-    model: Segmenter,
+    model: nn.Module,
     batches: Batches,
-    method: methods.Method,
+    method: Method,
     config: Train,
     *,
     n_classes: int,
@@ -135,134 +139,147 @@ def fit(
     on_log: Callable[[Event], None] = lambda _: None,
     log_every: int = 10,
     work: Path | None = None,
+    group: ranks.Group = ranks.SINGLE,
 ) -> Result:
     """Train `model` for `config.steps` steps, resuming from the work folder where a checkpoint of the same run lies.
 
-    Every step draws its randomness from (seed, step) alone, so k + m steps equal k steps, a kill, and m steps.
+    Every step draws its randomness from (seed, step, rank) alone, so k + m steps equal k steps, a kill, and m steps.
 
     Args:
         identity: everything that shapes the run; keys the checkpoint.
-        validate: teacher -> mIoU on val in percent; called every `val_every` steps and at the end.
+        validate: teacher -> mIoU on val in percent; called every `val_every` steps and at the end, on every rank.
         on_log: called every `log_every` steps, and for the steps of a resumed history.
+        group: the processes that train together; rank 0 writes.
     Raises:
-        TrainingStopped: MAX_BAD_STEPS non-finite steps in a row. Interrupted: SIGTERM.
+        guards.TrainingStopped: too many non-finite steps in a row, or collapsed pseudo-labels. Interrupted: SIGTERM.
+        student.NoFeatures.
     """
-    device = pick_device()
-    model.to(device, memory_format=torch.channels_last).train()
+    device, us = group.device or pick_device(), group.ranks
+    student = student_of(model, method, n_classes)
+    student.to(device, memory_format=torch.channels_last).train()
     teacher = ema.teacher_of(model).to(memory_format=torch.channels_last)
-    optimizer = optimiser(model, config)
-    seen = PseudoLabels(n_classes, device)
-    best: tuple[float, int | None, dict[str, Tensor] | None] = (-1.0, None, None)
-    history: list[dict[str, float]] = []
+    optimizer = schedule.optimiser(model, student.head, config)
+    seen, finite = PseudoLabels(n_classes, device), guards.Finite(model, device)
+    collapse = guards.Collapse(config.collapse_steps, config.collapse_share)
     path = (work or checkpoint.folder(identity)) / "checkpoint.pt"
-    running: list[Tensor] = []
-    start, bad = 0, 0
-    if (state := checkpoint.load(path, identity)) is not None:
-        model.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
-        seen.counts, seen.bars = state["seen"]["counts"].to(device), state["seen"]["bars"].to(device)
-        best = (state["best"]["miou"], state["best"]["step"], state["best"]["weights"])
-        start, bad, history = state["step"], state["bad"], state["history"]
-        running = [values.to(device) for values in state["running"]]
-        for row in history:
-            on_log(Event(int(row["step"]), row))
+    parts: dict[str, Any] = {"student": student, "teacher": teacher, "optimizer": optimizer}
+    now = _resume(path, identity, parts, method, seen, finite, device)
+    for row in now.history:
+        on_log(Event(int(row["step"]), row))
+    whole = group.wrap(torch.compile(student) if config.compile else student)
 
-    def save(step: int) -> None:
-        state = {
-            "identity": checkpoint_identity,
-            "step": step,
-            "bad": bad,
-            "student": model.state_dict(),
-            "teacher": teacher.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "seen": {"counts": seen.counts, "bars": seen.bars},
-            "best": {"miou": best[0], "step": best[1], "weights": best[2]},
-            "history": history,
-            "running": running,
-        }
-        checkpoint.save(path, state)
+    def save() -> None:
+        if us.rank == 0:
+            checkpoint.save(path, _state(identity, now, parts, method, seen, finite))
 
-    checkpoint_identity = checkpoint.describe(identity)
     with _arithmetic(config.deterministic and device.type == "cpu"), _on_sigterm() as told_to_stop:
-        for step in range(start, config.steps):
-            weight = unsup_weight(step, config)
+        for at in range(now.step, config.steps):
+            weight = schedule.unsup_weight(at, config)
             semi = method.threshold is not None and weight > 0
-            torch.manual_seed(_mix(config.seed, step))  # dropout
-            generator = torch.Generator().manual_seed(_mix(config.seed, step) + 1)  # views
-            next_semi = method.threshold is not None and unsup_weight(step + 1, config) > 0
-            batch = batches.get(step, semi, next_semi)
+            seed = ((config.seed * 1_000_003 + at) * 2 * us.world) + 2 * us.rank
+            torch.manual_seed(seed)  # dropout
+            generator = torch.Generator().manual_seed(seed + 1)  # views
+            batch = batches.get(at, semi, method.threshold is not None and schedule.unsup_weight(at + 1, config) > 0)
             labelled = _view(batch.labelled, config, ignore, device, generator)
             unlabelled = _view(batch.unlabelled, config, ignore, device, generator) if semi else None
-            factor = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base"] * factor
-            buffers = [value.clone() for value in model.buffers()]  # BatchNorm's statistics move in the forward pass
-            with autocast(config, device):
-                done = methods.step(
-                    method, model, teacher, labelled, unlabelled,
-                    ignore=ignore, at=step - config.warmup_steps, unsup_weight=weight, cutmix=config.cutmix,
-                    generator=generator,
-                )  # fmt: skip
-            loss = done.loss()
+            twins = semi and method.partner == "same"
+            partner = _view(batch.unlabelled, config, ignore, device, generator) if twins else None
+            factor = schedule.learning_rate(at, config)
+            for rate in optimizer.param_groups:
+                rate["lr"] = rate["base"] * factor
+            finite.before_step(at, batch.names)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            if math.isfinite(float(norm)) and math.isfinite(float(loss.detach())):
-                optimizer.step()
-                ema.update(teacher, model, ema.decay_at(step, config.ema))
-                bad = 0
-            else:
-                bad += 1
-                for value, good in zip(model.buffers(), buffers, strict=True):
-                    value.copy_(good)
-                if bad >= MAX_BAD_STEPS:
-                    save(step)
-                    raise TrainingStopped(
-                        f"the loss or its gradient was not finite for {bad} steps in a row, the last at step {step} on "
-                        f"{', '.join(batch.names)}; the last good weights are in {path}. Lower train.lr, or set "
-                        "train.precision: fp32"
-                    )
+            with autocast(config, device):
+                done = step(
+                    method, whole, teacher, labelled, unlabelled,
+                    ignore=ignore, at=at - config.warmup_steps, unsup_weight=weight, cutmix=config.cutmix,
+                    generator=generator, partner=partner, chunks=config.accumulate, ranks=us,
+                    backward=group.backward, hold=lambda: group.hold(whole),
+                )  # fmt: skip
+            norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
+            finite.after_backward(done.loss, norm, optimizer)
+            optimizer.step()
+            ranks.average(model, us)
+            ema.update(teacher, model, ema.decay_at(at, config.ema))
             if done.selection is not None and unlabelled is not None:
                 seen.add(done.selection, unlabelled.valid_BHW, unlabelled.label_BHW, ignore)
-            running.append(torch.stack([t.mean().detach() for t in done.losses.values()]))
-            last = step + 1 == config.steps
-            if (step + 1) % log_every == 0 or last:
-                row = {"step": float(step + 1), "lr": factor * config.lr, **_mean_losses(running, done)}
+            now.running.append(torch.stack([t.mean().detach().float() for t in done.losses.values()]))
+            now.step = at + 1
+            last = now.step == config.steps
+            if now.step % log_every == 0 or last:
+                row = {"step": float(now.step), "lr": factor * config.lr, **_mean_losses(now.running, done)}
+                now.running.clear()
+                try:
+                    finite.check(path)
+                except guards.TrainingStopped:
+                    save()
+                    raise
+                trouble = None
                 if semi:
-                    report = seen.fetch()
+                    report = seen.fetch(us)
                     row |= {
                         "kept": report.kept, "precision": report.precision, "threshold": report.bar,
                         "top_class": report.top_class, "unsup_weight": weight,
                         **{f"kept_{i}": v for i, v in enumerate(report.kept_K)},
                         **{f"precision_{i}": v for i, v in enumerate(report.precision_K)},
                     }  # fmt: skip
-                due = step + 1 >= config.val_every and (step + 1) % config.val_every < log_every
+                    trouble = collapse.look(report, log_every)
+                due = now.step >= config.val_every and now.step % config.val_every < log_every
                 if due or last:
                     row["val_miou"] = validate(teacher)
-                    if row["val_miou"] > best[0]:
-                        best = (row["val_miou"], step + 1, _copy(teacher))
-                history.append(row)
-                running.clear()
-                on_log(Event(step + 1, row))
+                    if row["val_miou"] > now.best.miou:
+                        now.best = Best(row["val_miou"], now.step, _copy(teacher))
+                now.history.append(row)
+                if us.rank == 0:
+                    on_log(Event(now.step, row))
+                if trouble is not None:
+                    save()
+                    raise guards.TrainingStopped(f"step {now.step}: {trouble}. The last weights are in {path}")
             if told_to_stop():
-                save(step + 1)
-                raise Interrupted(f"told to stop at step {step + 1}; the state is in {path}; the same command resumes")
-            if (step + 1) % config.checkpoint_every == 0 and not last:
-                save(step + 1)
+                save()
+                raise Interrupted(f"told to stop at step {now.step}; the state is in {path}; the same command resumes")
+            if now.step % config.checkpoint_every == 0 and not last:
+                save()
     batches.close()
-    return Result(_copy(model), _copy(teacher), best[2], best[1], history)
+    return Result(_copy(model), _copy(teacher), now.best.weights, now.best.step, now.history)
 
 
-def _mix(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step) * 2
+def _state(
+    identity: dict[str, Any], now: Progress, parts: dict[str, Any], method: Method, seen: PseudoLabels,
+    finite: guards.Finite,
+) -> dict[str, Any]:  # fmt: skip
+    tau = method.threshold.tau if isinstance(method.threshold, ClassMax) else None
+    return {
+        "identity": checkpoint.describe(identity),
+        **{name: part.state_dict() for name, part in parts.items()},
+        "step": now.step, "history": now.history, "running": now.running,
+        "best": {"miou": now.best.miou, "step": now.best.step, "weights": now.best.weights},
+        "seen": {"counts": seen.counts, "bars": seen.bars}, "bad": finite.bad, "tau": tau,
+    }  # fmt: skip
+
+
+def _resume(
+    path: Path, identity: dict[str, Any], parts: dict[str, Any], method: Method, seen: PseudoLabels,
+    finite: guards.Finite, device: torch.device,
+) -> Progress:  # fmt: skip
+    state = checkpoint.load(path, identity)
+    if state is None:
+        return Progress()
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    seen.counts, seen.bars = (state["seen"][k].to(device) for k in ("counts", "bars"))
+    finite.bad = state["bad"].to(device)
+    if isinstance(method.threshold, ClassMax):
+        method.threshold.tau = state["tau"].to(device)
+    running = [values.to(device) for values in state["running"]]
+    return Progress(state["step"], Best(**state["best"]), state["history"], running)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
 
 
-def _mean_losses(running: list[Tensor], done: methods.Step) -> dict[str, float]:
+def _mean_losses(running: list[Tensor], done: Step) -> dict[str, float]:
     names = list(done.losses)
     same = [values for values in running if len(values) == len(names)]
     means = torch.stack(same).mean(0).tolist()

@@ -1,64 +1,98 @@
-"""supervised, FixMatch and S4MC as one step: views -> teacher -> refine -> threshold -> select -> mix -> student -> losses.
+"""Every method as data: which hooks of `step.step` it uses, with which values. Sources stand beside each.
 
-FixMatch (Sohn et al. 2020) in its segmentation form with an EMA teacher is the base; S4MC replaces the choice of pixels.
-A method is data (`Method`), the step is one function that can be read from top to bottom.
+supervised; FixMatch with an EMA teacher and in-batch CutMix (the base of all others); UniMatch V1 and V2 (Yang et al.,
+CVPR 2023 and TPAMI 2025); S4MC (Kimhi et al., TMLR 2024); CorrMatch (Sun et al., CVPR 2024); and their combinations.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor
 
 from pipeline.config import Train
-from training import augment, refine
-from training.augment import View
-from training.threshold import Fixed, Partition
+from training import refine
+from training.losses import Normaliser
+from training.ranks import ALONE, Ranks
+from training.threshold import ClassMax, Fixed, Partition
 
 
 class Threshold(Protocol):
     """A bar for scores: a scalar tensor for this batch at this (semi-supervised) step."""
 
-    def value(self, score: Tensor, valid: Tensor, step: int) -> Tensor: ...
+    def value(self, score: Tensor, label: Tensor, valid: Tensor, step: int, ranks: Ranks = ALONE) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """CorrMatch's use of its correlation maps. The defaults mend what the published form has wrong; `REFERENCE` keeps it.
+
+    regions: how overlapping region masks are applied, or "off". masks: how many rows of the map are drawn a step.
+    bar: overlap and purity of a region; None: the method's own threshold (published), which only makes sense where
+    that is a probability. mixed_target: the KL target goes through CutMix like the image (published: it does not).
+    mixed_valid: the threshold sees the mixed mask beside unmixed predictions (published). last: the last position can
+    be drawn (published: never). neighbours: J3, how many of the most correlated positions take part in the union; 0: none.
+    """
+
+    regions: Literal["parallel", "sequential", "off"] = "parallel"
+    masks: int = 128
+    bar: float | None = None
+    mixed_target: bool = True
+    mixed_valid: bool = False
+    last: bool = True
+    neighbours: int = 0
+
+
+REFERENCE = Correlation("sequential", mixed_target=False, mixed_valid=True, last=False)
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which hooks a method uses. `refinement` None: raw maximum probability; `threshold` None: no unlabelled half."""
+    """Which hooks a method uses.
+
+    threshold None: no unlabelled half. refinement None: raw maximum probability. teacher: the EMA network in eval mode,
+    or the student itself by its train-mode pass over the weak view. streams: strong views. partner: whose pixels CutMix
+    pastes, those of the next image in the batch or of another crop of the same one. weights: of the loss terms;
+    a term that is absent or 0 is not computed.
+    """
 
     refinement: refine.Refinement | None = None
     threshold: Threshold | None = None
-    normaliser: Literal["valid", "kept", "ratio"] = "valid"
+    normaliser: Normaliser = "valid"
     strict: bool = False
     table_K: Tensor | None = None
+    teacher: Literal["ema", "self"] = "ema"
+    streams: int = 1
+    dropout: Literal["none", "perturb", "complementary"] = "none"
+    partner: Literal["batch", "same"] = "batch"
+    correlation: Correlation | None = None
+    weights: dict[str, float] = field(default_factory=lambda: {"supervised": 1.0, "unsupervised": 1.0})
+    hard: int = 0  # supervised loss over at least so many hard pixels (OHEM); 0: plain cross entropy
+    sure: float = 0.7
+
+    @property
+    def feature_dropout(self) -> Literal["none", "perturb", "complementary"]:
+        """What the student's features go through: nothing where the term that needs it has no weight."""
+        return "none" if self.dropout == "perturb" and not self.weights.get("perturbed") else self.dropout
+
+    @property
+    def weak(self) -> bool:
+        """Whether the student sees the weak views."""
+        return self.teacher == "self" or self.feature_dropout == "perturb" or self.correlation is not None
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A term as sum and count, so that micro-batches and ranks can add both before dividing once."""
-
-    total: Tensor
-    count: Tensor
-    weight: float = 1.0
-
-    def mean(self) -> Tensor:
-        """sum / count; exactly 0, still connected to the graph, when nothing counts."""
-        return self.total / self.count.clamp_min(1)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Pseudo-labels of a weak view: label_BHW int64, keep_BHW bool, and the bar that chose them (scalar)."""
-
-    label_BHW: Tensor
-    keep_BHW: Tensor
-    bar: Tensor
-    score_BHW: Tensor
+# UniMatch V1: (L_x + 0.25 L_s1 + 0.25 L_s2 + 0.5 L_fp) / 2. V2: (L_x + (L_s1 + L_s2) / 2) / 2.
+UNIMATCH = {
+    "v1": {"supervised": 0.5, "unsupervised": 0.125, "unsupervised_2": 0.125, "perturbed": 0.25},
+    "v2": {"supervised": 0.5, "unsupervised": 0.25, "unsupervised_2": 0.25},
+}
+# CorrMatch: [0.5 L_x + 0.5 L_xc + 0.25 L_s + 0.25 L_fp + 0.25 L_kl + 0.25 (L_cs + L_cw) / 2] / 2.
+CORRMATCH = {
+    "supervised": 0.25, "supervised_corr": 0.25, "unsupervised": 0.125, "perturbed": 0.125, "divergence": 0.125,
+    "corr_strong": 0.0625, "corr_weak": 0.0625,
+}  # fmt: skip
 
 
-def build(config: Train, *, total: int, epoch_steps: int, table_K: Tensor | None = None) -> Method:
+def build(config: Train, *, n_classes: int, total: int, epoch_steps: int, table_K: Tensor | None = None) -> Method:
     """The method named by `config.method`.
 
     Args:
@@ -66,123 +100,76 @@ def build(config: Train, *, total: int, epoch_steps: int, table_K: Tensor | None
         epoch_steps: steps of one pass over the unlabelled pool, for presets whose schedule moves once an epoch.
         table_K: class table for presets with joint = table, measured on the labelled split.
     """
-    if config.method == "supervised":
-        return Method()
-    if config.method == "fixmatch":
-        return Method(threshold=Fixed(config.threshold))
+    name = config.method
+    method = Method(threshold=None if name == "supervised" else Fixed(config.threshold))
+    if "unimatch" in name:
+        method = _unimatch(method, config)
+    if "corrmatch" in name:
+        method = _corrmatch(method, config, n_classes)
+    if name == "s4mc+corrmatch":
+        method = _combine(method, config, total)
+    elif "s4mc" in name:
+        method = _s4mc(method, config, total, epoch_steps, table_K)
+    if config.teacher != "auto":
+        method = replace(method, teacher=config.teacher)
+    if config.supervised_loss == "ohem":
+        method = replace(method, hard=config.ohem_pixels, sure=config.ohem_sure)
+    return method
+
+
+def _partition(config: Train, total: int) -> Partition:
+    return Partition(config.alpha, config.alpha_end, total)
+
+
+def _s4mc(method: Method, config: Train, total: int, epoch_steps: int, table_K: Tensor | None) -> Method:
     how = refine.PRESETS[config.preset]
     start, end = refine.ALPHA.get(config.preset, (config.alpha, config.alpha_end))
-    partition = Partition(start, end, total, every=epoch_steps if how.alpha_every == "epoch" else 1)
-    return Method(how, partition, how.normaliser, how.strict, table_K)
+    bar = Partition(start, end, total, every=epoch_steps if how.alpha_every == "epoch" else 1)
+    return replace(
+        method, refinement=how, threshold=bar, normaliser=how.normaliser, strict=how.strict, table_K=table_K
+    )  # fmt: skip
+
+
+def _unimatch(method: Method, config: Train) -> Method:
+    weights = UNIMATCH[config.streams]
+    if config.streams == "v1":
+        return replace(method, streams=2, dropout="perturb", teacher="self", weights=weights)
+    return replace(method, streams=2, dropout="complementary", weights=weights)
+
+
+def _corrmatch(method: Method, config: Train, n_classes: int) -> Method:
+    bar = ClassMax(n_classes, config.corrmatch_start, config.corrmatch_momentum)
+    method = replace(method, threshold=bar, teacher="self", dropout="perturb", weights=CORRMATCH)
+    if config.corrmatch == "reference":
+        return replace(method, correlation=REFERENCE, partner="same")
+    return replace(method, correlation=Correlation())
+
+
+def _combine(method: Method, config: Train, total: int) -> Method:
+    """J1 refined selection under CorrMatch's bar, J2 S4MC's quantile as the bar, J3 correlated positions as neighbours.
+
+    With J2 region acceptance gets its own constant: a quantile of scores is no overlap ratio. With a slow bar (no J2)
+    the refined score is the highest probability, the scale that bar lives on, and the bar is fed raw scores: refined
+    ones would push it to 1.
+    """
+    assert method.correlation is not None
+    how, correlation = set(config.combine), method.correlation
+    if "j1" in how or "j3" in how:
+        score: Literal["margin", "max"] = "margin" if "j2" in how else "max"
+        method = replace(method, refinement=refine.Refinement(score=score), strict="j2" in how)
+    if "j2" in how:
+        method = replace(method, threshold=_partition(config, total))
+        correlation = replace(correlation, bar=config.corrmatch_start)
+    if "j3" in how:
+        correlation = replace(correlation, neighbours=config.corrmatch_neighbours)
+    return replace(method, correlation=correlation)
 
 
 def needs_table(config: Train) -> bool:
     """Whether the method's preset uses the class table (`refine.neighbour_table`)."""
-    return config.method == "s4mc" and refine.PRESETS[config.preset].joint == "table"
+    return config.method in ("s4mc", "s4mc+unimatch") and refine.PRESETS[config.preset].joint == "table"
 
 
 def fixed(method: Method, bar: float) -> Method:
     """The same method with a fixed bar (for ablations and the equivalence S4MC(beta 0, fixed) = FixMatch)."""
     return replace(method, threshold=Fixed(bar))
-
-
-@torch.no_grad()
-def select(method: Method, logits_BKHW: Tensor, valid_BHW: Tensor, step: int) -> Selection:
-    """Teacher logits -> pseudo-labels and which of them count. Invalid pixels influence neither the bar nor the loss."""
-    assert method.threshold is not None
-    prob = logits_BKHW.float().softmax(1) * valid_BHW[:, None]  # outside the photograph nothing supports anything
-    if method.refinement is None:
-        raw, label = prob.max(1)
-        refined = raw
-        reference = raw
-    else:
-        raw, refined, label = refine.scores(prob, method.refinement, method.table_K)
-        reference = refined if method.refinement.quantile_from == "refined" else raw
-    bar = method.threshold.value(reference, valid_BHW, step)
-    keep = (refined > bar) if method.strict else (refined >= bar)
-    return Selection(label, keep & valid_BHW & refined.isfinite(), bar, refined)
-
-
-def supervised_loss(logits_BKHW: Tensor, label_BHW: Tensor, ignore: int) -> Loss:
-    """Cross entropy over pixels that are not `ignore`."""
-    total = F.cross_entropy(logits_BKHW.float(), label_BHW, ignore_index=ignore, reduction="sum")
-    return Loss(total, (label_BHW != ignore).sum())
-
-
-def masked_loss(
-    logits_BKHW: Tensor,
-    label_BHW: Tensor,
-    keep_BHW: Tensor,
-    valid_BHW: Tensor,
-    normaliser: Literal["valid", "kept", "ratio"],
-    weight: float = 1.0,
-) -> Loss:
-    """Cross entropy over kept pixels.
-
-    Divided by the valid pixels (FixMatch), by the kept ones, or by kept^2 / valid (`ratio`: the mean over kept pixels
-    times valid / kept, as one public code base has it). With zero kept pixels the loss and its gradient are exactly 0.
-    """
-    # where before the product: a non-finite loss at a dropped pixel must not turn into 0 * inf.
-    each = F.cross_entropy(logits_BKHW.float(), label_BHW, reduction="none")
-    total = torch.where(keep_BHW, each, 0.0).sum()
-    kept, valid = keep_BHW.sum(), valid_BHW.sum()
-    count = {"valid": valid, "kept": kept, "ratio": kept.float().square() / valid.clamp_min(1)}[normaliser]
-    if normaliser == "ratio":  # counts below 1 are meaningful here; only an empty selection is not
-        count = torch.where(kept > 0, count, torch.ones_like(count))
-        return Loss(total / count, torch.ones_like(count), weight)
-    return Loss(total, count, weight)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step gives the engine: loss terms by name, and the selection on the weak view for the diagnostics."""
-
-    losses: dict[str, Loss]
-    selection: Selection | None
-
-    def loss(self) -> Tensor:
-        return torch.stack([term.weight * term.mean() for term in self.losses.values()]).sum()
-
-
-def step(
-    method: Method,
-    student: Callable[[Tensor], Tensor],
-    teacher: nn.Module,
-    labelled: View,
-    unlabelled: View | None,
-    *,
-    ignore: int,
-    at: int,
-    unsup_weight: float,
-    cutmix: float,
-    generator: Generator,
-) -> Step:
-    """One training step's losses.
-
-    Args:
-        labelled, unlabelled: weak views; `unlabelled` None (or a method without threshold) trains on labels alone.
-        at: semi-supervised step, from 0; drives the threshold's schedule.
-        unsup_weight: factor of the unlabelled term at this step (ramped by the engine).
-        cutmix: probability of a box per image.
-    """
-    if method.threshold is None or unlabelled is None:
-        return Step({"supervised": supervised_loss(student(labelled.image_BCHW), labelled.label_BHW, ignore)}, None)
-    with torch.no_grad():
-        teacher_logits = teacher(unlabelled.image_BCHW)
-    chosen = select(method, teacher_logits, unlabelled.valid_BHW, at)
-    box = augment.boxes(len(chosen.label_BHW), chosen.label_BHW.shape[1:], cutmix, generator).to(
-        chosen.label_BHW.device
-    )
-    # bf16 has 8 bits of mantissa: too few for pixels.
-    with torch.autocast(unlabelled.image_BCHW.device.type, enabled=False):
-        image = augment.mix(augment.strong(unlabelled.image_BCHW, generator), box)
-    label, keep, valid = (augment.mix(v, box) for v in (chosen.label_BHW, chosen.keep_BHW, unlabelled.valid_BHW))
-    logits = student(torch.cat([labelled.image_BCHW, image]))
-    on_labelled, on_mixed = logits.split([len(labelled.label_BHW), len(label)])
-    return Step(
-        {
-            "supervised": supervised_loss(on_labelled, labelled.label_BHW, ignore),
-            "unsupervised": masked_loss(on_mixed, label, keep, valid, method.normaliser, unsup_weight),
-        },
-        chosen,
-    )

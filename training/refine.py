@@ -167,14 +167,21 @@ ALPHA = {"ref_a": (0.4, 0.0), "ref_b": (0.25, 0.15)}
 
 
 @torch.no_grad()
-def scores(prob_BKHW: Tensor, how: Refinement, table_K: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw score, refined score (both BHW) and pseudo-label (BHW int64) of a probability map."""
+def scores(
+    prob_BKHW: Tensor, how: Refinement, table_K: Tensor | None = None, refined_BKHW: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw score, refined score (both BHW) and pseudo-label (BHW int64) of a probability map.
+
+    refined_BKHW: probabilities that another refinement made, in place of `refine`'s.
+    """
     prob = _wide(prob_BKHW)
     raw, label = SCORES[how.score](prob), prob.max(1).indices  # argmax over a strided axis is 6 times slower on a CPU
     options = {"neighbourhood": how.neighbourhood, "k": how.k, "beta": how.beta}
     if how.quantity == "confidence":  # class-agnostic: a neighbour sure of another class raises confidence too
         return raw, refine(raw[:, None], **options)[:, 0], label
-    refined = refine(prob, **options, table_K=table_K if how.joint == "table" else None)
+    refined = refined_BKHW
+    if refined is None:
+        refined = refine(prob, **options, table_K=table_K if how.joint == "table" else None)
     if how.label_from == "refined":
         label = refined.max(1).indices
     return raw, SCORES[how.score](refined), label

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline import config, files, manifest, progress, scores
 from pipeline.config import Params
 from pipeline.manifest import Row
-from training import checkpoint, engine, figures, infer, methods, metrics, models, refine, start
+from training import checkpoint, engine, figures, infer, methods, metrics, models, ranks, refine, start
 from training.data import Batches, Images
 
 MANIFEST = Path("data/split/manifest.parquet")
@@ -54,8 +54,13 @@ class Data:
         )  # fmt: skip
 
 
-def validator(images: Images, n_classes: int, stride: int, ignore: int, limit: int = 128) -> Any:
-    """teacher -> mIoU in percent over (at most `limit`) val images at working size; NaN without val images."""
+def validator(
+    images: Images, n_classes: int, stride: int, ignore: int, limit: int = 128, us: ranks.Ranks = ranks.ALONE
+) -> Any:
+    """teacher -> mIoU in percent over (at most `limit`) val images at working size; NaN without val images.
+
+    Ranks score every world-th image each and add their counts: no image twice, none left out.
+    """
 
     @torch.inference_mode()
     def validate(model: nn.Module) -> float:
@@ -64,19 +69,23 @@ def validator(images: Images, n_classes: int, stride: int, ignore: int, limit: i
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
         total = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=device)
-        for i in np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int):
+        chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
+        for i in chosen[us.rank :: us.world]:
             sample = images[int(i)]
             label = infer.logits_of(model, sample.image_HWC, stride).argmax(0)
             total += metrics.confusion(sample.label_HW.long().to(device), label, n_classes, ignore)
         model.train(was_training)
-        return float(scores.miou(total.cpu().numpy()))
+        return float(scores.miou(us.add(total).cpu().numpy()))
 
     return validate
 
 
-def code_hash() -> str:
-    """Digest of this room's source: a killed run is not continued by other code."""
-    return files.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+def code_hash(architecture: str = "") -> str:
+    """Digest of this room's source and of the user's own network: a killed run is not continued by other code."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    if ":" in architecture:
+        sources.append(Path(architecture.partition(":")[0].replace(".", "/") + ".py"))
+    return files.sha256(b"".join(path.read_bytes() for path in sources if path.exists()))
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Prepared:
     precision_on: str
 
 
-def prepare(params: Params, data: Data, start_at: Path | None) -> Prepared:
+def prepare(params: Params, data: Data, start_at: Path | None, us: ranks.Ranks = ranks.ALONE) -> Prepared:
     """Networks, samples and method for `data`; wires, decides nothing but what measures the pseudo-labels."""
     settings, n_classes = params.train, len(data.classes)
 
@@ -112,8 +121,9 @@ def prepare(params: Params, data: Data, start_at: Path | None) -> Prepared:
         seen |= start.load_into(model, start_at, data.classes, data.judged)
     method = methods.build(
         settings,
+        n_classes=n_classes,
         total=settings.steps - settings.warmup_steps,
-        epoch_steps=max(1, math.ceil(len(pool) / settings.batch_unlabelled)),
+        epoch_steps=max(1, math.ceil(len(pool) / (settings.batch_unlabelled * us.world))),
         table_K=class_table(labelled, n_classes, data.ignore) if methods.needs_table(settings) else None,
     )
     identity = {
@@ -122,11 +132,13 @@ def prepare(params: Params, data: Data, start_at: Path | None) -> Prepared:
         "data": data.data_hash,
         "labels": data.label_hash,
         "start": files.sha256(start_at) if start_at is not None else None,
-        "code": code_hash(),
+        "world": us.world,
+        "code": code_hash(params.model.architecture),
         "torch": torch.__version__,
     }
-    batches = Batches(labelled, pool, (settings.batch_labelled, settings.batch_unlabelled), settings.seed)
-    validate = validator(read(data.val), n_classes, params.input.stride, data.ignore)
+    sizes = settings.batch_labelled, settings.batch_unlabelled
+    batches = Batches(labelled, pool, sizes, settings.seed, us.rank, us.world)
+    validate = validator(read(data.val), n_classes, params.input.stride, data.ignore, us=us)
     precision_on = "hidden labels" if hidden else "labels it trains on"
     return Prepared(model, method, batches, validate, identity, start.short_ids(seen), precision_on)
 
@@ -180,12 +192,20 @@ def open_live() -> Any:
 
 
 def stage(params: Params) -> None:
-    """The stage: train, write weights and reports, print one table."""
+    """The stage: train, write weights and reports, print one table. Of several processes only the first writes."""
+    group = ranks.connect()
     data = Data.read(manifest.read(MANIFEST), files.read_json(SUMMARY))
     start_at = start.champion()
     began = time.monotonic()
-    ready = prepare(params, data, start_at)
+    ready = prepare(params, data, start_at, group.ranks)
     work = checkpoint.folder(ready.identity)
+    if group.ranks.rank:
+        engine.fit(
+            ready.model, ready.batches, ready.method, params.train,
+            n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
+            work=work, group=group,
+        )  # fmt: skip
+        return
     with open_live() as live, progress.bar(f"train {params.train.method}", params.train.steps) as bar:
         done = 0
 
@@ -201,7 +221,7 @@ def stage(params: Params) -> None:
         result = engine.fit(
             ready.model, ready.batches, ready.method, params.train,
             n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
-            on_log=log, work=work,
+            on_log=log, work=work, group=group,
         )  # fmt: skip
     about = describe(params, data, result, time.monotonic() - began, start_at, ready.precision_on)
     shared = {
@@ -216,6 +236,7 @@ def stage(params: Params) -> None:
         best = {**shared, "weights": f"teacher, step {result.best_step}, best on val"}
         models.save(OUT / "best.safetensors", result.best, best)
     files.write_json(OUT / "train.json", about)
+    files.write_json(REPORTS / "train.json", about)  # beside the curves, where DVC reads it as a metric
     figures.curves(result.history, data.classes, REPORTS / "curves.png")
     some = Images(
         data.unlabelled[:: max(1, len(data.unlabelled) // 6)][:6],
@@ -250,6 +271,13 @@ def main() -> int:
     except engine.Interrupted as reason:
         problems.print(f"train: {reason}", style="yellow", markup=False, soft_wrap=True)
         return 75
+    except torch.OutOfMemoryError as error:
+        problems.print(
+            f"train: the device's memory is full ({error}). Set train.precision: bf16, train.accumulate: 2, or a smaller "
+            "train.crop or batch; presets/ states what its settings need",
+            style="red", markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return 1
     except (OSError, ValueError, RuntimeError) as error:
         problems.print(f"train: {error}", style="red", markup=False, soft_wrap=True)
         return 1

@@ -87,7 +87,7 @@ def stages() -> dict[str, dict]:
 def test_a_stage_depends_on_exactly_the_sources_it_imports(stage):
     body = stages()[stage]
     body = body.get("do", body)
-    module = re.match(r"python -m (\S+)", body["cmd"]).group(1)
+    module = re.match(r"\S+ -m (\S+)", body["cmd"]).group(1)
     needed = {MODULES[m].relative_to(ROOT).as_posix() for m in reached(module) if MODULES[m].stat().st_size}
     declared = {d for d in body["deps"] if d.endswith(".py")}
     assert declared == needed, f"dvc.yaml {stage}: add {sorted(needed - declared)}, drop {sorted(declared - needed)}"

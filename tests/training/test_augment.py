@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import augment, methods
+from training import augment, losses, methods, step
 
 
 def generator(seed=0):
@@ -160,13 +160,13 @@ def test_x2_padding_never_counts():
     """Whatever stands in the padding of image and teacher output, bar, selection and loss stay the same."""
     from pipeline.config import Train
 
-    method = methods.build(Train(method="s4mc"), total=10, epoch_steps=1)
+    method = methods.build(Train(method="s4mc"), n_classes=4, total=10, epoch_steps=1)
     logits = 2 * torch.randn(2, 3, 6, 6, generator=generator(6))
     valid = torch.ones(2, 6, 6, dtype=torch.bool)
     valid[:, 4:] = False
     changed = logits.clone()
     changed[:, :, 4:] = 50 * torch.randn(2, 3, 2, 6, generator=generator(7))
-    a, b = (methods.select(method, v, valid, 3) for v in (logits, changed))
+    a, b = (step.select(method, v, valid, 3) for v in (logits, changed))
     assert a.bar == b.bar
     assert torch.equal(a.keep_BHW, b.keep_BHW)
     assert torch.equal(a.score_BHW[valid], b.score_BHW[valid])
@@ -174,7 +174,7 @@ def test_x2_padding_never_counts():
     student = torch.randn(2, 3, 6, 6, generator=generator(8))
     other = student.clone()
     other[:, :, 4:] = -99
-    loss = [methods.masked_loss(s, a.label_BHW, a.keep_BHW, valid, "valid").mean() for s in (student, other)]
+    loss = [losses.masked(s, a.label_BHW, a.keep_BHW, valid, "valid").mean() for s in (student, other)]
     assert loss[0] == loss[1]
     label = torch.where(valid, a.label_BHW, 255)
-    assert methods.supervised_loss(student, label, 255).mean() == methods.supervised_loss(other, label, 255).mean()
+    assert losses.supervised(student, label, 255).mean() == losses.supervised(other, label, 255).mean()

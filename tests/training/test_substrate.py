@@ -4,14 +4,15 @@ import math
 import os
 import signal
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
+import tiny_network
 import torch
+from tiny_samples import Memory
 from torch import nn
 
 from pipeline.config import Train
-from training import checkpoint, ema, engine, methods
+from training import checkpoint, ema, engine, guards, losses, methods, schedule
 from training.data import Batches, Sample, order
 
 
@@ -28,25 +29,6 @@ class Tiny(nn.Module):
         return self.head(self.net.encoder(image_BCHW / 127.5 - 1))
 
 
-class Memory:
-    """Random colours labelled by brightness; the interface of training.data.Images."""
-
-    def __init__(self, n, seed):
-        g = torch.Generator().manual_seed(seed)
-        self.rows = [SimpleNamespace(name=f"{seed}-{i}") for i in range(n)]
-        self.samples = []
-        for _ in range(n):
-            image = torch.randint(0, 256, (18, 20, 3), generator=g, dtype=torch.uint8)
-            image[:9] //= 3
-            self.samples.append(Sample(image, (image.float().mean(2) / 86).int().clamp(0, 2)))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.samples[index]
-
-
 def settings(**changes):
     base = {
         "method": "s4mc", "steps": 12, "batch_labelled": 2, "batch_unlabelled": 3, "crop": (16, 16), "warmup_steps": 3,
@@ -55,15 +37,18 @@ def settings(**changes):
     return Train(**{**base, **changes})
 
 
-def train(config, work, *, validate=None, on_log=lambda _: None, model=None, log_every=2, identity=None):
+def train_(config, work, *, validate=None, on_log=lambda _: None, model=None, log_every=2, identity=None):
     torch.manual_seed(0)
     model = model or Tiny()
-    method = methods.build(config, total=config.steps - config.warmup_steps, epoch_steps=4)
+    method = methods.build(config, n_classes=3, total=config.steps - config.warmup_steps, epoch_steps=4)
     batches = Batches(Memory(4, 1), Memory(7, 2), (config.batch_labelled, config.batch_unlabelled), config.seed)
     return engine.fit(
         model, batches, method, config, n_classes=3, ignore=255, identity=identity or {"run": "a"},
         validate=validate or (lambda _: 1.0), on_log=on_log, log_every=log_every, work=work,
     )  # fmt: skip
+
+
+train = train_
 
 
 def test_x3_decay_schedule_and_start():
@@ -108,12 +93,12 @@ def test_x4_sums_and_counts_accumulate_exactly_over_micro_batches(normaliser):
     label = torch.randint(0, 3, (4, 5, 5), generator=g)
     keep = torch.rand(4, 5, 5, generator=g) < torch.tensor([0.9, 0.1, 0.5, 0.0]).view(4, 1, 1)
     valid = keep | (torch.rand(4, 5, 5, generator=g) < 0.7)
-    whole = methods.masked_loss(logits, label, keep, valid, normaliser)
+    whole = losses.masked(logits, label, keep, valid, normaliser)
     parts = [
-        methods.masked_loss(logits[i : i + 1], label[i : i + 1], keep[i : i + 1], valid[i : i + 1], normaliser)
+        losses.masked(logits[i : i + 1], label[i : i + 1], keep[i : i + 1], valid[i : i + 1], normaliser)
         for i in range(4)
     ]
-    added = methods.Loss(sum(p.total for p in parts), sum(p.count for p in parts))
+    added = losses.Loss(sum(p.total for p in parts), sum(p.count for p in parts))
     assert torch.isclose(added.mean(), whole.mean(), rtol=1e-6)
     (g1,) = torch.autograd.grad(whole.mean(), logits, retain_graph=True)
     (g2,) = torch.autograd.grad(added.mean(), logits)
@@ -130,9 +115,7 @@ def test_masked_loss_equals_a_pixel_loop_in_every_normalisation():
     total = sum(-float(log_prob[b, label[b, y, x], y, x]) for b, y, x in keep.nonzero().tolist())
     kept, n = int(keep.sum()), int(valid.sum())
     for normaliser, expected in {"valid": total / n, "kept": total / kept, "ratio": total / kept * n / kept}.items():
-        assert float(methods.masked_loss(logits, label, keep, valid, normaliser).mean()) == pytest.approx(
-            expected, rel=1e-5
-        )
+        assert float(losses.masked(logits, label, keep, valid, normaliser).mean()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_order_visits_everything_once_per_epoch_and_from_anywhere():
@@ -157,10 +140,26 @@ class Killed(BaseException):
     """Stands for kill -9: nothing in the engine may catch it and save."""
 
 
-@pytest.mark.parametrize("method", ["supervised", "fixmatch", "s4mc"])
-@pytest.mark.parametrize("at", [3, 8])
+METHODS = ("supervised", "fixmatch", "s4mc", "unimatch", "s4mc+unimatch", "corrmatch", "s4mc+corrmatch")
+
+
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [*((m, 8) for m in METHODS), ("s4mc", 3), ("corrmatch-reference", 8), ("corrmatch", 3), ("unimatch-v1", 8)],
+)
 def test_x7_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, method, at):
-    config = settings(method=method, threshold=0.4, checkpoint_every=3)
+    """Every method, through its warm-up (a death at 3 precedes the first pseudo-label), with its threshold's state."""
+    name, _, kind = method.partition("-")
+    extra = {"reference": {"corrmatch": "reference"}, "v1": {"streams": "v1"}}.get(kind, {})
+    config = settings(
+        method=name, threshold=0.4, corrmatch_start=0.4, corrmatch_momentum=0.8, checkpoint_every=3, **extra
+    )
+    make = Tiny if name in ("supervised", "fixmatch", "s4mc") else tiny_network.Featured
+
+    def train(*args, **kwargs):
+        torch.manual_seed(0)
+        return train_(*args, model=make(), **kwargs)
+
     whole = train(config, tmp_path / "whole")
 
     def die(event):
@@ -176,6 +175,30 @@ def test_x7_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, method
             assert torch.equal(value, getattr(resumed, name)[key]), (name, key)
     assert str(resumed.history) == str(whole.history)
     assert logged == [2, 4, 6, 8, 10, 12]
+
+
+def test_f26_nothing_kept_for_long_stops_with_the_reason_and_the_weights(tmp_path):
+    config = settings(method="fixmatch", threshold=1.0, steps=40, collapse_steps=10, warmup_steps=0)
+    with pytest.raises(guards.TrainingStopped, match=r"step 10: no unlabelled pixel was kept for 10 steps.*s4mc"):
+        train(config, tmp_path)
+    assert checkpoint.load(tmp_path / "checkpoint.pt", {"run": "a"})["step"] == 10
+
+
+class Sure(Tiny):
+    """Answers class 1 everywhere."""
+
+    def forward(self, image_BCHW):
+        return super().forward(image_BCHW) + torch.tensor([0.0, 1e4, 0.0]).view(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize("share", [0.99, 1.0])
+def test_f26_one_class_that_takes_over_stops_with_the_reason(tmp_path, share):
+    config = settings(method="fixmatch", steps=14, collapse_steps=10, warmup_steps=0, collapse_share=share)
+    if share == 1.0:  # the user says that the data is so
+        assert train(config, tmp_path, model=Sure()).history[-1]["top_class"] == 1.0
+        return
+    with pytest.raises(guards.TrainingStopped, match=r"class 1 held over 99\.0% of the kept pixels for 10 steps"):
+        train(config, tmp_path, model=Sure())
 
 
 def test_sigterm_saves_and_says_so(tmp_path):
@@ -235,10 +258,10 @@ class Broken(Tiny):
 def test_non_finite_steps_stop_with_the_images_named_and_the_last_good_weights_saved(tmp_path):
     model = Broken(range(1, 100))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(engine.TrainingStopped, match=r"5 steps in a row.*1-"):
+    with pytest.raises(guards.TrainingStopped, match=r"steps in a row.*1-"):
         train(settings(method="supervised"), tmp_path, model=model)
     kept = checkpoint.load(tmp_path / "checkpoint.pt", {"run": "a"})["student"]
-    assert all(torch.equal(v, before[k]) for k, v in kept.items())
+    assert all(torch.equal(v, before[k.removeprefix("model.")]) for k, v in kept.items())
 
 
 def test_one_non_finite_step_leaves_no_trace_in_any_statistics(tmp_path):
@@ -255,13 +278,13 @@ def test_without_a_validation_there_is_no_best(tmp_path):
 
 def test_learning_rate_and_unsupervised_weight_schedules():
     config = settings(steps=100, lr_warmup=4, warmup_steps=10, ramp_steps=5, unsup_weight=2.0)
-    rates = [engine.learning_rate(s, config) for s in range(100)]
+    rates = [schedule.learning_rate(s, config) for s in range(100)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0
     assert rates[52] == pytest.approx(0.5**0.9)
     assert all(a > b for a, b in pairwise(rates[4:]))
     assert rates[-1] > 0
-    weights = [engine.unsup_weight(s, config) for s in range(20)]
+    weights = [schedule.unsup_weight(s, config) for s in range(20)]
     assert weights[:10] == [0.0] * 10
     assert weights[10:16] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
 
@@ -288,7 +311,7 @@ def test_hidden_labels_measure_but_never_teach(tmp_path):
     for kind in (Memory, Nonsense):
         torch.manual_seed(0)
         config = settings()
-        method = methods.build(config, total=9, epoch_steps=4)
+        method = methods.build(config, n_classes=3, total=9, epoch_steps=4)
         batches = Batches(Memory(4, 1), kind(7, 2), (2, 3), 0)
         results.append(
             engine.fit(

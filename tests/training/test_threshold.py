@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config import Train
-from training import methods
+from training import losses, methods, step
 from training.refine import Refinement, margin, max_probability, refine
 from training.threshold import Fixed, Partition, alpha, quantile
 
@@ -67,12 +67,12 @@ def test_t4_zero_kept_gives_zero_loss_and_zero_gradient(case):
     logits = torch.zeros(2, 3, 4, 4)
     logits[:, 1] = 200.0 if case == "saturated" else 1.0
     valid = torch.full((2, 4, 4), case == "saturated")
-    chosen = methods.select(method, logits, valid, 0)
+    chosen = step.select(method, logits, valid, 0)
     assert not chosen.keep_BHW.any()
     student = torch.randn(2, 3, 4, 4, requires_grad=True)
     for normaliser in ("valid", "kept", "ratio"):
         student.grad = None
-        loss = methods.masked_loss(student, chosen.label_BHW, chosen.keep_BHW, valid, normaliser).mean()
+        loss = losses.masked(student, chosen.label_BHW, chosen.keep_BHW, valid, normaliser).mean()
         assert loss == 0
         loss.backward()
         assert student.grad is not None
@@ -122,8 +122,8 @@ def test_selection_equals_a_pixel_loop():
     generator = torch.Generator().manual_seed(11)
     logits = 2 * torch.randn(2, 4, 5, 6, generator=generator)
     valid = torch.rand(2, 5, 6, generator=generator) < 0.85
-    method = methods.build(Train(method="s4mc", steps=100), total=100, epoch_steps=10)
-    chosen = methods.select(method, logits, valid, 50)
+    method = methods.build(Train(method="s4mc", steps=100), n_classes=4, total=100, epoch_steps=10)
+    chosen = step.select(method, logits, valid, 50)
     prob = logits.double().softmax(1).numpy()
     raw = np.sort(prob, 1)[:, -1] - np.sort(prob, 1)[:, -2]
     scores = np.sort(raw[valid.numpy()])
@@ -149,8 +149,8 @@ def test_selection_equals_a_pixel_loop():
 def test_fixmatch_keeps_confident_pixels_at_or_above_the_bar():
     logits = torch.tensor([[[[2.0, 0.1]], [[0.0, 0.0]]]])
     confidence = float(logits.softmax(1)[0, 0, 0, 0])
-    method = methods.fixed(methods.build(Train(method="fixmatch"), total=1, epoch_steps=1), confidence)
-    chosen = methods.select(method, logits, torch.ones(1, 1, 2, dtype=torch.bool), 0)
+    method = methods.fixed(methods.build(Train(method="fixmatch"), n_classes=4, total=1, epoch_steps=1), confidence)
+    chosen = step.select(method, logits, torch.ones(1, 1, 2, dtype=torch.bool), 0)
     assert chosen.keep_BHW.tolist() == [[[True, False]]]
     assert isinstance(method.threshold, Fixed)
 
@@ -161,20 +161,21 @@ def test_s4mc_without_refinement_and_with_a_fixed_bar_is_fixmatch():
     valid = torch.ones(2, 6, 6, dtype=torch.bool)
     plain = methods.Method(threshold=Fixed(0.6))
     inert = methods.Method(Refinement(beta=0.0, score="max"), Fixed(0.6), "valid", strict=False)
-    a, b = (methods.select(m, logits, valid, 5) for m in (plain, inert))
+    a, b = (step.select(m, logits, valid, 5) for m in (plain, inert))
     assert torch.equal(a.keep_BHW, b.keep_BHW)
     assert torch.equal(a.label_BHW, b.label_BHW)
     assert a.keep_BHW.any()
 
 
 def test_presets_differ_as_specified():
-    a = methods.build(Train(method="s4mc", preset="ref_a"), total=100, epoch_steps=10, table_K=torch.full((3,), 0.9))
-    b = methods.build(Train(method="s4mc", preset="ref_b"), total=100, epoch_steps=10)
+    table = torch.full((3,), 0.9)
+    a = methods.build(Train(method="s4mc", preset="ref_a"), n_classes=3, total=100, epoch_steps=10, table_K=table)
+    b = methods.build(Train(method="s4mc", preset="ref_b"), n_classes=4, total=100, epoch_steps=10)
     assert (a.refinement.neighbourhood, a.refinement.joint, a.normaliser, a.strict) == (4, "table", "ratio", True)
     assert (b.refinement.quantity, b.refinement.score, b.strict, b.normaliser) == ("confidence", "max", False, "valid")
     assert b.threshold.alpha(0) == 0.25
     assert b.threshold.alpha(100) == pytest.approx(0.15)
     assert a.threshold.alpha(0) == 0.4
     assert a.threshold.alpha(100) == 0.0
-    ours = methods.build(Train(method="s4mc", alpha=0.5, alpha_end=0.2), total=100, epoch_steps=10)
+    ours = methods.build(Train(method="s4mc", alpha=0.5, alpha_end=0.2), n_classes=4, total=100, epoch_steps=10)
     assert [ours.threshold.alpha(t) for t in (0, 50, 100)] == pytest.approx([0.5, 0.35, 0.2])

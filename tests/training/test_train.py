@@ -88,7 +88,7 @@ def test_labels_and_code_are_part_of_a_runs_identity(project, monkeypatch):
     params, rows = project
     one, two = (train.prepare(params, data_of(rows, label_hash=h), None).identity for h in ("x", "y"))
     assert one != two
-    monkeypatch.setattr(train, "code_hash", lambda: "other")
+    monkeypatch.setattr(train, "code_hash", lambda architecture: "other")
     assert train.prepare(params, data_of(rows, label_hash="x"), None).identity != one
 
 

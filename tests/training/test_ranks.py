@@ -1,0 +1,59 @@
+"""Several processes find what one would (T6, T7, F31): two gloo processes under torchrun against the same code alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_ranks
+
+from training import ranks
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """(what two processes found, what one finds)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(TESTS / "two_ranks.py"), str(folder / "two.pt")],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "two.pt", weights_only=True), two_ranks.together(ranks.SINGLE, folder)
+
+
+def test_t6_the_quantile_over_ranks_is_that_of_the_whole_batch(both):
+    two, one = both
+    assert two["quantile"] == one["quantile"]
+
+
+def test_t7_class_maxima_over_ranks_are_those_of_the_whole_batch(both):
+    two, one = both
+    assert two["class_max"] == one["class_max"]
+
+
+def test_f31_validation_over_ranks_counts_every_image_once(both):
+    two, one = both
+    assert two["miou"] == one["miou"]
+
+
+@pytest.mark.parametrize("method", two_ranks.METHODS)
+def test_gradients_over_ranks_are_those_of_the_whole_batch(both, method):
+    """Although one half holds more valid and more kept pixels than the other."""
+    two, one = (found["gradients"][method] for found in both)
+    for name, gradient in one.items():
+        assert torch.allclose(two[name], gradient, rtol=1e-4, atol=1e-7), name
+        assert gradient.abs().max() > 0
+
+
+def test_ranks_stay_one_model(both):
+    two, _ = both
+    assert two["apart"] == 0
+    assert two["teachers_apart"] == 0
+    assert 0 <= two["kept"] <= 1

@@ -1,0 +1,87 @@
+"""What two processes find together, for test_ranks.py to compare with one process. Run by torchrun; rank 0 writes argv[1]."""
+
+import sys
+from pathlib import Path
+
+import torch
+from tiny_network import Featured, view
+from tiny_samples import Memory
+
+import training
+from pipeline.config import Train
+from training import augment, ema, engine, methods, ranks, step, threshold, train
+from training.augment import View
+from training.data import Batches
+from training.student import Student
+
+METHODS = ("fixmatch", "s4mc", "unimatch")
+
+
+def half(value: View, us: ranks.Ranks) -> View:
+    return View(*(v.chunk(us.world)[us.rank] for v in (value.image_BCHW, value.label_BHW, value.valid_BHW)))
+
+
+def gradients(name: str, group: ranks.Group) -> dict[str, torch.Tensor]:
+    """One step on this rank's part of a common batch, without what is random per rank (views, mixing, dropped channels)."""
+    us = group.ranks
+    torch.manual_seed(0)
+    model = Featured(dropout=0.0, norm=False)
+    method = methods.build(Train(method=name, threshold=0.36), n_classes=3, total=10, epoch_steps=4)
+    method = methods.replace(method, dropout="none")
+    whole = group.wrap(Student(model))
+    labelled, unlabelled = half(view(4, 1), us), half(view(4, 2), us)
+    step.step(
+        method, whole, ema.teacher_of(model), labelled, unlabelled, ignore=255, at=4, unsup_weight=1.0, cutmix=0.0,
+        generator=torch.Generator().manual_seed(0), ranks=us, backward=group.backward,
+    )  # fmt: skip
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def together(group: ranks.Group, work: Path) -> dict[str, object]:
+    us = group.ranks
+    g = torch.Generator().manual_seed(0)
+    score, label = torch.rand(6, 9, 7, generator=g), torch.randint(0, 3, (6, 9, 7), generator=g)
+    valid = torch.rand(6, 9, 7, generator=g) < 0.7
+    valid[3:] &= label[3:] != 2  # the second rank never sees class 2
+    mine = [v.chunk(us.world)[us.rank] for v in (score, label, valid)]
+    slow = threshold.ClassMax(3, 0.6, 0.9)
+    torch.manual_seed(1)
+    model = Featured(dropout=0.0)
+    augment.strong, keep = (lambda image, generator: image), augment.strong
+    found = {name: gradients(name, group) for name in METHODS}
+    augment.strong = keep
+    images = Memory(7, 3)  # does not divide by two
+    out = {
+        "quantile": [threshold.quantile(mine[0], mine[2], a, us.add) for a in (0.1, 0.4, 0.9)],
+        "class_max": [slow.value(*mine, 0, us) for _ in range(3)],
+        "miou": train.validator(images, 3, 4, 255, us=us)(model),
+        "gradients": found,
+    }
+    if us.world > 1:
+        config = Train(
+            method="corrmatch", corrmatch_start=0.4, steps=6, warmup_steps=2, batch_labelled=2, batch_unlabelled=2,
+            crop=(16, 16), val_every=3, checkpoint_every=100, lr_warmup=2,
+        )  # fmt: skip
+        torch.manual_seed(us.rank)  # DDP makes them start alike
+        method = methods.build(config, n_classes=3, total=4, epoch_steps=4)
+        result = engine.fit(
+            Featured(), Batches(Memory(3, 1), Memory(5, 2), (2, 2), 0, us.rank, us.world), method, config, n_classes=3,
+            ignore=255, identity={"run": "two"}, validate=train.validator(images, 3, 4, 255, us=us), log_every=2,
+            work=work, group=group,
+        )  # fmt: skip
+        flat = torch.cat([v.double().flatten() for k, v in sorted(result.student.items())])
+        teacher = torch.cat([v.double().flatten() for k, v in sorted(result.teacher.items())])
+        out["apart"] = float(us.highest(flat).sub(-us.highest(-flat)).abs().max())
+        out["teachers_apart"] = float(us.highest(teacher).sub(-us.highest(-teacher)).abs().max())
+        out["kept"] = result.history[-1]["kept"]
+    return out
+
+
+if __name__ == "__main__":
+    assert training
+    torch.set_num_threads(1)
+    group = ranks.connect()
+    answer = together(group, Path(sys.argv[1]).parent / "work")
+    if group.ranks.rank == 0:
+        torch.save(answer, sys.argv[1])
+    group.barrier()

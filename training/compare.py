@@ -1,0 +1,183 @@
+"""Methods against each other: a grid of DVC experiments over seeds, one table and one figure.
+
+`make compare`, or `python -m training.compare --methods fixmatch s4mc --seeds 0 1 2 -S train.steps=400`. Each run is an
+experiment (`dvc exp show` lists them) in a copy of the workspace; those that exist already are not run again.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import files, progress
+from training import report
+
+OUT = Path("reports/compare")
+SCORES, TRAINED = "reports/scores.json", "reports/train/train.json"
+METHODS = ("supervised", "fixmatch", "unimatch", "s4mc", "corrmatch", "s4mc+corrmatch")
+
+
+class CompareError(RuntimeError):
+    """DVC could not run or show the experiments; carries what it said."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished experiment. miou on test in percent, kept and precision in 0..1 (NaN: no pseudo-labels)."""
+
+    method: str
+    seed: int
+    miou: float
+    kept: float
+    precision: float
+    seconds_per_step: float
+
+
+def name_of(method: str, seed: int, settings: Sequence[str]) -> str:
+    """A name that DVC takes for an experiment: letters, digits and dashes, other settings as a short hash."""
+    tail = f"-{files.sha256(' '.join(settings).encode())[:6]}" if settings else ""
+    return f"compare-{method.replace('+', '-and-')}-seed{seed}{tail}"
+
+
+def dvc(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise CompareError(f"dvc {' '.join(arguments)}: " + "\n".join(said[-12:]))
+    return done.stdout
+
+
+def parse(shown: str) -> dict[str, Run]:
+    """`dvc exp show --json` -> finished comparison runs by experiment name; others are passed over."""
+    found = {}
+    for base in json.loads(shown):
+        for experiment in base.get("experiments") or []:
+            state = experiment["revs"][0]
+            metrics = (state.get("data") or {}).get("metrics") or {}
+            try:
+                scores, trained = metrics[SCORES]["data"], metrics[TRAINED]["data"]
+            except KeyError:
+                continue
+            if not (experiment.get("name") or "").startswith("compare-"):
+                continue
+            found[experiment["name"]] = Run(
+                trained["method"], trained["seed"], float(scores["miou"]), _number(trained["kept"]),
+                _number(trained["precision"]), trained["seconds"] / trained["steps"],
+            )  # fmt: skip
+    return found
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def summarise(runs: Sequence[Run], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a method: mean and standard deviation over seeds, gain over the first method, and what was kept."""
+    rows: list[dict[str, Any]] = []
+    for method in methods:
+        of = [run for run in runs if run.method == method]
+        if not of:
+            continue
+        values = [run.miou for run in of]
+        mean = statistics.mean(values)
+        rows.append(
+            {
+                "method": method, "seeds": len(of), "miou": mean,
+                "scatter": statistics.stdev(values) if len(values) > 1 else math.nan,
+                "gain": mean - (rows[0]["miou"] if rows else mean),
+                "kept": statistics.mean(run.kept for run in of),
+                "precision": statistics.mean(run.precision for run in of),
+                "seconds_per_step": statistics.mean(run.seconds_per_step for run in of),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def draw(runs: Sequence[Run], rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Left: each seed as a dot, the mean as a bar. Right: share of pixels kept against their precision, at the end."""
+    figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, row in enumerate(rows):
+        values = [run.miou for run in runs if run.method == row["method"]]
+        left.hlines(row["miou"], i - 0.3, i + 0.3, color=f"C{i}", linewidth=3)
+        left.plot([i] * len(values), values, "o", color=f"C{i}", alpha=0.7)
+        if not math.isnan(row["kept"]):
+            right.plot(row["kept"], row["precision"], "o", color=f"C{i}", label=row["method"])
+    left.set_xticks(range(len(rows)), [row["method"] for row in rows], rotation=20)
+    left.set_ylabel("test mIoU (%)")
+    left.grid(axis="y", alpha=0.3)
+    right.set_xlabel("pixels kept at the end")
+    right.set_ylabel("their precision")
+    right.grid(alpha=0.3)
+    if right.has_data():
+        right.legend(fontsize=8)
+    report.save(figure, path)
+
+
+def write(runs: Sequence[Run], methods: Sequence[str], out: Path = OUT) -> list[dict[str, Any]]:
+    """table.csv, runs.csv and compare.png under `out`; returns the table's rows."""
+    rows = summarise(runs, methods)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, lines in (("table.csv", rows), ("runs.csv", [vars(run) for run in runs])):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(lines[0]) if lines else ["method"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        files.write_text(out / name, text.getvalue())
+    draw(runs, rows, out / "compare.png")
+    return rows
+
+
+def show(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    table = Table(title="test mIoU (%), teacher, last step; kept and precision at the end of training")
+    for column in ("method", "seeds", "mIoU", "scatter", "gain", "kept", "precision", "s / step"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        numbers = [("miou", 2), ("scatter", 2), ("gain", 2), ("kept", 3), ("precision", 3), ("seconds_per_step", 3)]
+        cells = ["-" if math.isnan(row[k]) else f"{row[k]:.{digits}f}" for k, digits in numbers]
+        table.add_row(row["method"], str(row["seeds"]), *cells)
+    table.caption = f"gain over {rows[0]['method']}; {out}/compare.png, runs.csv, table.csv" if rows else "no runs"
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "-S", "--set", action="append", default=[], help="another setting for every run, as DVC takes it"
+    )
+    given = parser.parse_args(arguments)
+    grid = [(method, seed) for seed in given.seeds for method in given.methods]
+    problems = Console(stderr=True)
+    try:
+        there = set(dvc("exp", "list", "--name-only").split())
+        with progress.bar("compare", len(grid)) as bar:
+            for method, seed in grid:
+                if (name := name_of(method, seed, given.set)) not in there:
+                    settings = [f"train.method={method}", f"train.seed={seed}", *given.set]
+                    dvc("exp", "run", "--temp", "-n", name, *(v for s in settings for v in ("-S", s)), "evaluate")
+                bar.advance()
+        wanted = {name_of(method, seed, given.set) for method, seed in grid}
+        runs = [run for name, run in parse(dvc("exp", "show", "--json")).items() if name in wanted]
+    except CompareError as error:
+        problems.print(f"compare: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    show(write(runs, given.methods), OUT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

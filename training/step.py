@@ -1,0 +1,318 @@
+"""One training step, the same for every method: views -> teacher -> refine -> threshold -> select -> mix -> student ->
+propagate -> losses -> backward. Nothing here moves a value from the device to the host."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Generator, Tensor, nn
+
+from training import augment, correlate, fused, losses, refine
+from training.augment import View
+from training.losses import Loss
+from training.methods import Method
+from training.ranks import ALONE, Ranks
+from training.student import Outputs, Rows
+
+LABELLED_TERMS = ("supervised", "supervised_corr")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Pseudo-labels of a weak view: label_BHW int64, keep_BHW bool, the bar that chose them (scalar), and the scores."""
+
+    label_BHW: Tensor
+    keep_BHW: Tensor
+    bar: Tensor
+    score_BHW: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step gives the engine: loss terms by name (detached), their weighted sum, and the weak views' selection."""
+
+    losses: dict[str, Loss]
+    loss: Tensor
+    selection: Selection | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one strong view is trained on. sure_BHW: kept before regions were added. All after CutMix by `box_BHW`."""
+
+    label_BHW: Tensor
+    keep_BHW: Tensor
+    sure_BHW: Tensor
+    valid_BHW: Tensor
+    box_BHW: Tensor
+
+
+@torch.no_grad()
+def select(
+    method: Method,
+    logits_BKHW: Tensor,
+    valid_BHW: Tensor,
+    at: int,
+    *,
+    ranks: Ranks = ALONE,
+    affinity: tuple[Tensor, Tensor, tuple[int, int]] | None = None,
+    observed_BHW: Tensor | None = None,
+) -> Selection:
+    """Teacher logits -> pseudo-labels and which of them count. Invalid pixels influence neither the bar nor the loss.
+
+    Args:
+        affinity: CorrMatch's embeddings and their grid, for the non-local union (J3).
+        observed_BHW: pixels that the bar is computed from; the valid ones if None.
+    """
+    assert method.threshold is not None
+    how, correlation = method.refinement, method.correlation
+    if how is None:
+        raw, label = (logits_BKHW.float().softmax(1) * valid_BHW[:, None]).max(1)
+        refined = raw
+    elif correlation is not None and correlation.neighbours and affinity is not None:
+        prob = logits_BKHW.float().softmax(1) * valid_BHW[:, None]  # outside the photograph nothing supports anything
+        wide = correlate.nonlocal_union(prob, *affinity, k=correlation.neighbours)
+        raw, refined, label = refine.scores(prob, how, refined_BKHW=wide)
+    else:
+        raw, refined, label = fused.scores(logits_BKHW, valid_BHW, how, method.table_K)
+    reference = refined if how is not None and how.quantile_from == "refined" else raw
+    observed = valid_BHW if observed_BHW is None else observed_BHW
+    bar = method.threshold.value(reference, label, observed, at, ranks)
+    keep = (refined > bar) if method.strict else (refined >= bar)
+    return Selection(label, keep & valid_BHW & refined.isfinite(), bar, refined)
+
+
+def step(
+    method: Method,
+    student: Callable[..., Outputs],
+    teacher: nn.Module,
+    labelled: View,
+    unlabelled: View | None,
+    *,
+    ignore: int,
+    at: int,
+    unsup_weight: float,
+    cutmix: float,
+    generator: Generator,
+    partner: View | None = None,
+    chunks: int = 1,
+    ranks: Ranks = ALONE,
+    backward: Callable[[Tensor], None] = lambda loss: loss.backward(),
+    hold: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Step:
+    """Losses and gradients of one step.
+
+    Args:
+        student: `student.Student`, perhaps wrapped. teacher: used by methods with an EMA teacher, in eval mode.
+        labelled, unlabelled: weak views; `unlabelled` None (or a method without threshold) trains on labels alone.
+        at: semi-supervised step, from 0; drives the threshold's schedule.
+        unsup_weight: factor of the unlabelled terms at this step (ramped by the engine).
+        cutmix: probability of a box per image.
+        partner: other crops of the same unlabelled images, for methods that mix with those.
+        chunks: micro-batches of equal size; sums and counts are taken over all of them and over all ranks before the
+            division, so gradients are those of the whole batch.
+        hold: context for the backward passes of all chunks but the last (ranks then wait for one another only once).
+    Raises:
+        student.NoFeatures.
+    """
+    if method.threshold is None or unlabelled is None:
+        return _in_chunks(method, student, labelled, [], [], None, ignore, 0.0, chunks, ranks, backward, hold)
+    weak, valid = unlabelled.image_BCHW, unlabelled.valid_BHW
+    n, size = len(weak), valid.shape[1:]
+    boxes = [augment.boxes(n, size, cutmix, generator).to(weak.device) for _ in range(method.streams)]
+    # bf16 has 8 bits of mantissa: too few for pixels.
+    with torch.autocast(weak.device.type, enabled=False):
+        others = [None if partner is None else augment.strong(partner.image_BCHW, generator) for _ in boxes]
+        strong = [
+            augment.mix(augment.strong(weak, generator), box, other) for box, other in zip(boxes, others, strict=True)
+        ]
+    theirs = None
+    if method.teacher == "ema":
+        with torch.no_grad():
+            logits = teacher(weak)
+            theirs = teacher(partner.image_BCHW) if partner is not None else None
+    elif partner is not None:
+        theirs = _eval_pass(student, partner.image_BCHW)
+
+    def other(bar: Tensor) -> tuple[Selection, Tensor] | None:
+        if partner is None or theirs is None:
+            return None
+        # Judged by the same bar: a slow bar must not move twice in a step.
+        return select(replace(method, threshold=_Given(bar)), theirs, partner.valid_BHW, at), partner.valid_BHW
+
+    if not method.weak:
+        chosen = select(method, logits, valid, at, ranks=ranks)
+        targets = [_mixed(chosen, valid, box, other(chosen.bar)) for box in boxes]
+        return _in_chunks(
+            method, student, labelled, strong, targets, chosen, ignore, unsup_weight, chunks, ranks, backward, hold
+        )
+    if chunks > 1:
+        raise ValueError("micro-batches need pseudo-labels from the EMA teacher alone: set train.accumulate to 1")
+    rows = Rows(len(labelled.label_BHW), n, n, method.streams)
+    out = student(torch.cat([labelled.image_BCHW, weak, *strong]), rows, method.feature_dropout)
+    observed = None
+    if method.correlation is not None and method.correlation.mixed_valid:
+        observed = augment.mix(valid, boxes[0], None if partner is None else partner.valid_BHW)
+    affinity = (out.one, out.two, out.grid) if out.one is not None and out.two is not None and out.grid else None
+    answer = logits if method.teacher == "ema" else out.weak.detach()
+    chosen = select(method, answer, valid, at, ranks=ranks, affinity=affinity, observed_BHW=observed)
+    targets = [_mixed(chosen, valid, box, other(chosen.bar)) for box in boxes]
+    targets = [_regions(method, target, chosen, out, generator) for target in targets]
+    terms = _terms(method, out, labelled.label_BHW, chosen, targets, valid, ignore, unsup_weight)
+    terms = {name: replace(term, count=ranks.add(term.count)) for name, term in terms.items()}
+    loss = _sum(terms, ranks)
+    backward(loss)
+    return Step(_detached(terms, ranks), loss.detach(), chosen)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A bar that was found already."""
+
+    bar: Tensor
+
+    def value(self, score: Tensor, label: Tensor, valid: Tensor, step: int, ranks: Ranks = ALONE) -> Tensor:
+        return self.bar
+
+
+@torch.no_grad()
+def _eval_pass(student: Callable[..., Outputs], image_BCHW: Tensor) -> Tensor:
+    """The student's own answer with running statistics, as the published self-teaching code labels its mix partner."""
+    assert isinstance(student, nn.Module)
+    was = student.training
+    student.eval()
+    out = student(image_BCHW, Rows(len(image_BCHW))).labelled
+    student.train(was)
+    return out
+
+
+def _mixed(chosen: Selection, valid_BHW: Tensor, box: Tensor, other: tuple[Selection, Tensor] | None) -> Target:
+    theirs = (None, None, None) if other is None else (other[0].label_BHW, other[0].keep_BHW, other[1])
+    mine = (chosen.label_BHW, chosen.keep_BHW, valid_BHW)
+    label, keep, valid = (augment.mix(m, box, t) for m, t in zip(mine, theirs, strict=True))
+    return Target(label, keep, keep, valid, box)
+
+
+@torch.no_grad()
+def _regions(method: Method, target: Target, chosen: Selection, out: Outputs, generator: Generator) -> Target:
+    """CorrMatch's region propagation on the mixed labels, outside the box (the masks belong to the unmixed image)."""
+    how = method.correlation
+    if how is None or how.regions == "off" or out.one is None or out.two is None or out.grid is None:
+        return target
+    index = correlate.sample(out.one.shape[-1], how.masks, generator, reference=not how.last).to(out.one.device)
+    mask = correlate.masks(correlate.rows(out.one, out.two, index), out.grid, target.label_BHW.shape[1:])
+    mask &= (target.valid_BHW & ~target.box_BHW)[:, None]
+    bar = chosen.bar if how.bar is None else how.bar
+    n_classes = out.weak.shape[1]
+    label, keep = correlate.regions(
+        target.label_BHW, target.keep_BHW, mask, bar, bar, mode=how.regions, n_classes=n_classes
+    )
+    return replace(target, label_BHW=label, keep_BHW=keep)
+
+
+def _supervised(method: Method, logits: Tensor, label: Tensor, ignore: int, weight: float) -> Loss:
+    if method.hard:
+        return losses.hard(logits, label, ignore, weight, sure=method.sure, least=method.hard)
+    return losses.supervised(logits, label, ignore, weight)
+
+
+def _terms(
+    method: Method,
+    out: Outputs,
+    label_BHW: Tensor,
+    chosen: Selection | None,
+    targets: Sequence[Target],
+    valid_BHW: Tensor | None,
+    ignore: int,
+    unsup_weight: float,
+) -> dict[str, Loss]:
+    """The loss terms that have a weight, each named as in `Method.weights`."""
+    w = {k: v * (1.0 if k in LABELLED_TERMS else unsup_weight) for k, v in method.weights.items() if v}
+    terms: dict[str, Loss] = {}
+    if "supervised" in w:
+        terms["supervised"] = _supervised(method, out.labelled, label_BHW, ignore, w["supervised"])
+    if out.corr is not None and "supervised_corr" in w:
+        terms["supervised_corr"] = _supervised(method, out.corr[0], label_BHW, ignore, w["supervised_corr"])
+    if chosen is None or valid_BHW is None:
+        return terms
+    for i, target in enumerate(targets):
+        name = "unsupervised" if i == 0 else f"unsupervised_{i + 1}"
+        if name in w:
+            terms[name] = _masked(method, out.strong[i], target, w[name])
+    weak = Target(chosen.label_BHW, chosen.keep_BHW, chosen.keep_BHW, valid_BHW, valid_BHW)
+    if out.perturbed is not None and "perturbed" in w:
+        terms["perturbed"] = _masked(method, out.perturbed, weak, w["perturbed"])
+    if out.corr is not None and method.correlation is not None:
+        first = targets[0]
+        if "corr_strong" in w:
+            terms["corr_strong"] = _masked(method, out.corr[2][0], first, w["corr_strong"])
+        if "corr_weak" in w:
+            terms["corr_weak"] = _masked(method, out.corr[1], weak, w["corr_weak"])
+        if "divergence" in w:
+            soft = out.weak.detach().float().softmax(1)
+            if method.correlation.mixed_target:
+                soft = augment.mix(soft, first.box_BHW)
+            terms["divergence"] = losses.divergence(
+                out.strong[0], soft, first.sure_BHW, first.valid_BHW, w["divergence"]
+            )
+    return terms
+
+
+def _masked(method: Method, logits: Tensor, target: Target, weight: float) -> Loss:
+    return losses.masked(logits, target.label_BHW, target.keep_BHW, target.valid_BHW, method.normaliser, weight)
+
+
+def _sum(terms: dict[str, Loss], ranks: Ranks) -> Tensor:
+    """The step's loss. Counts are over all ranks and gradients are averaged over them, hence the factor."""
+    return ranks.world * torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
+
+
+def _detached(terms: dict[str, Loss], ranks: Ranks) -> dict[str, Loss]:
+    return {k: replace(t, total=ranks.add(t.total.detach())) for k, t in terms.items()}
+
+
+def _in_chunks(
+    method: Method,
+    student: Callable[..., Outputs],
+    labelled: View,
+    strong: Sequence[Tensor],
+    targets: Sequence[Target],
+    chosen: Selection | None,
+    ignore: int,
+    unsup_weight: float,
+    chunks: int,
+    ranks: Ranks,
+    backward: Callable[[Tensor], None],
+    hold: Callable[[], AbstractContextManager[object]],
+) -> Step:
+    """Micro-batches whose gradients add up to the whole batch's: every count is known before the first forward."""
+    if chunks > 1 and method.hard:
+        raise ValueError("train.supervised_loss ohem picks its pixels over a whole batch: set train.accumulate to 1")
+    counts = {name: (labelled.label_BHW != ignore).sum() for name in LABELLED_TERMS}
+    for i, t in enumerate(targets):
+        name = "unsupervised" if i == 0 else f"unsupervised_{i + 1}"
+        counts[name] = losses.count(t.keep_BHW, t.valid_BHW, method.normaliser)
+    counts = {name: ranks.add(count) for name, count in counts.items()}
+    seen: dict[str, Loss] = {}
+    total = torch.zeros((), device=labelled.label_BHW.device)
+    images, labels = labelled.image_BCHW.chunk(chunks), labelled.label_BHW.chunk(chunks)
+    for c in range(chunks):
+        views = [s.chunk(chunks)[c] for s in strong]
+        rows = Rows(len(images[c]), 0, len(views[0]) if views else 0, len(views))
+        part = [
+            Target(*(v.chunk(chunks)[c] for v in (t.label_BHW, t.keep_BHW, t.sure_BHW, t.valid_BHW, t.box_BHW)))
+            for t in targets
+        ]
+        with hold() if c + 1 < chunks else nullcontext():
+            out = student(torch.cat([images[c], *views]), rows, method.feature_dropout if views else "none")
+            valid = part[0].valid_BHW if part else None
+            terms = _terms(method, out, labels[c], chosen, part, valid, ignore, unsup_weight)
+            if not (chunks == 1 and method.hard):
+                terms = {name: replace(term, count=counts[name]) for name, term in terms.items()}
+            loss = _sum(terms, ranks)
+            backward(loss)
+        total = total + loss.detach()
+        for name, term in _detached(terms, ranks).items():
+            seen[name] = replace(term, total=term.total + seen[name].total) if name in seen else term
+    return Step(seen, total, chosen)
