@@ -58,6 +58,6 @@ compare: setup
 
 # Ratios of one run on this machine; run it when the machine is otherwise idle.
 bench: setup
-	for name in r03_mask_png r10_metric_share r11_metric_speed r12_noop; do \
+	for name in r03_mask_png r10_metric_share r11_metric_speed r12_noop step_time; do \
 	  $(BIN)/python tests/ratios/$$name.py --out benchmarks/results/$$name.json || exit 1; done
 	$(BIN)/python tests/ratios/request_latency.py $$(test -d bundle && echo --bundle bundle) --out benchmarks/results/request_latency.json

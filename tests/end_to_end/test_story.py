@@ -1,5 +1,6 @@
 """The whole story by the commands a user types: files to a gated bundle, nothing to do, a new dump, a mistyped setting."""
 
+import csv
 import json
 import os
 import shutil
@@ -195,12 +196,21 @@ def test_a_new_dump_is_ingested_alone_and_the_next_training_starts_from_the_cham
     assert project.ran(project.run("dvc", "repro")) == set()
 
 
-def test_experiments_try_a_setting_without_touching_the_workspace(project: Project, first: str) -> None:
+def test_methods_are_compared_as_experiments_without_touching_the_workspace(project: Project, first: str) -> None:
     project.commit()
-    project.run("dvc", "exp", "run", "--temp", "-n", "plain", "-S", "train.method=supervised", "evaluate")
-    table = project.run("dvc", "exp", "show", "--csv")
-    row = next(line for line in table.splitlines() if line.startswith("plain,"))
-    assert "supervised" in row
-    diff = project.run("dvc", "metrics", "diff", "--json", "HEAD", "plain")
-    assert json.loads(diff)["reports/scores.json"]["miou"]
+    compare = ("python", "-m", "training.compare", "--methods", "supervised", "--seeds", "0", "-S", "train.steps=4")
+    assert "supervised" in project.run(*compare)
+    (name,) = project.run("dvc", "exp", "list", "--name-only").split()
+    assert name.startswith("compare-supervised-seed0-")
+    (row,) = csv.DictReader((project.root / "reports/compare/table.csv").read_text().splitlines())
+    (run,) = csv.DictReader((project.root / "reports/compare/runs.csv").read_text().splitlines())
+    assert (row["method"], row["seeds"], row["kept"], row["gain"]) == ("supervised", "1", "nan", "0.0")
+    assert float(row["miou"]) == float(run["miou"]) > 0
+    assert float(run["seconds_per_step"]) > 0
+    assert (project.root / "reports/compare/compare.png").stat().st_size > 5_000
+    diff = json.loads(project.run("dvc", "metrics", "diff", "--json", "HEAD", name))
+    assert diff["reports/scores.json"]["miou"]["new"] == pytest.approx(float(row["miou"]))
     assert project.json("reports/scores.json")["method"] == "s4mc"
+    project.run(*compare)  # nothing is trained twice
+    assert project.run("dvc", "exp", "list", "--name-only").split() == [name]
+    assert (project.root / "params.yaml").read_text().count("s4mc") == 1
