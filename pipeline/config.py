@@ -175,6 +175,15 @@ class Train(Section):
                 f"accumulate {self.accumulate} does not divide batch_labelled {self.batch_labelled} and "
                 f"batch_unlabelled {self.batch_unlabelled}"
             )
+        if self.accumulate > 1 and min(self.batch_labelled, self.batch_unlabelled) // self.accumulate < 2:
+            raise ValueError(
+                f"accumulate {self.accumulate} leaves one image a micro-batch, and BatchNorm needs two: lower it, or raise "
+                "batch_labelled and batch_unlabelled"
+            )
+        if self.method == "s4mc+corrmatch" and self.corrmatch == "reference" and "j3" in self.combine:
+            raise ValueError(
+                "combine j3 needs corrmatch: mended (the published form has no embeddings of its mix partner)"
+            )
         by_student = "corrmatch" in self.method or self.teacher == "self" or (
             "unimatch" in self.method and self.streams == "v1"
         )  # fmt: skip

@@ -1,5 +1,7 @@
 """What two processes find together, for test_ranks.py to compare with one process. Run by torchrun; rank 0 writes argv[1]."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +16,10 @@ from training.augment import View
 from training.data import Batches
 from training.student import Student
 
-METHODS = ("fixmatch", "s4mc", "unimatch")
+METHODS = {
+    "fixmatch": {}, "s4mc": {}, "unimatch": {}, "s4mc ref_a": {"preset": "ref_a"},
+    "fixmatch ohem": {"supervised_loss": "ohem", "ohem_pixels": 150},
+}  # fmt: skip
 
 
 def half(value: View, us: ranks.Ranks) -> View:
@@ -26,7 +31,13 @@ def gradients(name: str, group: ranks.Group) -> dict[str, torch.Tensor]:
     us = group.ranks
     torch.manual_seed(0)
     model = Featured(dropout=0.0, norm=False)
-    method = methods.build(Train(method=name, threshold=0.36), n_classes=3, total=10, epoch_steps=4)
+    method = methods.build(
+        Train(method=name.split()[0], threshold=0.36, **METHODS[name]),
+        n_classes=3,
+        total=10,
+        epoch_steps=4,
+        table_K=torch.tensor([0.9, 0.8, 0.7]),
+    )
     method = methods.replace(method, dropout="none")
     whole = group.wrap(Student(model))
     labelled, unlabelled = half(view(4, 1), us), half(view(4, 2), us)
@@ -58,23 +69,42 @@ def together(group: ranks.Group, work: Path) -> dict[str, object]:
         "gradients": found,
     }
     if us.world > 1:
-        config = Train(
-            method="corrmatch", corrmatch_start=0.4, steps=6, warmup_steps=2, batch_labelled=2, batch_unlabelled=2,
-            crop=(16, 16), val_every=3, checkpoint_every=100, lr_warmup=2,
-        )  # fmt: skip
-        torch.manual_seed(us.rank)  # DDP makes them start alike
-        method = methods.build(config, n_classes=3, total=4, epoch_steps=4)
-        result = engine.fit(
-            Featured(), Batches(Memory(3, 1), Memory(5, 2), (2, 2), 0, us.rank, us.world), method, config, n_classes=3,
-            ignore=255, identity={"run": "two"}, validate=train.validator(images, 3, 4, 255, us=us), log_every=2,
-            work=work, group=group,
-        )  # fmt: skip
+        result = fit(group, work / "whole")
         flat = torch.cat([v.double().flatten() for k, v in sorted(result.student.items())])
         teacher = torch.cat([v.double().flatten() for k, v in sorted(result.teacher.items())])
         out["apart"] = float(us.highest(flat).sub(-us.highest(-flat)).abs().max())
         out["teachers_apart"] = float(us.highest(teacher).sub(-us.highest(-teacher)).abs().max())
         out["kept"] = result.history[-1]["kept"]
+        try:
+            fit(group, work / "cut", notice_at_rank=1)
+        except engine.Interrupted as told:
+            out["told"] = str(told)
+        again = fit(group, work / "cut")
+        out["resumed_alike"] = all(torch.equal(v, again.student[k]) for k, v in result.student.items())
+        out["histories"] = [str(result.history), str(again.history)]
     return out
+
+
+def fit(group: ranks.Group, work: Path, notice_at_rank: int = -1) -> engine.Result:
+    """A short CorrMatch run; the spot notice reaches one rank only, at the first validation."""
+    us = group.ranks
+    config = Train(
+        method="corrmatch", corrmatch_start=0.4, steps=8, warmup_steps=2, batch_labelled=2, batch_unlabelled=2,
+        crop=(16, 16), val_every=4, checkpoint_every=100, lr_warmup=2,
+    )  # fmt: skip
+    torch.manual_seed(us.rank)  # DDP makes them start alike
+    method = methods.build(config, n_classes=3, total=6, epoch_steps=4)
+    score = train.validator(Memory(7, 3), 3, 4, 255, us=us)
+
+    def validate(teacher: torch.nn.Module) -> float:
+        if us.rank == notice_at_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return float(score(teacher))
+
+    return engine.fit(
+        Featured(), Batches(Memory(3, 1), Memory(5, 2), (2, 2), 0, us.rank, us.world), method, config, n_classes=3,
+        ignore=255, identity={"run": "two"}, validate=validate, log_every=2, work=work, group=group,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

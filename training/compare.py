@@ -45,10 +45,10 @@ class Run:
     seconds_per_step: float
 
 
-def name_of(method: str, seed: int, settings: Sequence[str]) -> str:
-    """A name that DVC takes for an experiment: letters, digits and dashes, other settings as a short hash."""
-    tail = f"-{files.sha256(' '.join(settings).encode())[:6]}" if settings else ""
-    return f"compare-{method.replace('+', '-and-')}-seed{seed}{tail}"
+def name_of(method: str, seed: int, settings: Sequence[str], params: bytes) -> str:
+    """A name that DVC takes for an experiment (letters, digits, dashes), with a short hash of all other settings."""
+    tail = files.sha256(params + "\0".join(settings).encode())[:6]
+    return f"compare-{method.replace('+', '-and-')}-seed{seed}-{tail}"
 
 
 def dvc(*arguments: str) -> str:
@@ -160,18 +160,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-S", "--set", action="append", default=[], help="another setting for every run, as DVC takes it"
     )
     given = parser.parse_args(arguments)
-    grid = [(method, seed) for seed in given.seeds for method in given.methods]
+    params = Path("params.yaml").read_bytes()
+    grid = {name_of(m, s, given.set, params): (m, s) for s in given.seeds for m in given.methods}
     problems = Console(stderr=True)
     try:
         there = set(dvc("exp", "list", "--name-only").split())
         with progress.bar("compare", len(grid)) as bar:
-            for method, seed in grid:
-                if (name := name_of(method, seed, given.set)) not in there:
+            for name, (method, seed) in grid.items():
+                if name not in there:
                     settings = [f"train.method={method}", f"train.seed={seed}", *given.set]
                     dvc("exp", "run", "--temp", "-n", name, *(v for s in settings for v in ("-S", s)), "evaluate")
                 bar.advance()
-        wanted = {name_of(method, seed, given.set) for method, seed in grid}
-        runs = [run for name, run in parse(dvc("exp", "show", "--json")).items() if name in wanted]
+        found = parse(dvc("exp", "show", "--json"))
+        if missing := [name for name in grid if name not in found]:
+            raise CompareError(f"no scores in {', '.join(missing)}; `dvc exp remove` them and run this again")
+        runs = [found[name] for name in grid]
     except CompareError as error:
         problems.print(f"compare: {error}", style="red", markup=False, soft_wrap=True)
         return 1

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,18 +159,26 @@ def fit(
     student.to(device, memory_format=torch.channels_last).train()
     teacher = ema.teacher_of(model).to(memory_format=torch.channels_last)
     optimizer = schedule.optimiser(model, student.head, config)
-    seen, finite = PseudoLabels(n_classes, device), guards.Finite(model, device)
+    seen, finite = PseudoLabels(n_classes, device), guards.Finite(student, device)
     collapse = guards.Collapse(config.collapse_steps, config.collapse_share)
     path = (work or checkpoint.folder(identity)) / "checkpoint.pt"
     parts: dict[str, Any] = {"student": student, "teacher": teacher, "optimizer": optimizer}
-    now = _resume(path, identity, parts, method, seen, finite, device)
+    if method.table_K is not None:
+        method = replace(method, table_K=method.table_K.to(device))
+    now = _resume(path, identity, parts, method, seen, finite, collapse, device, us)
     for row in now.history:
         on_log(Event(int(row["step"]), row))
     whole = group.wrap(torch.compile(student) if config.compile else student)
 
     def save() -> None:
+        state = _state(identity, now, parts, method, seen, finite, collapse, us)
         if us.rank == 0:
-            checkpoint.save(path, _state(identity, now, parts, method, seen, finite))
+            checkpoint.save(path, state)
+        group.barrier()  # nobody leaves before the state is safe
+
+    def backward(loss: Tensor) -> None:
+        with torch.autocast(device.type, enabled=False):  # operators go back in the precision they came in
+            group.backward(loss)
 
     with _arithmetic(config.deterministic and device.type == "cpu"), _on_sigterm() as told_to_stop:
         for at in range(now.step, config.steps):
@@ -194,12 +202,12 @@ def fit(
                     method, whole, teacher, labelled, unlabelled,
                     ignore=ignore, at=at - config.warmup_steps, unsup_weight=weight, cutmix=config.cutmix,
                     generator=generator, partner=partner, chunks=config.accumulate, ranks=us,
-                    backward=group.backward, hold=lambda: group.hold(whole),
+                    backward=backward, hold=lambda: group.hold(whole),
                 )  # fmt: skip
             norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
-            finite.after_backward(done.loss, norm, optimizer)
+            finite.after_backward(done.loss, norm, optimizer, us)
             optimizer.step()
-            ranks.average(model, us)
+            ranks.average(student, us)
             ema.update(teacher, model, ema.decay_at(at, config.ema))
             if done.selection is not None and unlabelled is not None:
                 seen.add(done.selection, unlabelled.valid_BHW, unlabelled.label_BHW, ignore)
@@ -235,7 +243,12 @@ def fit(
                 if trouble is not None:
                     save()
                     raise guards.TrainingStopped(f"step {now.step}: {trouble}. The last weights are in {path}")
-            if told_to_stop():
+            # Several ranks look at one common step: the notice may reach one of them a step before the others.
+            if us.world > 1 and now.step % log_every == 0:
+                stop = bool(us.highest(torch.tensor(float(told_to_stop()), device=device)))
+            else:
+                stop = us.world == 1 and told_to_stop()
+            if stop:
                 save()
                 raise Interrupted(f"told to stop at step {now.step}; the state is in {path}; the same command resumes")
             if now.step % config.checkpoint_every == 0 and not last:
@@ -246,7 +259,7 @@ def fit(
 
 def _state(
     identity: dict[str, Any], now: Progress, parts: dict[str, Any], method: Method, seen: PseudoLabels,
-    finite: guards.Finite,
+    finite: guards.Finite, collapse: guards.Collapse, us: ranks.Ranks,
 ) -> dict[str, Any]:  # fmt: skip
     tau = method.threshold.tau if isinstance(method.threshold, ClassMax) else None
     return {
@@ -254,20 +267,29 @@ def _state(
         **{name: part.state_dict() for name, part in parts.items()},
         "step": now.step, "history": now.history, "running": now.running,
         "best": {"miou": now.best.miou, "step": now.best.step, "weights": now.best.weights},
-        "seen": {"counts": seen.counts, "bars": seen.bars}, "bad": finite.bad, "tau": tau,
+        "seen": {"counts": us.add(seen.counts), "bars": seen.bars}, "bad": finite.bad, "tau": tau,
+        "collapse": [collapse.empty, collapse.alone],
     }  # fmt: skip
 
 
 def _resume(
     path: Path, identity: dict[str, Any], parts: dict[str, Any], method: Method, seen: PseudoLabels,
-    finite: guards.Finite, device: torch.device,
+    finite: guards.Finite, collapse: guards.Collapse, device: torch.device, us: ranks.Ranks,
 ) -> Progress:  # fmt: skip
     state = checkpoint.load(path, identity)
+    at = torch.tensor([0 if state is None else state["step"]], device=device)
+    if int(us.highest(at)) != -int(us.highest(-at)):
+        raise checkpoint.CheckpointError(
+            f"{path}: the processes find different checkpoints; machines that train together need one shared project folder"
+        )
     if state is None:
         return Progress()
     for name, part in parts.items():
         part.load_state_dict(state[name])
     seen.counts, seen.bars = (state["seen"][k].to(device) for k in ("counts", "bars"))
+    if us.rank:  # the file holds the sum over ranks
+        seen.counts.zero_()
+    collapse.empty, collapse.alone = state["collapse"]
     finite.bad = state["bad"].to(device)
     if isinstance(method.threshold, ClassMax):
         method.threshold.tau = state["tau"].to(device)

@@ -3,12 +3,11 @@
 Step by step everything stays on the device; the host looks when it logs.
 """
 
-from collections import deque
-
 import torch
 from torch import Tensor, nn
 
 from training.diagnostics import Report
+from training.ranks import ALONE, Ranks
 
 MAX_BAD_STEPS = 5
 
@@ -25,17 +24,18 @@ class Finite:
         self.before = [value.clone() for value in self.buffers]
         self.bad = torch.zeros((), dtype=torch.int64, device=device)
         self.most = torch.zeros((), dtype=torch.int64, device=device)
-        self.recent: deque[tuple[int, list[str]]] = deque(maxlen=64)
+        self.recent: list[tuple[int, list[str]]] = []
         self.flags: list[Tensor] = []
 
     def before_step(self, step: int, names: list[str]) -> None:
         torch._foreach_copy_(self.before, self.buffers)
         self.recent.append((step, names))
 
-    def after_backward(self, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def after_backward(self, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, us: Ranks = ALONE) -> None:
         """Tell the (fused) optimiser whether to skip, and undo what a bad forward pass did to the statistics."""
-        good = loss.isfinite() & norm.isfinite()
-        optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+        bad = us.highest((~(loss.isfinite() & norm.isfinite())).float())  # ranks skip together or not at all
+        good = bad == 0
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
         for value, before in zip(self.buffers, self.before, strict=True):
             value.copy_(torch.where(good, value, before))
         self.bad = torch.where(good, 0, self.bad + 1)
@@ -44,11 +44,12 @@ class Finite:
 
     def check(self, where: object) -> None:
         """Raises TrainingStopped after MAX_BAD_STEPS bad steps in a row. Waits for the device: call it when logging."""
-        flags, self.flags = torch.stack(self.flags).tolist() if self.flags else [], []
+        flags, recent = torch.stack(self.flags).tolist(), self.recent
+        self.flags, self.recent = [], []
         if int(self.most) < MAX_BAD_STEPS:
             return
-        bad = [at for at, good in zip(list(self.recent)[-len(flags) :], flags, strict=True) if not good]
-        step, names = bad[-1] if bad else self.recent[-1]
+        bad = [at for at, good in zip(recent, flags, strict=True) if not good]
+        step, names = bad[-1] if bad else recent[-1]
         raise TrainingStopped(
             f"the loss or its gradient was not finite for {int(self.most)} steps in a row, the last at step {step} on "
             f"{', '.join(names)}; the last good weights are in {where}. Lower train.lr, or set train.precision: fp32"

@@ -8,13 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training import threshold
+from training.ranks import Reduce, alone
 
 Normaliser = Literal["valid", "kept", "ratio"]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A term: sum over pixels, the count that divides it, and its weight in the step's loss."""
+    """A term: sum over this rank's pixels, the count over all ranks that divides it, and its weight in the step's loss.
+
+    Every function below takes `add`, which sums a tensor over ranks.
+    """
 
     total: Tensor
     count: Tensor
@@ -25,14 +29,23 @@ class Loss:
         return self.total / torch.where(self.count > 0, self.count, 1)
 
 
-def supervised(logits_BKHW: Tensor, label_BHW: Tensor, ignore: int, weight: float = 1.0) -> Loss:
+def supervised(
+    logits_BKHW: Tensor, label_BHW: Tensor, ignore: int, weight: float = 1.0, *, add: Reduce = alone
+) -> Loss:
     """Cross entropy over pixels that are not `ignore`."""
     total = F.cross_entropy(logits_BKHW.float(), label_BHW, ignore_index=ignore, reduction="sum")
-    return Loss(total, (label_BHW != ignore).sum(), weight)
+    return Loss(total, add((label_BHW != ignore).sum()), weight)
 
 
 def hard(
-    logits_BKHW: Tensor, label_BHW: Tensor, ignore: int, weight: float = 1.0, *, sure: float = 0.7, least: int = 100_000
+    logits_BKHW: Tensor,
+    label_BHW: Tensor,
+    ignore: int,
+    weight: float = 1.0,
+    *,
+    sure: float = 0.7,
+    least: int = 100_000,
+    add: Reduce = alone,
 ) -> Loss:
     """Online hard example mining: cross entropy over pixels whose true class has probability <= max(sure, the
     `least`-th smallest such probability), the rule of the published Cityscapes recipes.
@@ -43,9 +56,9 @@ def hard(
     each = F.cross_entropy(logits_BKHW.float(), label_BHW, ignore_index=ignore, reduction="none")
     probability = (-each.detach()).exp()
     rank = torch.full((), least, dtype=torch.int64, device=probability.device)
-    bar = threshold.order_statistic(probability, known, rank).clamp_min(sure)
+    bar = threshold.order_statistic(probability, known, rank, add).clamp_min(sure)
     used = known & (probability <= bar)
-    return Loss(torch.where(used, each, 0.0).sum(), used.sum(), weight)
+    return Loss(torch.where(used, each, 0.0).sum(), add(used.sum()), weight)
 
 
 def masked(
@@ -55,6 +68,8 @@ def masked(
     valid_BHW: Tensor,
     normaliser: Normaliser,
     weight: float = 1.0,
+    *,
+    add: Reduce = alone,
 ) -> Loss:
     """Cross entropy over kept pixels.
 
@@ -63,19 +78,25 @@ def masked(
     """
     # where before the product: a non-finite loss at a dropped pixel must not turn into 0 * inf.
     each = F.cross_entropy(logits_BKHW.float(), label_BHW, reduction="none")
-    return Loss(torch.where(keep_BHW, each, 0.0).sum(), count(keep_BHW, valid_BHW, normaliser), weight)
+    return Loss(torch.where(keep_BHW, each, 0.0).sum(), count(keep_BHW, valid_BHW, normaliser, add), weight)
 
 
-def count(keep_BHW: Tensor, valid_BHW: Tensor, normaliser: Normaliser) -> Tensor:
-    """What divides a masked sum. `ratio` (kept^2 / valid) must be counted over a whole batch: parts do not add up."""
-    kept, valid = keep_BHW.sum(), valid_BHW.sum()
+def count(keep_BHW: Tensor, valid_BHW: Tensor, normaliser: Normaliser, add: Reduce = alone) -> Tensor:
+    """What divides a masked sum. Kept and valid are added over ranks first: kept^2 / valid of parts does not add up."""
+    kept, valid = add(torch.stack([keep_BHW.sum(), valid_BHW.sum()])).unbind()
     if normaliser == "ratio":
         return kept.float().square() / valid.clamp_min(1)
     return kept if normaliser == "kept" else valid
 
 
 def divergence(
-    logits_BKHW: Tensor, target_BKHW: Tensor, keep_BHW: Tensor, valid_BHW: Tensor, weight: float = 1.0
+    logits_BKHW: Tensor,
+    target_BKHW: Tensor,
+    keep_BHW: Tensor,
+    valid_BHW: Tensor,
+    weight: float = 1.0,
+    *,
+    add: Reduce = alone,
 ) -> Loss:
     """KL(target || softmax(logits)) summed over kept pixels, divided by the valid ones (CorrMatch's soft loss).
 
@@ -83,4 +104,4 @@ def divergence(
     """
     target = target_BKHW.detach().float()
     each = F.kl_div(logits_BKHW.float().log_softmax(1), target, reduction="none").sum(1)
-    return Loss(torch.where(keep_BHW, each, 0.0).sum(), valid_BHW.sum(), weight)
+    return Loss(torch.where(keep_BHW, each, 0.0).sum(), add(valid_BHW.sum()), weight)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 Reduce = Callable[[Tensor], Tensor]
@@ -41,6 +42,12 @@ def average(model: nn.Module, us: Ranks) -> None:
         value.copy_(part.view_as(value))
 
 
+def share_batches(module: nn.Module) -> nn.Module:
+    """BatchNorm over the images of all ranks, in place where it can be. timm's form: torch's own drops the activations
+    that timm's encoders keep inside their BatchNorm."""
+    return convert_sync_batchnorm(module)
+
+
 @dataclass(frozen=True)
 class Group:
     """What the engine asks of the processes: a module whose gradients are averaged, backward, and gradients held back.
@@ -73,15 +80,22 @@ def connect() -> Group:
     fabric = Fabric(accelerator="auto", devices=per_node, num_nodes=world // per_node, strategy="ddp")
     fabric.launch()
 
-    def reduce(kind: str) -> Reduce:
-        return lambda value: fabric.all_reduce(value.clone(), reduce_op=kind)  # type: ignore[return-value]
+    # Not fabric.all_reduce: it puts a barrier before every sum, and a barrier makes the host wait.
+    def reduce(kind: torch.distributed.ReduceOp.RedOpType) -> Reduce:
+        def over_ranks(value: Tensor) -> Tensor:
+            total = value.clone()
+            torch.distributed.all_reduce(total, kind)
+            return total
+
+        return over_ranks
 
     def wrap(module: nn.Module) -> Any:
-        if fabric.device.type == "cuda":
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        return fabric.setup_module(module, move_to_device=False)
+        return fabric.setup_module(
+            share_batches(module) if fabric.device.type == "cuda" else module, move_to_device=False
+        )
 
+    kinds = torch.distributed.ReduceOp
     return Group(
-        Ranks(fabric.global_rank, fabric.world_size, reduce("sum"), reduce("max")),
+        Ranks(fabric.global_rank, fabric.world_size, reduce(kinds.SUM), reduce(kinds.MAX)),
         fabric.device, wrap, fabric.backward, fabric.no_backward_sync, fabric.barrier,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from training import augment, correlate, fused, losses, refine
 from training.augment import View
 from training.losses import Loss
 from training.methods import Method
-from training.ranks import ALONE, Ranks
+from training.ranks import ALONE, Ranks, Reduce, alone
 from training.student import Outputs, Rows
 
 LABELLED_TERMS = ("supervised", "supervised_corr")
@@ -30,7 +30,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step gives the engine: loss terms by name (detached), their weighted sum, and the weak views' selection."""
+    """What one step gives the engine: loss terms by name (detached, over all ranks), this rank's share of their
+    weighted sum, and the weak views' selection."""
 
     losses: dict[str, Loss]
     loss: Tensor
@@ -72,13 +73,16 @@ def select(
         refined = raw
     elif correlation is not None and correlation.neighbours and affinity is not None:
         prob = logits_BKHW.float().softmax(1) * valid_BHW[:, None]  # outside the photograph nothing supports anything
-        wide = correlate.nonlocal_union(prob, *affinity, k=correlation.neighbours)
+        others = affinity[0].shape[-1] - 1
+        wide = correlate.nonlocal_union(prob, *affinity, k=min(correlation.neighbours, others)) if others else prob
         raw, refined, label = refine.scores(prob, how, refined_BKHW=wide)
     else:
         raw, refined, label = fused.scores(logits_BKHW, valid_BHW, how, method.table_K)
     reference = refined if how is not None and how.quantile_from == "refined" else raw
-    observed = valid_BHW if observed_BHW is None else observed_BHW
-    bar = method.threshold.value(reference, label, observed, at, ranks)
+    if observed_BHW is None:
+        bar = method.threshold.value(reference, label, valid_BHW, at, ranks)
+    else:  # as published: other pixels than the valid ones are looked at, with the probabilities they were given
+        bar = method.threshold.value(*logits_BKHW.float().softmax(1).max(1), observed_BHW, at, ranks)
     keep = (refined > bar) if method.strict else (refined >= bar)
     return Selection(label, keep & valid_BHW & refined.isfinite(), bar, refined)
 
@@ -120,7 +124,7 @@ def step(
         return _in_chunks(method, student, labelled, [], [], None, ignore, 0.0, chunks, ranks, backward, hold)
     weak, valid = unlabelled.image_BCHW, unlabelled.valid_BHW
     n, size = len(weak), valid.shape[1:]
-    boxes = [augment.boxes(n, size, cutmix, generator).to(weak.device) for _ in range(method.streams)]
+    boxes = [augment.send(augment.boxes(n, size, cutmix, generator), weak.device) for _ in range(method.streams)]
     # bf16 has 8 bits of mantissa: too few for pixels.
     with torch.autocast(weak.device.type, enabled=False):
         others = [None if partner is None else augment.strong(partner.image_BCHW, generator) for _ in boxes]
@@ -159,8 +163,7 @@ def step(
     chosen = select(method, answer, valid, at, ranks=ranks, affinity=affinity, observed_BHW=observed)
     targets = [_mixed(chosen, valid, box, other(chosen.bar)) for box in boxes]
     targets = [_regions(method, target, chosen, out, generator) for target in targets]
-    terms = _terms(method, out, labelled.label_BHW, chosen, targets, valid, ignore, unsup_weight)
-    terms = {name: replace(term, count=ranks.add(term.count)) for name, term in terms.items()}
+    terms = _terms(method, out, labelled.label_BHW, chosen, targets, valid, ignore, unsup_weight, ranks.add)
     loss = _sum(terms, ranks)
     backward(loss)
     return Step(_detached(terms, ranks), loss.detach(), chosen)
@@ -200,7 +203,8 @@ def _regions(method: Method, target: Target, chosen: Selection, out: Outputs, ge
     how = method.correlation
     if how is None or how.regions == "off" or out.one is None or out.two is None or out.grid is None:
         return target
-    index = correlate.sample(out.one.shape[-1], how.masks, generator, reference=not how.last).to(out.one.device)
+    index = correlate.sample(out.one.shape[-1], how.masks, generator, reference=not how.last)
+    index = augment.send(index, out.one.device)
     mask = correlate.masks(correlate.rows(out.one, out.two, index), out.grid, target.label_BHW.shape[1:])
     mask &= (target.valid_BHW & ~target.box_BHW)[:, None]
     bar = chosen.bar if how.bar is None else how.bar
@@ -211,10 +215,10 @@ def _regions(method: Method, target: Target, chosen: Selection, out: Outputs, ge
     return replace(target, label_BHW=label, keep_BHW=keep)
 
 
-def _supervised(method: Method, logits: Tensor, label: Tensor, ignore: int, weight: float) -> Loss:
+def _supervised(method: Method, logits: Tensor, label: Tensor, ignore: int, weight: float, add: Reduce) -> Loss:
     if method.hard:
-        return losses.hard(logits, label, ignore, weight, sure=method.sure, least=method.hard)
-    return losses.supervised(logits, label, ignore, weight)
+        return losses.hard(logits, label, ignore, weight, sure=method.sure, least=method.hard, add=add)
+    return losses.supervised(logits, label, ignore, weight, add=add)
 
 
 def _terms(
@@ -226,41 +230,44 @@ def _terms(
     valid_BHW: Tensor | None,
     ignore: int,
     unsup_weight: float,
+    add: Reduce,
 ) -> dict[str, Loss]:
     """The loss terms that have a weight, each named as in `Method.weights`."""
     w = {k: v * (1.0 if k in LABELLED_TERMS else unsup_weight) for k, v in method.weights.items() if v}
     terms: dict[str, Loss] = {}
     if "supervised" in w:
-        terms["supervised"] = _supervised(method, out.labelled, label_BHW, ignore, w["supervised"])
+        terms["supervised"] = _supervised(method, out.labelled, label_BHW, ignore, w["supervised"], add)
     if out.corr is not None and "supervised_corr" in w:
-        terms["supervised_corr"] = _supervised(method, out.corr[0], label_BHW, ignore, w["supervised_corr"])
+        terms["supervised_corr"] = _supervised(method, out.corr[0], label_BHW, ignore, w["supervised_corr"], add)
     if chosen is None or valid_BHW is None:
         return terms
     for i, target in enumerate(targets):
         name = "unsupervised" if i == 0 else f"unsupervised_{i + 1}"
         if name in w:
-            terms[name] = _masked(method, out.strong[i], target, w[name])
+            terms[name] = _masked(method, out.strong[i], target, w[name], add)
     weak = Target(chosen.label_BHW, chosen.keep_BHW, chosen.keep_BHW, valid_BHW, valid_BHW)
     if out.perturbed is not None and "perturbed" in w:
-        terms["perturbed"] = _masked(method, out.perturbed, weak, w["perturbed"])
+        terms["perturbed"] = _masked(method, out.perturbed, weak, w["perturbed"], add)
     if out.corr is not None and method.correlation is not None:
         first = targets[0]
         if "corr_strong" in w:
-            terms["corr_strong"] = _masked(method, out.corr[2][0], first, w["corr_strong"])
+            terms["corr_strong"] = _masked(method, out.corr[2][0], first, w["corr_strong"], add)
         if "corr_weak" in w:
-            terms["corr_weak"] = _masked(method, out.corr[1], weak, w["corr_weak"])
+            terms["corr_weak"] = _masked(method, out.corr[1], weak, w["corr_weak"], add)
         if "divergence" in w:
             soft = out.weak.detach().float().softmax(1)
             if method.correlation.mixed_target:
                 soft = augment.mix(soft, first.box_BHW)
             terms["divergence"] = losses.divergence(
-                out.strong[0], soft, first.sure_BHW, first.valid_BHW, w["divergence"]
+                out.strong[0], soft, first.sure_BHW, first.valid_BHW, w["divergence"], add=add
             )
     return terms
 
 
-def _masked(method: Method, logits: Tensor, target: Target, weight: float) -> Loss:
-    return losses.masked(logits, target.label_BHW, target.keep_BHW, target.valid_BHW, method.normaliser, weight)
+def _masked(method: Method, logits: Tensor, target: Target, weight: float, add: Reduce) -> Loss:
+    return losses.masked(
+        logits, target.label_BHW, target.keep_BHW, target.valid_BHW, method.normaliser, weight, add=add
+    )
 
 
 def _sum(terms: dict[str, Loss], ranks: Ranks) -> Tensor:
@@ -287,13 +294,16 @@ def _in_chunks(
     hold: Callable[[], AbstractContextManager[object]],
 ) -> Step:
     """Micro-batches whose gradients add up to the whole batch's: every count is known before the first forward."""
-    if chunks > 1 and method.hard:
-        raise ValueError("train.supervised_loss ohem picks its pixels over a whole batch: set train.accumulate to 1")
-    counts = {name: (labelled.label_BHW != ignore).sum() for name in LABELLED_TERMS}
-    for i, t in enumerate(targets):
-        name = "unsupervised" if i == 0 else f"unsupervised_{i + 1}"
-        counts[name] = losses.count(t.keep_BHW, t.valid_BHW, method.normaliser)
-    counts = {name: ranks.add(count) for name, count in counts.items()}
+    counts: dict[str, Tensor] = {}
+    if chunks > 1:
+        if method.hard:
+            raise ValueError(
+                "train.supervised_loss ohem picks its pixels over a whole batch: set train.accumulate to 1"
+            )
+        counts = dict.fromkeys(LABELLED_TERMS, ranks.add((labelled.label_BHW != ignore).sum()))
+        for i, t in enumerate(targets):
+            name = "unsupervised" if i == 0 else f"unsupervised_{i + 1}"
+            counts[name] = losses.count(t.keep_BHW, t.valid_BHW, method.normaliser, ranks.add)
     seen: dict[str, Loss] = {}
     total = torch.zeros((), device=labelled.label_BHW.device)
     images, labels = labelled.image_BCHW.chunk(chunks), labelled.label_BHW.chunk(chunks)
@@ -307,8 +317,9 @@ def _in_chunks(
         with hold() if c + 1 < chunks else nullcontext():
             out = student(torch.cat([images[c], *views]), rows, method.feature_dropout if views else "none")
             valid = part[0].valid_BHW if part else None
-            terms = _terms(method, out, labels[c], chosen, part, valid, ignore, unsup_weight)
-            if not (chunks == 1 and method.hard):
+            add = alone if counts else ranks.add
+            terms = _terms(method, out, labels[c], chosen, part, valid, ignore, unsup_weight, add)
+            if counts:
                 terms = {name: replace(term, count=counts[name]) for name, term in terms.items()}
             loss = _sum(terms, ranks)
             backward(loss)

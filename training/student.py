@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 class Outputs(NamedTuple):
     """Logits at image size: labelled, weak (may hold no rows), each strong view, and what the method asked for besides.
 
-    perturbed: the weak views decoded from features with dropped channels. corr, corr_weak: CorrMatch's propagated
+    perturbed: the weak views decoded from features with dropped channels. corr: CorrMatch's propagated
     logits of [labelled; weak; strong]. one, two: the head's embeddings of the weak views on the feature grid.
     """
 

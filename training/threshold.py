@@ -89,15 +89,15 @@ class ClassMax:
 
     def __init__(self, n_classes: int, start: float = 0.85, momentum: float = 0.999) -> None:
         self.n, self.momentum = n_classes, momentum
-        self.tau = torch.tensor(start)
+        self.tau = torch.tensor(start, dtype=torch.float64)  # 0.85 must be met by 17 of 20
 
     @torch.no_grad()
     def value(self, score: Tensor, label: Tensor, valid: Tensor, step: int, ranks: Ranks = ALONE) -> Tensor:
         """Take one batch (each B x H x W) in and return the new bar."""
         best = ranks.highest(class_maxima(score, label, valid, self.n))
         seen = best > -torch.inf
-        mean = torch.where(seen, best, 0.0).sum() / seen.sum().clamp_min(1)
-        self.tau = self.tau.to(mean)
+        mean = torch.where(seen, best, 0.0).double().sum() / seen.sum().clamp_min(1)
+        self.tau = self.tau.to(mean.device)
         self.tau = torch.where(seen.any(), self.tau.lerp(mean, 1 - self.momentum), self.tau)
         return self.tau
 

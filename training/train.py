@@ -262,7 +262,10 @@ def show(about: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Exit code 75 when interrupted by SIGTERM (the same command resumes), 1 with a message when training cannot go on."""
+    """Exit code 75 when interrupted by SIGTERM (the same command resumes), 1 with a message when training cannot go on.
+
+    Under torchrun the code is torchrun's own, 1, whatever its processes say.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     problems = Console(stderr=True)

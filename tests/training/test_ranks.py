@@ -9,7 +9,8 @@ import pytest
 import torch
 import two_ranks
 
-from training import ranks
+from pipeline.config import Model
+from training import models, ranks, student
 
 TESTS = Path(__file__).parents[1]
 
@@ -57,3 +58,22 @@ def test_ranks_stay_one_model(both):
     assert two["apart"] == 0
     assert two["teachers_apart"] == 0
     assert 0 <= two["kept"] <= 1
+
+
+def test_f22_a_notice_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_from_there(both):
+    two, _ = both
+    assert "told to stop at step 4; the state is in" in two["told"]
+    assert two["resumed_alike"]
+    assert two["histories"][0] == two["histories"][1]
+
+
+def test_batches_shared_over_ranks_leave_the_network_as_it_was():
+    """torch's own conversion would drop the activations that timm keeps inside its BatchNorm."""
+    torch.manual_seed(0)
+    model = models.build(Model(weights=None), 3)
+    image = 255 * torch.rand(1, 3, 64, 96)
+    before, names = model.eval()(image), list(model.state_dict())
+    shared = ranks.share_batches(student.Student(model)).eval()
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in shared.modules())
+    assert torch.equal(shared(image, student.Rows(1)).labelled, before)
+    assert list(model.state_dict()) == names

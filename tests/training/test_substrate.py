@@ -177,6 +177,26 @@ def test_x7_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, method
     assert logged == [2, 4, 6, 8, 10, 12]
 
 
+def test_bf16_trains_and_keeps_its_weights_in_fp32(tmp_path):
+    result = train(settings(precision="bf16"), tmp_path)
+    assert all(v.isfinite().all() for v in result.teacher.values())
+    assert {v.dtype for v in result.student.values()} == {torch.float32, torch.int64}
+    assert str(result.history) != str(train(settings(), tmp_path / "other").history)
+
+
+def test_f26_a_collapse_is_counted_across_interruptions(tmp_path):
+    config = settings(method="fixmatch", threshold=1.0, steps=40, collapse_steps=10, warmup_steps=0)
+
+    def notice(event):
+        if event.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(engine.Interrupted):
+        train(config, tmp_path, on_log=notice)
+    with pytest.raises(guards.TrainingStopped, match="step 10"):
+        train(config, tmp_path)
+
+
 def test_f26_nothing_kept_for_long_stops_with_the_reason_and_the_weights(tmp_path):
     config = settings(method="fixmatch", threshold=1.0, steps=40, collapse_steps=10, warmup_steps=0)
     with pytest.raises(guards.TrainingStopped, match=r"step 10: no unlabelled pixel was kept for 10 steps.*s4mc"):

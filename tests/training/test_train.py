@@ -131,6 +131,18 @@ def test_a_warm_start_with_other_classes_or_without_its_file_is_refused(project,
         start.champion()
 
 
+def test_f27_a_full_card_is_one_message_with_what_to_change(project, monkeypatch, capsys):
+    def full(params):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "stage", full)
+    monkeypatch.setattr("sys.argv", ["train"])
+    assert train.main() == 1
+    said = capsys.readouterr().err
+    assert "Tried to allocate 2.00 GiB" in said
+    assert "train.accumulate: 2" in said
+
+
 def test_f15_a_changed_image_stops_training_with_its_name(project):
     params, rows = project
     first, second = [r for r in rows if r.split == "labelled"][:2]

@@ -1,0 +1,30 @@
+"""F20, F21: kill -9 at random moments, writes of the checkpoint among them (there is one after every step)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).parents[1]
+
+
+def run(folder: Path, kills: int) -> dict[str, torch.Tensor]:
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / "killed_run.py"), str(folder / "work"), str(folder / "out.pt"), str(kills)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[0]) == kills
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+def test_f20_f21_twenty_kills_leave_the_weights_and_the_curve_of_an_undisturbed_run(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    whole, killed = run(tmp_path / "a", 0), run(tmp_path / "b", 20)
+    assert set(whole) == set(killed)
+    for name, value in whole.items():
+        assert torch.equal(value, killed[name]), name
+    left = [path.name for path in (tmp_path / "b/work").iterdir()]
+    assert "checkpoint.pt" in left
