@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import Train
-from training import augment, ema, engine, losses, methods, student
+from training import augment, correlate, ema, engine, losses, methods, student
 from training import step as step_module
 from training.refine import Refinement
 from training.student import Outputs, Student
@@ -438,3 +438,65 @@ def test_the_students_wrapper_is_only_a_wrapper():
     model = Featured().eval()
     image = view(3, 1).image_BCHW
     assert torch.equal(Student(model)(image, student.Rows(3)).labelled, model(image))
+
+
+def corr_step(method, monkeypatch, partner=None):
+    """One CorrMatch step on imaginary outputs; returns it, the outputs, the box, and the arguments of `regions`."""
+    out, seen = given(seed=5), []
+    index, real = torch.arange(12).repeat(2), correlate.regions
+
+    def regions(*args, **kwargs):
+        seen.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(step_module.correlate, "sample", lambda *args, **kwargs: index)
+    monkeypatch.setattr(step_module.correlate, "regions", regions)
+    done = step_module.step(
+        method, Fixture(out), nn.Identity(), view(B, 1, (H, W)), view(B, 2, (H, W)), ignore=255, at=5,
+        unsup_weight=1.0, cutmix=1.0, generator=torch.Generator().manual_seed(3), partner=partner,
+        backward=lambda loss: None,
+    )  # fmt: skip
+    return done, out, augment.boxes(B, (H, W), 1.0, torch.Generator().manual_seed(3)), index, seen
+
+
+class Fixture(nn.Module):
+    def __init__(self, out):
+        super().__init__()
+        self.out = out
+
+    def forward(self, *args):
+        return self.out
+
+
+def test_regions_grow_the_mixed_selection_outside_the_box_and_leave_the_soft_loss_alone(monkeypatch):
+    method = build(method="corrmatch", corrmatch_start=0.45)
+    done, out, box, index, _ = corr_step(method, monkeypatch)
+    valid = view(B, 2, (H, W)).valid_BHW
+    label, sure, ok = (augment.mix(v, box) for v in (done.selection.label_BHW, done.selection.keep_BHW, valid))
+    mask = correlate.masks(correlate.rows(out.one, out.two, index), out.grid, (H, W))
+    bar = done.selection.bar
+    grown = [
+        correlate.regions(label, sure, mask & cleared[:, None], bar, bar, n_classes=K) for cleared in (ok & ~box, ok)
+    ]
+    (y, keep), (other_y, other_keep) = grown
+    assert (keep & ~sure).any()
+    assert not (torch.equal(keep, other_keep) and torch.equal(y, other_y))  # the box matters here
+    expected = losses.masked(out.strong[0], y, keep, ok, "valid").mean()
+    assert torch.isclose(done.losses["unsupervised"].mean(), expected)
+    soft = augment.mix(out.weak.detach().float().softmax(1), box)
+    assert torch.isclose(done.losses["divergence"].mean(), losses.divergence(out.strong[0], soft, sure, ok).mean())
+
+
+def test_regions_are_judged_by_the_slow_bar_or_under_j2_by_their_own(monkeypatch):
+    done, *_, seen = corr_step(build(method="corrmatch", corrmatch_start=0.45), monkeypatch)
+    assert [tuple(args[3:5]) for args in seen] == [(done.selection.bar, done.selection.bar)]
+    *_, seen = corr_step(build(method="s4mc+corrmatch", combine=["j1", "j2"], corrmatch_start=0.3), monkeypatch)
+    assert [tuple(args[3:5]) for args in seen] == [(0.3, 0.3)]
+
+
+def test_a_partner_of_the_same_image_does_not_move_the_slow_bar_again(monkeypatch):
+    method = build(method="corrmatch", corrmatch="reference", corrmatch_momentum=0.5)
+    method = replace(method, correlation=replace(method.correlation, mixed_valid=False))
+    done, *_ = corr_step(method, monkeypatch, partner=view(B, 9, (H, W)))
+    assert done.selection.bar != 0.4
+    assert method.threshold.tau == done.selection.bar
