@@ -73,13 +73,14 @@ def parse(shown: str) -> dict[str, Run]:
             if not (experiment.get("name") or "").startswith("compare-"):
                 continue
             found[experiment["name"]] = Run(
-                trained["method"], trained["seed"], float(scores["miou"]), _number(trained["kept"]),
-                _number(trained["precision"]), trained["seconds"] / trained["steps"],
+                trained["method"], trained["seed"], float(scores["miou"]), _number(trained.get("kept")),
+                _number(trained.get("precision")), trained["seconds"] / trained["steps"],
             )  # fmt: skip
     return found
 
 
 def _number(value: Any) -> float:
+    """DVC leaves a metric that is null out of what it shows."""
     return math.nan if value is None else float(value)
 
 

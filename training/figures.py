@@ -25,11 +25,15 @@ def _series(history: Sequence[dict[str, float]], key: str) -> tuple[list[float],
     return [step for step, _ in rows], [value for _, value in rows]
 
 
+def _losses(history: Sequence[dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(key for row in history for key in row if key.startswith("loss_")))
+
+
 def curves(history: Sequence[dict[str, float]], classes: Sequence[dict[str, Any]], path: Path) -> None:
     """Losses, val mIoU, kept ratio / precision / threshold, and kept ratio per class, over steps."""
     figure, axes = _grid(2, 2, 11, 7)
     panels: list[tuple[str, list[tuple[str, str]]]] = [
-        ("loss", [("loss_supervised", "supervised"), ("loss_unsupervised", "unsupervised")]),
+        ("loss", [(key, key.removeprefix("loss_").replace("_", " ")) for key in _losses(history)]),
         ("val mIoU of the teacher (%)", [("val_miou", "val mIoU")]),
         (
             "pseudo-labels",
