@@ -117,8 +117,6 @@ def step(
         chunks: micro-batches of equal size; sums and counts are taken over all of them and over all ranks before the
             division, so gradients are those of the whole batch.
         hold: context for the backward passes of all chunks but the last (ranks then wait for one another only once).
-    Raises:
-        student.NoFeatures.
     """
     if method.threshold is None or unlabelled is None:
         return _in_chunks(method, student, labelled, [], [], None, ignore, 0.0, chunks, ranks, backward, hold)
@@ -215,6 +213,11 @@ def _regions(method: Method, target: Target, chosen: Selection, out: Outputs, ge
     return replace(target, label_BHW=label, keep_BHW=keep)
 
 
+def _stream(i: int) -> str:
+    """The name of the i-th strong view's term."""
+    return "unsupervised" if i == 0 else f"unsupervised_{i + 1}"
+
+
 def _supervised(method: Method, logits: Tensor, label: Tensor, ignore: int, weight: float, add: Reduce) -> Loss:
     if method.hard:
         return losses.hard(logits, label, ignore, weight, sure=method.sure, least=method.hard, add=add)
@@ -242,8 +245,7 @@ def _terms(
     if chosen is None or valid_BHW is None:
         return terms
     for i, target in enumerate(targets):
-        name = "unsupervised" if i == 0 else f"unsupervised_{i + 1}"
-        if name in w:
+        if (name := _stream(i)) in w:
             terms[name] = _masked(method, out.strong[i], target, w[name], add)
     weak = Target(chosen.label_BHW, chosen.keep_BHW, chosen.keep_BHW, valid_BHW, valid_BHW)
     if out.perturbed is not None and "perturbed" in w:
@@ -302,8 +304,7 @@ def _in_chunks(
             )
         counts = dict.fromkeys(LABELLED_TERMS, ranks.add((labelled.label_BHW != ignore).sum()))
         for i, t in enumerate(targets):
-            name = "unsupervised" if i == 0 else f"unsupervised_{i + 1}"
-            counts[name] = losses.count(t.keep_BHW, t.valid_BHW, method.normaliser, ranks.add)
+            counts[_stream(i)] = losses.count(t.keep_BHW, t.valid_BHW, method.normaliser, ranks.add)
     seen: dict[str, Loss] = {}
     total = torch.zeros((), device=labelled.label_BHW.device)
     images, labels = labelled.image_BCHW.chunk(chunks), labelled.label_BHW.chunk(chunks)

@@ -84,22 +84,17 @@ class Student(nn.Module):
     def forward(
         self, image_NCHW: Tensor, rows: Rows, dropout: Literal["none", "perturb", "complementary"] = "none"
     ) -> Outputs:
-        """image_NCHW: rows as `rows` says. Raises NoFeatures when the method needs features that the network hides."""
+        """image_NCHW: rows as `rows` says. With dropout or a head the network must have features (`engine.student_of`)."""
         if dropout == "none" and self.head is None:
             return Outputs(*rows.split(self.model(image_NCHW)))
-        if not getattr(self.model, "has_features", False):
-            raise NoFeatures(
-                f"train.method needs feature maps, and {type(self.model).__name__} gives logits only; choose supervised, "
-                "fixmatch or s4mc, or give the network encode(image) and decode(features, size)"
-            )
         model: Any = self.model
         size = image_NCHW.shape[-2:]
         features = model.encode(image_NCHW)
         if dropout == "complementary":
             features = complementary(features, rows)
-        weak = [f[rows.labelled : rows.labelled + rows.weak] for f in features]
         perturbed = None
         if dropout == "perturb":
+            weak = [f[rows.labelled : rows.labelled + rows.weak] for f in features]
             both = [torch.cat(pair) for pair in zip(features, drop_channels(weak), strict=True)]
             logits, perturbed = model.decode(both, size).split([len(image_NCHW), rows.weak])
         else:

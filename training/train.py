@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +200,13 @@ def stage(params: Params) -> None:
     began = time.monotonic()
     ready = prepare(params, data, start_at, group.ranks)
     work = checkpoint.folder(ready.identity)
+    fit = partial(
+        engine.fit, ready.model, ready.batches, ready.method, params.train,
+        n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
+        work=work, group=group,
+    )  # fmt: skip
     if group.ranks.rank:
-        engine.fit(
-            ready.model, ready.batches, ready.method, params.train,
-            n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
-            work=work, group=group,
-        )  # fmt: skip
+        fit()
         return
     with open_live() as live, progress.bar(f"train {params.train.method}", params.train.steps) as bar:
         done = 0
@@ -218,11 +220,7 @@ def stage(params: Params) -> None:
                     live.log_metric(key, value)
             live.next_step()
 
-        result = engine.fit(
-            ready.model, ready.batches, ready.method, params.train,
-            n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
-            on_log=log, work=work, group=group,
-        )  # fmt: skip
+        result = fit(on_log=log)
     about = describe(params, data, result, time.monotonic() - began, start_at, ready.precision_on)
     shared = {
         **about,
