@@ -169,6 +169,7 @@ def fit(
     for row in now.history:
         on_log(Event(int(row["step"]), row))
     whole = group.wrap(torch.compile(student) if config.compile else student)
+    average = ema.Average(teacher, model)
 
     def save() -> None:
         state = _state(identity, now, parts, method, seen, finite, collapse, us)
@@ -208,7 +209,7 @@ def fit(
             finite.after_backward(done.loss, norm, optimizer, us)
             optimizer.step()
             ranks.average(student, us)
-            ema.update(teacher, model, ema.decay_at(at, config.ema))
+            average.update(ema.decay_at(at, config.ema))
             if done.selection is not None and unlabelled is not None:
                 seen.add(done.selection, unlabelled.valid_BHW, unlabelled.label_BHW, ignore)
             now.running.append(torch.stack([t.mean().detach().float() for t in done.losses.values()]))

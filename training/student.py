@@ -105,7 +105,7 @@ class Student(nn.Module):
         one, two = self.head(deep)
         value = F.interpolate(logits.detach().float(), deep.shape[-2:], mode="bilinear", align_corners=True)
         spread = correlate.propagate(one, two, value.flatten(2)).unflatten(2, deep.shape[-2:])
-        corr = F.interpolate(spread, size, mode="bilinear", align_corners=True)
+        corr = correlate.upsample(spread, size)
         _, one_weak, _ = rows.split(one.detach())
         _, two_weak, _ = rows.split(two.detach())
         grid = (int(deep.shape[-2]), int(deep.shape[-1]))

@@ -117,12 +117,12 @@ class Trainer:
         folder = Path(tempfile.mkdtemp())
         state = {"student": self.student.state_dict(), "teacher": self.teacher.state_dict()}
         state["optimizer"] = self.optimizer.state_dict()
-        count = iter(range(10**9))
+        average, count = ema.Average(self.teacher, self.model), iter(range(10**9))
 
         def work() -> None:
             for _ in range(50):
                 now = next(count)
-                ema.update(self.teacher, self.model, 0.99)
+                average.update(0.99)
                 if done.selection is not None:
                     self.seen.add(done.selection, self.views[1].valid_BHW, self.views[1].label_BHW, 255)
                 if now % 10 == 0:

@@ -188,7 +188,7 @@ def test_a_frozen_encoder_stands_still_while_the_rest_learns(architecture):
                 model(picture(model, 2, 2)), torch.zeros(2, 2 * model.step, 2 * model.step).long()
             ).backward()
             optimiser.step()
-            ema.update(teacher, model, 0.5)
+            ema.Average(teacher, model).update(0.5)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(p.grad is None for p in model.net.encoder.parameters())

@@ -73,7 +73,7 @@ def test_x3_average_over_n_steps_equals_the_closed_form_and_integers_are_copied(
                     if value.is_floating_point()
                     else value + 300
                 )
-        ema.update(teacher, student, 0.9)
+        ema.Average(teacher, student).update(0.9)
         seen.append(student.state_dict()[name].clone())
     expected = 0.9**6 * seen[0] + sum(0.1 * 0.9 ** (6 - i) * seen[i] for i in range(1, 7))
     assert torch.allclose(teacher.state_dict()[name], expected, atol=1e-12)
@@ -81,7 +81,7 @@ def test_x3_average_over_n_steps_equals_the_closed_form_and_integers_are_copied(
         teacher.state_dict()["net.encoder.1.num_batches_tracked"]
         == student.state_dict()["net.encoder.1.num_batches_tracked"]
     )
-    ema.update(teacher, student, ema.decay_at(0, 0.99))
+    ema.Average(teacher, student).update(ema.decay_at(0, 0.99))
     for t, s in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
         assert torch.equal(t, s)
 
