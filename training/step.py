@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor, nn
 
-from training import augment, correlate, fused, losses, refine
+from training import augment, correlate, fused, losses, refine, regions
 from training.augment import View
 from training.losses import Loss
 from training.methods import Method
@@ -203,11 +203,11 @@ def _regions(method: Method, target: Target, chosen: Selection, out: Outputs, ge
         return target
     index = correlate.sample(out.one.shape[-1], how.masks, generator, reference=not how.last)
     index = augment.send(index, out.one.device)
-    mask = correlate.masks(correlate.rows(out.one, out.two, index), out.grid, target.label_BHW.shape[1:])
+    mask = regions.masks(correlate.rows(out.one, out.two, index), out.grid, target.label_BHW.shape[1:])
     mask &= (target.valid_BHW & ~target.box_BHW)[:, None]
     bar = chosen.bar if how.bar is None else how.bar
     n_classes = out.weak.shape[1]
-    label, keep = correlate.regions(
+    label, keep = regions.propagate(
         target.label_BHW, target.keep_BHW, mask, bar, bar, mode=how.regions, n_classes=n_classes
     )
     return replace(target, label_BHW=label, keep_BHW=keep)

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from no_waits import Watch
 from tiny_network import Featured, view
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import Train
-from training import augment, correlate, ema, engine, losses, methods, student
+from training import augment, correlate, ema, engine, losses, methods, regions, student
 from training import step as step_module
 from training.refine import Refinement
 from training.student import Outputs, Student
@@ -154,18 +154,12 @@ def test_settings_that_cannot_work_together_are_refused_before_any_work(changes,
         Train(**changes)
 
 
-class Watch(TorchDispatchMode):
-    """Fails on any operator whose result the host has to wait for."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert not any(name.startswith(wait) for wait in self.WAITS), name
-        if name in ("index", "index_put", "index_put_"):
-            picked = [i for i in args[1] if i is not None]
-            assert not any(i.dtype in (torch.bool, torch.uint8) for i in picked), f"{name} by a boolean mask"
-        return func(*args, **(kwargs or {}))
+@pytest.mark.parametrize(
+    "wait", [lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: t.__setitem__(t > 0, 1.0)]
+)
+def test_the_watch_sees_waits(wait):
+    with pytest.raises(AssertionError, match="waits for the device"), Watch():
+        wait(torch.ones(3))
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
@@ -303,7 +297,7 @@ def test_q12_corrmatch_terms_equal_plain_loops(reference):
     out = given()
     labelled, unlabelled = view(B, 1, (H, W)), view(B, 2, (H, W))
     method = build(method="corrmatch", corrmatch="reference" if reference else "mended", corrmatch_start=0.55)
-    how = replace(method.correlation, regions="off")  # regions: test_correlate
+    how = replace(method.correlation, regions="off")  # regions: test_regions
     method = replace(method, correlation=how, partner="batch")
     done = step_module.step(
         method, lambda *_: out, nn.Identity(), labelled, unlabelled, ignore=255, at=0, unsup_weight=1.0, cutmix=1.0,
@@ -441,16 +435,16 @@ def test_the_students_wrapper_is_only_a_wrapper():
 
 
 def corr_step(method, monkeypatch, partner=None):
-    """One CorrMatch step on imaginary outputs; returns it, the outputs, the box, and the arguments of `regions`."""
+    """One CorrMatch step on imaginary outputs; returns it, the outputs, the box, and the arguments of `regions.propagate`."""
     out, seen = given(seed=5), []
-    index, real = torch.arange(12).repeat(2), correlate.regions
+    index, real = torch.arange(12).repeat(2), regions.propagate
 
-    def regions(*args, **kwargs):
+    def propagate(*args, **kwargs):
         seen.append(args)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(step_module.correlate, "sample", lambda *args, **kwargs: index)
-    monkeypatch.setattr(step_module.correlate, "regions", regions)
+    monkeypatch.setattr(correlate, "sample", lambda *args, **kwargs: index)
+    monkeypatch.setattr(regions, "propagate", propagate)
     done = step_module.step(
         method, Fixture(out), nn.Identity(), view(B, 1, (H, W)), view(B, 2, (H, W)), ignore=255, at=5,
         unsup_weight=1.0, cutmix=1.0, generator=torch.Generator().manual_seed(3), partner=partner,
@@ -473,10 +467,10 @@ def test_regions_grow_the_mixed_selection_outside_the_box_and_leave_the_soft_los
     done, out, box, index, _ = corr_step(method, monkeypatch)
     valid = view(B, 2, (H, W)).valid_BHW
     label, sure, ok = (augment.mix(v, box) for v in (done.selection.label_BHW, done.selection.keep_BHW, valid))
-    mask = correlate.masks(correlate.rows(out.one, out.two, index), out.grid, (H, W))
+    mask = regions.masks(correlate.rows(out.one, out.two, index), out.grid, (H, W))
     bar = done.selection.bar
     grown = [
-        correlate.regions(label, sure, mask & cleared[:, None], bar, bar, n_classes=K) for cleared in (ok & ~box, ok)
+        regions.propagate(label, sure, mask & cleared[:, None], bar, bar, n_classes=K) for cleared in (ok & ~box, ok)
     ]
     (y, keep), (other_y, other_keep) = grown
     assert (keep & ~sure).any()
