@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from training.ranks import ALONE, Ranks
-from training.step import Selection
+from training.selection import Selection
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from pipeline import masks
 from pipeline.config import Params
-from training import infer, methods, report, step
+from training import infer, methods, report, selection
 from training.data import Images
 from training.models import Segmenter
 
@@ -86,7 +86,7 @@ def previews(
         image_HWC = images[index].image_HWC
         height, width = image_HWC.shape[:2]
         logits = infer.logits_of(model, image_HWC, params.input.stride)
-        chosen = step.select(chooser, logits[None], torch.ones(1, height, width, dtype=torch.bool), 0)
+        chosen = selection.select(chooser, logits[None], torch.ones(1, height, width, dtype=torch.bool), 0)
         label = chosen.label_BHW[0].to(torch.uint8).numpy()
         kept = chosen.keep_BHW[0].numpy()
         shown = [

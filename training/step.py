@@ -8,24 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor, nn
 
-from training import augment, correlate, fused, losses, refine, regions
+from training import augment, correlate, losses, regions
 from training.augment import View
 from training.losses import Loss
 from training.methods import Method
 from training.ranks import ALONE, Ranks, Reduce, alone
+from training.selection import Selection, select
 from training.student import Outputs, Rows
 
 LABELLED_TERMS = ("supervised", "supervised_corr")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Pseudo-labels of a weak view: label_BHW int64, keep_BHW bool, the bar that chose them (scalar), and the scores."""
-
-    label_BHW: Tensor
-    keep_BHW: Tensor
-    bar: Tensor
-    score_BHW: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,44 +38,6 @@ class Target:
     sure_BHW: Tensor
     valid_BHW: Tensor
     box_BHW: Tensor
-
-
-@torch.no_grad()
-def select(
-    method: Method,
-    logits_BKHW: Tensor,
-    valid_BHW: Tensor,
-    at: int,
-    *,
-    ranks: Ranks = ALONE,
-    affinity: tuple[Tensor, Tensor, tuple[int, int]] | None = None,
-    observed_BHW: Tensor | None = None,
-) -> Selection:
-    """Teacher logits -> pseudo-labels and which of them count. Invalid pixels influence neither the bar nor the loss.
-
-    Args:
-        affinity: CorrMatch's embeddings and their grid, for the non-local union (J3).
-        observed_BHW: pixels that the bar is computed from; the valid ones if None.
-    """
-    assert method.threshold is not None
-    how, correlation = method.refinement, method.correlation
-    if how is None:
-        raw, label = (logits_BKHW.float().softmax(1) * valid_BHW[:, None]).max(1)
-        refined = raw
-    elif correlation is not None and correlation.neighbours and affinity is not None:
-        prob = logits_BKHW.float().softmax(1) * valid_BHW[:, None]  # outside the photograph nothing supports anything
-        others = affinity[0].shape[-1] - 1
-        wide = correlate.nonlocal_union(prob, *affinity, k=min(correlation.neighbours, others)) if others else prob
-        raw, refined, label = refine.scores(prob, how, refined_BKHW=wide)
-    else:
-        raw, refined, label = fused.scores(logits_BKHW, valid_BHW, how, method.table_K)
-    reference = refined if how is not None and how.quantile_from == "refined" else raw
-    if observed_BHW is None:
-        bar = method.threshold.value(reference, label, valid_BHW, at, ranks)
-    else:  # as published: other pixels than the valid ones are looked at, with the probabilities they were given
-        bar = method.threshold.value(*logits_BKHW.float().softmax(1).max(1), observed_BHW, at, ranks)
-    keep = (refined > bar) if method.strict else (refined >= bar)
-    return Selection(label, keep & valid_BHW & refined.isfinite(), bar, refined)
 
 
 def step(
@@ -141,7 +94,7 @@ def step(
         if partner is None or theirs is None:
             return None
         # Judged by the same bar: a slow bar must not move twice in a step.
-        return select(replace(method, threshold=_Given(bar)), theirs, partner.valid_BHW, at), partner.valid_BHW
+        return select(method, theirs, partner.valid_BHW, at, bar=bar), partner.valid_BHW
 
     if not method.weak:
         chosen = select(method, logits, valid, at, ranks=ranks)
@@ -165,16 +118,6 @@ def step(
     loss = _sum(terms, ranks)
     backward(loss)
     return Step(_detached(terms, ranks), loss.detach(), chosen)
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A bar that was found already."""
-
-    bar: Tensor
-
-    def value(self, score: Tensor, label: Tensor, valid: Tensor, step: int, ranks: Ranks = ALONE) -> Tensor:
-        return self.bar
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import augment, losses, methods, step
+from training import augment, losses, methods, selection
 
 
 def generator(seed=0):
@@ -166,7 +166,7 @@ def test_x2_padding_never_counts():
     valid[:, 4:] = False
     changed = logits.clone()
     changed[:, :, 4:] = 50 * torch.randn(2, 3, 2, 6, generator=generator(7))
-    a, b = (step.select(method, v, valid, 3) for v in (logits, changed))
+    a, b = (selection.select(method, v, valid, 3) for v in (logits, changed))
     assert a.bar == b.bar
     assert torch.equal(a.keep_BHW, b.keep_BHW)
     assert torch.equal(a.score_BHW[valid], b.score_BHW[valid])

@@ -1,4 +1,4 @@
-"""EMA (X3), exact accumulation (X4), order of samples, resume (X7), guards."""
+"""EMA (X3), order of samples, resume (X7), guards."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from tiny_samples import Memory
 from torch import nn
 
 from pipeline.config import Train
-from training import checkpoint, ema, engine, guards, losses, methods, schedule
+from training import checkpoint, ema, engine, guards, methods, schedule
 from training.data import Batches, Sample, order
 
 
@@ -84,38 +84,6 @@ def test_x3_average_over_n_steps_equals_the_closed_form_and_integers_are_copied(
     ema.Average(teacher, student).update(ema.decay_at(0, 0.99))
     for t, s in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
         assert torch.equal(t, s)
-
-
-@pytest.mark.parametrize("normaliser", ["valid", "kept"])
-def test_x4_sums_and_counts_accumulate_exactly_over_micro_batches(normaliser):
-    g = torch.Generator().manual_seed(1)
-    logits = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64, requires_grad=True)
-    label = torch.randint(0, 3, (4, 5, 5), generator=g)
-    keep = torch.rand(4, 5, 5, generator=g) < torch.tensor([0.9, 0.1, 0.5, 0.0]).view(4, 1, 1)
-    valid = keep | (torch.rand(4, 5, 5, generator=g) < 0.7)
-    whole = losses.masked(logits, label, keep, valid, normaliser)
-    parts = [
-        losses.masked(logits[i : i + 1], label[i : i + 1], keep[i : i + 1], valid[i : i + 1], normaliser)
-        for i in range(4)
-    ]
-    added = losses.Loss(sum(p.total for p in parts), sum(p.count for p in parts))
-    assert torch.isclose(added.mean(), whole.mean(), rtol=1e-6)
-    (g1,) = torch.autograd.grad(whole.mean(), logits, retain_graph=True)
-    (g2,) = torch.autograd.grad(added.mean(), logits)
-    assert torch.allclose(g1, g2, rtol=1e-6)
-
-
-def test_masked_loss_equals_a_pixel_loop_in_every_normalisation():
-    g = torch.Generator().manual_seed(2)
-    logits = torch.randn(2, 3, 4, 4, generator=g)
-    label = torch.randint(0, 3, (2, 4, 4), generator=g)
-    valid = torch.rand(2, 4, 4, generator=g) < 0.8
-    keep = valid & (torch.rand(2, 4, 4, generator=g) < 0.5)
-    log_prob = logits.double().log_softmax(1)
-    total = sum(-float(log_prob[b, label[b, y, x], y, x]) for b, y, x in keep.nonzero().tolist())
-    kept, n = int(keep.sum()), int(valid.sum())
-    for normaliser, expected in {"valid": total / n, "kept": total / kept, "ratio": total / kept * n / kept}.items():
-        assert float(losses.masked(logits, label, keep, valid, normaliser).mean()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_order_visits_everything_once_per_epoch_and_from_anywhere():

@@ -1,4 +1,4 @@
-"""Invariants T1 to T6: schedule, quantile, selection."""
+"""Invariants T1 to T7: schedule, quantile, selection."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.config import Train
-from training import losses, methods, step
+from training import losses, methods, selection
 from training.refine import Refinement, margin, max_probability, refine
-from training.threshold import Fixed, Partition, alpha, quantile
+from training.threshold import ClassMax, Fixed, Partition, alpha, quantile
 
 
 def test_t1_alpha_is_linear_from_start_to_zero_and_needs_only_the_step():
@@ -67,7 +67,7 @@ def test_t4_zero_kept_gives_zero_loss_and_zero_gradient(case):
     logits = torch.zeros(2, 3, 4, 4)
     logits[:, 1] = 200.0 if case == "saturated" else 1.0
     valid = torch.full((2, 4, 4), case == "saturated")
-    chosen = step.select(method, logits, valid, 0)
+    chosen = selection.select(method, logits, valid, 0)
     assert not chosen.keep_BHW.any()
     student = torch.randn(2, 3, 4, 4, requires_grad=True)
     for normaliser in ("valid", "kept", "ratio"):
@@ -123,7 +123,7 @@ def test_selection_equals_a_pixel_loop():
     logits = 2 * torch.randn(2, 4, 5, 6, generator=generator)
     valid = torch.rand(2, 5, 6, generator=generator) < 0.85
     method = methods.build(Train(method="s4mc", steps=100), n_classes=4, total=100, epoch_steps=10)
-    chosen = step.select(method, logits, valid, 50)
+    chosen = selection.select(method, logits, valid, 50)
     prob = logits.double().softmax(1).numpy()
     raw = np.sort(prob, 1)[:, -1] - np.sort(prob, 1)[:, -2]
     scores = np.sort(raw[valid.numpy()])
@@ -150,7 +150,7 @@ def test_fixmatch_keeps_confident_pixels_at_or_above_the_bar():
     logits = torch.tensor([[[[2.0, 0.1]], [[0.0, 0.0]]]])
     confidence = float(logits.softmax(1)[0, 0, 0, 0])
     method = methods.fixed(methods.build(Train(method="fixmatch"), n_classes=4, total=1, epoch_steps=1), confidence)
-    chosen = step.select(method, logits, torch.ones(1, 1, 2, dtype=torch.bool), 0)
+    chosen = selection.select(method, logits, torch.ones(1, 1, 2, dtype=torch.bool), 0)
     assert chosen.keep_BHW.tolist() == [[[True, False]]]
     assert isinstance(method.threshold, Fixed)
 
@@ -161,7 +161,7 @@ def test_s4mc_without_refinement_and_with_a_fixed_bar_is_fixmatch():
     valid = torch.ones(2, 6, 6, dtype=torch.bool)
     plain = methods.Method(threshold=Fixed(0.6))
     inert = methods.Method(Refinement(beta=0.0, score="max"), Fixed(0.6), "valid", strict=False)
-    a, b = (step.select(m, logits, valid, 5) for m in (plain, inert))
+    a, b = (selection.select(m, logits, valid, 5) for m in (plain, inert))
     assert torch.equal(a.keep_BHW, b.keep_BHW)
     assert torch.equal(a.label_BHW, b.label_BHW)
     assert a.keep_BHW.any()
@@ -179,3 +179,20 @@ def test_presets_differ_as_specified():
     assert a.threshold.alpha(100) == 0.0
     ours = methods.build(Train(method="s4mc", alpha=0.5, alpha_end=0.2), n_classes=4, total=100, epoch_steps=10)
     assert [ours.threshold.alpha(t) for t in (0, 50, 100)] == pytest.approx([0.5, 0.35, 0.2])
+
+
+def test_t7_class_maxima_bar_follows_the_loop_and_stays_in_its_range():
+    g = torch.Generator().manual_seed(2)
+    bar, tau = ClassMax(4, start=0.6, momentum=0.9), 0.6
+    for _ in range(8):
+        raw, label = torch.rand(2, 5, 6, generator=g), torch.randint(0, 3, (2, 5, 6), generator=g)
+        valid = torch.rand(2, 5, 6, generator=g) < 0.6
+        best = [float(raw[valid & (label == k)].max()) for k in range(4) if (valid & (label == k)).any()]
+        assert len(best) == 3  # class 3 never occurs: it does not count
+        tau = 0.9 * tau + 0.1 * sum(best) / len(best)
+        assert float(bar.value(raw, label, valid, 0)) == pytest.approx(tau, rel=1e-6)
+        assert 0.25 <= tau <= 1
+    before = bar.tau.clone()
+    assert bar.value(raw, label, torch.zeros_like(valid), 0) == before
+    level = torch.full_like(raw, float(before))
+    assert torch.isclose(bar.value(level, label, valid, 0), before)  # the fixed point
