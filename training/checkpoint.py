@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,52 @@ def load(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if different:
         raise CheckpointError(f"{path} belongs to another run ({'; '.join(different)}); delete it to start afresh")
     return state
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What another run left in the work root; as a string, one line for the console.
+
+    step: steps done, None where the file cannot be read. differs: names in its identity whose values are not ours,
+    settings dotted as in params.yaml. size: of the file, in bytes.
+    """
+
+    folder: Path
+    step: int | None
+    differs: tuple[str, ...]
+    size: int
+
+    def __str__(self) -> str:
+        what = "an unreadable checkpoint" if self.step is None else f"an unfinished run at step {self.step}"
+        why = f", which differs in {', '.join(self.differs)}" if self.differs else ""
+        return f"{self.folder}: {what}{why}; {self.size / 1e6:.1f} MB; will not be continued and may be deleted"
+
+
+def unfinished(identity: dict[str, Any], root: Path = WORK) -> list[Unfinished]:
+    """The runs in the work root whose identity is another one, by folder. Reads no tensors; a damaged file is listed."""
+    ours, found = json.loads(describe(identity)), []
+    for path in sorted(root.glob("*/checkpoint.pt")):
+        if path.parent == folder(identity, root):
+            continue
+        step, differs, size = None, (), 0
+        try:
+            size = path.stat().st_size
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            step, differs = int(state["step"]), tuple(_differences(json.loads(state["identity"]), ours))
+        except FileNotFoundError:  # that run has just finished
+            continue
+        except Exception:  # whatever a damaged file makes of the unpickler: it must not stop this run
+            pass
+        found.append(Unfinished(path.parent, step, differs, size))
+    return found
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    names = []
+    for name in sorted(theirs.keys() | ours.keys()):
+        one, two = theirs.get(name), ours.get(name)
+        if isinstance(one, dict) and isinstance(two, dict):
+            names += [f"{name}.{inner}".removeprefix("params.") for inner in _differences(one, two)]
+        elif one != two:
+            names.append(name)
+    return names

@@ -27,6 +27,9 @@ MANIFEST = Path("data/split/manifest.parquet")
 SUMMARY = Path("data/split/summary.json")
 OUT = Path("models/student")
 REPORTS = Path("reports/train")
+# They look at weights and cannot change a run's: editing them must not cost a half-finished run. One that is missing here
+# costs no more than that.
+ONLOOKERS = frozenset({"compare", "evaluate", "figures", "predict", "report"})
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ def validator(
 
 
 def code_hash(architecture: str = "") -> str:
-    """Digest of this room's source and of the user's own network: a killed run is not continued by other code."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    """Digest of the source that trains and of the user's own network: a killed run is not continued by other code."""
+    sources = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem not in ONLOOKERS)
     if ":" in architecture:
         sources.append(Path(architecture.partition(":")[0].replace(".", "/") + ".py"))
     return files.sha256(b"".join(path.read_bytes() for path in sources if path.exists()))
@@ -208,6 +211,8 @@ def stage(params: Params) -> None:
     if group.ranks.rank:
         fit()
         return
+    for other in checkpoint.unfinished(ready.identity):
+        Console(stderr=True).print(f"train: {other}", style="yellow", markup=False, soft_wrap=True)
     with open_live() as live, progress.bar(f"train {params.train.method}", params.train.steps) as bar:
         done = 0
 

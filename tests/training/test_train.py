@@ -1,5 +1,6 @@
 """The training stage's wiring on a small real project: what it starts from, what it has seen, what measures it."""
 
+import ast
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import tiny_project
 import torch
 
 from pipeline import config, manifest
-from training import engine, start, train
+from training import checkpoint, engine, start, train
 from training.models import WeightsError
 
 PARTS = (
@@ -90,6 +91,84 @@ def test_labels_and_code_are_part_of_a_runs_identity(project, monkeypatch):
     assert one != two
     monkeypatch.setattr(train, "code_hash", lambda architecture: "other")
     assert train.prepare(params, data_of(rows, label_hash="x"), None).identity != one
+
+
+def test_only_code_that_can_change_weights_is_part_of_a_runs_identity(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "room/train.py"))
+    (tmp_path / "room").mkdir()
+    for name in ("room/step.py", "room/report.py", "my_net.py"):
+        (tmp_path / name).write_text("one")
+    before = train.code_hash("my_net:Net")
+    (tmp_path / "room/report.py").write_text("two")
+    assert train.code_hash("my_net:Net") == before
+    for name in ("room/step.py", "my_net.py"):
+        (tmp_path / name).write_text("two")
+        assert train.code_hash("my_net:Net") != before
+        (tmp_path / name).write_text("one")
+    assert train.code_hash("my_net:Net") == before
+
+
+def test_code_that_trains_imports_none_of_what_is_left_out():
+    """Such a module would shape the weights after all; the stage itself, which draws what came out, is the exception."""
+    room = Path(train.__file__).parent
+    assert {name for name in train.ONLOOKERS if (room / f"{name}.py").exists()} == train.ONLOOKERS
+    for path in room.glob("*.py"):
+        if path.stem not in train.ONLOOKERS | {"train"}:
+            nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+            names = {a.name for n in nodes if n.module == "training" for a in n.names}
+            names |= {n.module.removeprefix("training.") for n in nodes if n.module}
+            assert not names & train.ONLOOKERS, path.name
+
+
+def test_unfinished_runs_of_other_settings_are_named_with_what_differs(tmp_path):
+    params = {"model": {"encoder": "x"}, "train": {"seed": 0, "steps": 9}}
+    ours = {"params": params, "code": "a", "start": None}
+    others = {
+        "seed": {**ours, "params": {**params, "train": {"seed": 1, "steps": 9}}},
+        "two": {**ours, "params": {**params, "train": {"seed": 0}}, "code": "b"},
+    }
+    for step, identity in enumerate([ours, *others.values()]):
+        state = {"identity": checkpoint.describe(identity), "step": step, "weight": torch.zeros(300_000)}
+        checkpoint.save(checkpoint.folder(identity, tmp_path) / "checkpoint.pt", state)
+    found = {run.folder: run for run in checkpoint.unfinished(ours, tmp_path)}
+    assert found.keys() == {checkpoint.folder(identity, tmp_path) for identity in others.values()}
+    one, two = (found[checkpoint.folder(identity, tmp_path)] for identity in others.values())
+    assert (one.step, one.differs) == (1, ("train.seed",))
+    assert (two.step, two.differs) == (2, ("code", "train.steps"))
+    line = (
+        f"{two.folder}: an unfinished run at step 2, which differs in code, train.steps; 1.2 MB; will not be continued"
+    )
+    assert str(two) == f"{line} and may be deleted"
+    assert checkpoint.unfinished(ours, tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("kind", ["empty", "torn", "noise", "another program's"])
+def test_a_damaged_checkpoint_of_another_run_is_reported_and_nothing_more(tmp_path, kind):
+    path = tmp_path / "abc/checkpoint.pt"
+    checkpoint.save(path, {"identity": checkpoint.describe({"a": 1}), "step": 3, "weight": torch.zeros(1000)})
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "torn": whole[:-200], "noise": bytes(range(256)) * 8}.get(kind, whole))
+    if kind == "another program's":
+        torch.save({"epoch": 3}, path)
+    (run,) = checkpoint.unfinished({"a": 2}, tmp_path)
+    assert (run.step, run.differs, run.size) == (None, (), path.stat().st_size)
+    assert str(run).startswith(f"{path.parent}: an unreadable checkpoint; 0.0 MB; will not be continued")
+
+
+def test_the_stage_says_so_before_it_trains(project, tmp_path, monkeypatch, capsys):
+    params, _ = project
+    checkpoint.save(checkpoint.WORK / "abc/checkpoint.pt", {"identity": '{"data": "e"}', "step": 7})
+
+    def stop(*args, **kwargs):
+        raise engine.Interrupted("stop")
+
+    monkeypatch.setattr(engine, "fit", stop)
+    with pytest.raises(engine.Interrupted):
+        train.stage(params)
+    said = capsys.readouterr().err
+    assert "train: .marginalia/work/abc: an unfinished run at step 7, which differs in code, data, params, split, " in said
+    assert len([line for line in said.splitlines() if "work/abc" in line]) == 1
 
 
 def champion(root: Path, rows, trained_on):
