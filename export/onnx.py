@@ -1,9 +1,10 @@
-"""Student -> one ONNX graph with pre- and post-processing inside, and the bundle around it.
+"""Student -> one ONNX graph with pre- and post-processing inside, its cheaper forms, and a draft bundle around them.
 
 Inside the graph: uint8 NHWC image -> float32 -> NCHW -> network (input scaling is its own) -> softmax -> arg max and
 its probability as uint8. Batch, height and width are free, the latter two multiples of the stride.
 """
 
+import copy
 import json
 import sys
 import time
@@ -19,13 +20,29 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.export import Dim
 
-from export import bundle, tensorrt
-from pipeline import config, files
+from export import bundle, quantize, tensorrt
+from export.schema import Option
+from pipeline import config, files, manifest
 from training import infer, models
 
 OPSET = 20
 STUDENT = Path("models/student/student.safetensors")
+DRAFT = Path("models/exported")
+SPLIT = Path("data/split")
 INPUT, OUTPUTS = "image", ("label", "confidence")
+# What parity is to try of each file. OpenVINO computes in bf16 from the fp32 file.
+OFFERED = (
+    Option(runtime="onnxruntime", device="cpu", precision="fp32"),
+    Option(runtime="onnxruntime", device="cpu", precision="int8", file="model.int8.onnx"),
+    Option(runtime="openvino", device="cpu", precision="fp32"),
+    Option(runtime="openvino", device="cpu", precision="bf16"),
+    Option(runtime="openvino", device="cpu", precision="int8", file="model.int8.onnx"),
+    Option(runtime="onnxruntime", device="cuda", precision="fp32"),
+    Option(runtime="onnxruntime", device="cuda", precision="fp16", file="model.fp16.onnx"),
+    Option(runtime="tensorrt", device="cuda", precision="fp32"),
+    Option(runtime="tensorrt", device="cuda", precision="fp16", file="model.fp16.onnx"),
+    Option(runtime="tensorrt", device="cuda", precision="int8", file="model.int8-tensorrt.onnx"),
+)
 
 
 class ExportError(RuntimeError):
@@ -41,7 +58,8 @@ class Deployed(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         # Cast before transpose: TensorRT's parser refuses a transpose of uint8.
-        return infer.answer(self.model(image.to(torch.float32).permute(0, 3, 1, 2)))
+        precision = next(self.model.parameters()).dtype
+        return infer.answer(self.model(image.to(torch.float32).permute(0, 3, 1, 2).to(precision)))
 
 
 @dataclass(frozen=True)
@@ -153,19 +171,55 @@ def describe(meta: dict[str, Any], scores: dict[str, Any]) -> dict[str, str]:
     return {key: json.dumps(value, sort_keys=True) for key, value in values.items()} | plain
 
 
+def calibration(params: config.Params, policy: config.Input) -> list[Any]:
+    """Training images, spread evenly over labelled and unlabelled ones, as the graph takes them, one N x H x W x 3 each."""
+    rows = sorted(
+        (r for r in manifest.read(SPLIT / "manifest.parquet") if r.split in ("labelled", "unlabelled")),
+        key=lambda row: row.id,
+    )
+    count = min(len(rows), params.export.calibration_images)
+    picked = [rows[i * len(rows) // count] for i in range(count)]
+    return [infer.read(row, policy, params.ingest.max_pixels, mask=False).input_HWC[None] for row in picked]
+
+
+def others(
+    model: nn.Module, graph: Graph, metadata: dict[str, str], params: config.Params, policy: config.Input, card: bool
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The cheaper forms by file name, and why one could not be made. Forms for a card only where parity can run them."""
+    made: dict[str, bytes] = {}
+    failed: dict[str, str] = {}
+    wanted: dict[str, Any] = {}
+    if params.export.int8:
+        images = calibration(params, policy)
+        wanted["model.int8.onnx"] = lambda: quantize.static(graph.data, images, "cpu")
+        if card:
+            wanted["model.int8-tensorrt.onnx"] = lambda: quantize.static(graph.data, images, "tensorrt")
+    if card:
+        wanted["model.fp16.onnx"] = lambda: trace(copy.deepcopy(model).half(), policy.stride, metadata).data
+    for name, make in wanted.items():
+        try:
+            made[name] = make()
+        except (quantize.QuantizeError, ExportError) as error:
+            failed[name] = str(error)
+    return made, failed
+
+
 def run(params: config.Params, console: Console) -> None:
-    """The stage: student and scores -> bundle/ and reports/export.json."""
+    """The stage: student, scores and some training images -> models/exported/ and reports/export.json."""
     model, meta = models.load(STUDENT)
     scores = files.read_json(Path("reports/scores.json"))
     weights = files.sha256(STUDENT)
     if scores["weights"] != weights:
         raise ExportError(f"{STUDENT} is not what reports/scores.json was measured on; run the evaluate stage again")
     policy = config.Input.model_validate(meta["params"]["input"])
+    metadata, gpu = describe(meta, scores), tensorrt.look()
     with console.status("tracing the network"):
-        graph = trace(model, policy.stride, describe(meta, scores))
+        graph = trace(model, policy.stride, metadata)
+    with console.status("making its cheaper forms"):
+        forms, failed = others(model, graph, metadata, params, policy, bool(gpu.cards))
     metrics = {key: scores[key] for key in ("miou", "miou_all", "miou_ci", "pixel_accuracy", "boundary_iou", "ece")}
     made = bundle.create(
-        Path("bundle"),
+        DRAFT,
         graph.data,
         classes=meta["classes"],
         long_side=policy.long_side,
@@ -174,19 +228,24 @@ def run(params: config.Params, console: Console) -> None:
         card=Path("reports/model_card.md").read_text(encoding="utf-8"),
         opset=graph.opset,
         ir_version=graph.ir_version,
+        others=forms,
+        options=[option for option in OFFERED if option.file in (bundle.MODEL, *forms)],
         **{key: scores[key] for key in ("data_hash", "split_hash", "test_hash", "commit", "method")},
     )
     report = {
-        "bundle": made.manifest.id, "weights": weights, "bytes": len(graph.data), "nodes": graph.nodes,
-        "opset": graph.opset, "ir_version": graph.ir_version, "seconds": round(graph.seconds, 2),
-        "torch": torch.__version__, "onnx": onnx.__version__, "tensorrt": tensorrt.look().as_dict(),
+        "draft": made.manifest.id, "weights": weights, "bytes": {name: len(made.read_model(name)) for name in made.models},
+        "not_made": failed, "nodes": graph.nodes, "opset": graph.opset, "ir_version": graph.ir_version,
+        "seconds": round(graph.seconds, 2), "torch": torch.__version__, "onnx": onnx.__version__,
+        "tensorrt": gpu.as_dict(),
     }  # fmt: skip
     files.write_json(Path("reports/export.json"), report)
-    table = Table(title=f"bundle {made.manifest.id}", show_header=False)
-    table.add_row(
-        "graph", f"{graph.nodes} nodes, opset {graph.opset}, IR {graph.ir_version}, {len(graph.data) / 1e6:.1f} MB"
-    )
-    table.add_row("export took", f"{graph.seconds:.1f} s")
+    table = Table(title="exported, to be judged by parity", show_header=False)
+    table.add_row("graph", f"{graph.nodes} nodes, opset {graph.opset}, IR {graph.ir_version}")
+    for name, size in report["bytes"].items():
+        table.add_row(name, f"{size / 1e6:.1f} MB")
+    for name, reason in failed.items():
+        table.add_row(name, f"not made: {reason}")
+    table.add_row("tracing took", f"{graph.seconds:.1f} s")
     table.add_row("TensorRT", report["tensorrt"]["says"])
     console.print(table)
 
@@ -194,7 +253,9 @@ def run(params: config.Params, console: Console) -> None:
 def main() -> int:
     try:
         run(config.load(), Console())
-    except (ExportError, bundle.BundleError, models.WeightsError, config.ConfigError, FileNotFoundError) as error:
+    except (
+        ExportError, bundle.BundleError, models.WeightsError, config.ConfigError, manifest.ManifestError, FileNotFoundError
+    ) as error:  # fmt: skip
         Console(stderr=True).print(f"export: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     return 0

@@ -1,73 +1,39 @@
-"""Does the exported graph say what the torch student says? Measured on real test images, overall and per class.
+"""Stage `parity`: every form of the network, in every runtime of this machine, against torch; what passes is the bundle.
 
-Two places: the padded working grid (the graph alone) and the original resolution (what a user gets). Arg max
-agreement of class c is judged on the pixels that torch calls c. Any class below its bar fails the run although the
-mean may pass, and near-ties are not forgiven: how many of the differing pixels are near-ties is told beside the
-verdict, nothing more.
+The draft holds fp32 and the cheaper forms. fp32 in ONNX Runtime must agree with torch or the stage fails. Each other
+option enters the bundle if it keeps its own bars and is faster than fp32 here; the report says why not. It is judged
+on test images, which have trained nothing and calibrated nothing.
 """
 
+import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from export import bundle
+from export import bundle, machine
+from export.agreement import Measured, measure, report
 from export.runtime import Runtime
-from pipeline import config, files, fit, manifest, progress, scores
-from training import infer, metrics, models
-from training.refine import margin
+from export.schema import MODEL, Option
+from export.sessions import ProviderError
+from pipeline import config, files, manifest
+from training import infer, models
 
 STUDENT = Path("models/student/student.safetensors")
+DRAFT = Path("models/exported")
 SPLIT = Path("data/split")
-NEAR_TIE = 1e-4
-SEGMENT_CHECKS = 4
+BASE = Option(runtime="onnxruntime", device="cpu", precision="fp32")
+ROUNDS, TIMED = 7, 4
 
 
 class ParityError(RuntimeError):
     """Parity cannot be measured; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Torch (rows) against runtime (columns), pixels, on one grid."""
-
-    pairs_KK: NDArray[np.int64]
-
-    @property
-    def overall(self) -> float:
-        return float(np.trace(self.pairs_KK) / max(1, self.pairs_KK.sum()))
-
-    def per_class(self, names: Sequence[str]) -> dict[str, float | None]:
-        """Share of the pixels torch calls a class on which the runtime agrees; None for a class torch never answers."""
-        torch_says = self.pairs_KK.sum(1)
-        right = np.diagonal(self.pairs_KK)
-        return {name: float(right[c] / torch_says[c]) if torch_says[c] else None for c, name in enumerate(names)}
-
-    def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        return {"agreement": self.overall, "pixels": int(self.pairs_KK.sum()), "per_class": self.per_class(names)}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What both sides answered, counted: agreement on both grids, confusion with the masks at original resolution."""
-
-    grid: Agreement
-    original: Agreement
-    torch_KK: NDArray[np.int64]
-    runtime_KK: NDArray[np.int64]
-    near_ties: int
-    differing: int
-    confidence_levels: int
-    served: float
-    images: int
 
 
 def pick(rows: Sequence[manifest.Row], count: int) -> list[manifest.Row]:
@@ -80,94 +46,84 @@ def pick(rows: Sequence[manifest.Row], count: int) -> list[manifest.Row]:
     return [ordered[i * len(ordered) // count] for i in range(count)]
 
 
-def measure(
-    model: nn.Module, runtime: Runtime, batches: Sequence[list[manifest.Row]], *,
-    policy: config.Input, classes: int, ignore: int, max_pixels: int,
-) -> Measured:  # fmt: skip
-    """Run every batch through both; the first few images also through the call that serving makes."""
-    where = next(model.parameters()).device
-    grid, original, ours, theirs = np.zeros((4, classes, classes), np.int64)
-    near = differing = confidence_levels = images = 0
-    served = 1.0
-    with progress.bar("parity", sum(map(len, batches))) as bar:
-        for samples in infer.stream(batches, policy, max_pixels, mask=True):
-            with torch.inference_mode():
-                logits_BKHW = model(infer.to_network(samples, where))
-                label, confidence = (t.cpu().numpy() for t in infer.answer(logits_BKHW))
-                close = (margin(torch.softmax(logits_BKHW.float(), 1)) < NEAR_TIE).cpu().numpy()
-            answer, sure = runtime.run(np.stack([s.input_HWC for s in samples]))
-            other = label != answer
-            near, differing = near + int((other & close).sum()), differing + int(other.sum())
-            if not other.all():
-                gap = np.abs(confidence.astype(int) - sure.astype(int))[~other]
-                confidence_levels = max(confidence_levels, int(gap.max()))
-            grid += metrics.confusion(label, answer, classes, ignore)
-            for sample, mine, its in zip(samples, label, answer, strict=True):
-                sized, its_sized = fit.restore(mine, sample.fit), fit.restore(its, sample.fit)
-                original += metrics.confusion(sized, its_sized, classes, ignore)
-                assert sample.truth_HW is not None
-                ours += metrics.confusion(sample.truth_HW, sized, classes, ignore)
-                theirs += metrics.confusion(sample.truth_HW, its_sized, classes, ignore)
-                if images < SEGMENT_CHECKS:
-                    answered = runtime.segment(sample.image_HWC).label_HW
-                    served = min(served, float((answered == its_sized).mean()))
-                images += 1
-            bar.advance(len(samples))
-    return Measured(
-        Agreement(grid), Agreement(original), ours, theirs, near, differing, confidence_levels, served, images
-    )
+def open_all(draft: bundle.Bundle) -> tuple[dict[Option, Runtime], dict[Option, str]]:
+    """The draft's options that run here, and why the others do not. fp32 in ONNX Runtime always does or raises."""
+    opened, refused = {BASE: Runtime(draft, provider="cpu", precision="fp32")}, {}
+    for option in draft.manifest.options:
+        if option == BASE:
+            continue
+        try:
+            opened[option] = Runtime(draft, provider=option.provider, precision=option.precision)  # type: ignore[arg-type]
+        except (ProviderError, bundle.BundleError) as error:
+            refused[option] = str(error)
+    return opened, refused
 
 
-def judge(measured: Measured, names: Sequence[str], bars: config.Parity) -> list[str]:
-    """Every bar that is not met, each with the class and the numbers; empty when parity holds."""
-    failures = []
-    for place, agreement in (("working grid", measured.grid), ("original resolution", measured.original)):
-        if agreement.overall < bars.agreement:
-            failures.append(f"{place}: agreement {agreement.overall:.6f} is below parity.agreement {bars.agreement:g}")
-        for name, share in agreement.per_class(names).items():
-            if share is not None and share < bars.class_agreement:
-                failures.append(
-                    f"{place}: class {name!r} agrees on {share:.6f} of its pixels, below parity.class_agreement "
-                    f"{bars.class_agreement:g} (overall {agreement.overall:.6f})"
-                )
-    if measured.served < bars.agreement:
-        failures.append(
-            f"serving's own path agrees with the graph on {measured.served:.6f} of an image's pixels, below "
-            f"parity.agreement {bars.agreement:g}: its input policy is not evaluation's"
-        )
-    drop = scores.miou(measured.torch_KK) - scores.miou(measured.runtime_KK)
-    if not drop <= bars.miou_drop:
-        failures.append(f"mIoU falls by {drop:.3f} points, more than parity.miou_drop {bars.miou_drop:g}")
-    return failures
+def seconds(runtimes: Mapping[Option, Runtime], images: Sequence[NDArray[np.uint8]]) -> dict[Option, float]:
+    """Median seconds for one image, as the graph takes it: runtimes take turns, each with an unmeasured run before."""
+    times: dict[Option, list[float]] = {option: [] for option in runtimes}
+    for _ in range(ROUNDS):
+        for option, runtime in runtimes.items():
+            for image_HWC in images:
+                runtime.run(image_HWC[None])
+                began = time.perf_counter()
+                runtime.run(image_HWC[None])
+                times[option].append(time.perf_counter() - began)
+    return {option: statistics.median(values) for option, values in times.items()}
 
 
-def report(measured: Measured, names: Sequence[str], bars: config.Parity) -> dict[str, Any]:
-    """The verdict and all numbers, as reports/parity.json holds them (without the names of the two sides)."""
-    failures = judge(measured, names, bars)
-    ours, theirs = scores.miou(measured.torch_KK), scores.miou(measured.runtime_KK)
-    known = not (np.isnan(ours) or np.isnan(theirs))
-    return {
-        "passed": not failures,
-        "failures": failures,
-        "bars": bars.model_dump(),
-        "images": measured.images,
-        "original": measured.original.as_dict(names),
-        "grid": measured.grid.as_dict(names),
-        "miou_torch": ours if known else None,
-        "miou_runtime": theirs if known else None,
-        "miou_drop": ours - theirs if known else None,
-        "differing_pixels": measured.differing,
-        "near_ties_among_them": measured.near_ties,
-        "near_tie_margin": NEAR_TIE,
-        "serving_path_agreement": measured.served,
-        "largest_confidence_gap": measured.confidence_levels,
-    }
+def verdict(option: Option, said: dict[str, Any], speedup: float, least: float) -> str | None:
+    """Why an option stays out of the bundle; None when it goes in."""
+    if said["failures"]:
+        return str(said["failures"][0])
+    if option.precision == "int8" and not machine.has_dot_products():
+        return "this processor has no 8-bit dot products, so its sums may saturate"
+    if speedup < least:
+        return f"{speedup:.2f} times the speed of fp32 in ONNX Runtime, below parity.speedup {least:g}"
+    return None
+
+
+def judge_all(
+    measured: Mapping[Option, Measured], times: Mapping[Option, float], names: Sequence[str], bars: config.Parity
+) -> list[dict[str, Any]]:
+    """One record per measured option, fp32 in ONNX Runtime first: its report, milliseconds, speed-up and verdict."""
+    records = []
+    for option, found in measured.items():
+        key = {"fp32": "parity", "int8": "parity.int8"}.get(option.precision, "parity.half")
+        said = report(found, names, bars.bars(option.precision), key)
+        base = next((o for o in times if o.device == option.device and o.provider == o.device), BASE)
+        speedup = times[base] / times[option]
+        reason = None if option == base else verdict(option, said, speedup, bars.speedup)
+        facts = {k: getattr(option, k) for k in ("runtime", "device", "precision", "file")}
+        milliseconds = round(1000 * times[option], 2)
+        records.append(said | facts | {"ms": milliseconds, "speedup": round(speedup, 3), "left_out": reason})
+    return records
+
+
+def finish(draft: bundle.Bundle, records: Sequence[dict[str, Any]], folder: Path) -> bundle.Bundle:
+    """Write the bundle: the draft with the admitted options alone, and only the models that these use."""
+    keys = ("runtime", "device", "precision", "file", "speedup", "miou_drop")
+    options = [
+        Option(agreement=round(r["grid"]["agreement"], 6), **{k: r[k] for k in keys})
+        for r in records
+        if r["left_out"] is None and r["passed"]
+    ]
+    facts = draft.manifest
+    used = {option.file for option in options}
+    return bundle.create(
+        folder, draft.read_model(), classes=[c.model_dump() for c in facts.classes], long_side=facts.input.long_side,
+        stride=facts.input.stride, card=(draft.folder / bundle.CARD).read_text(encoding="utf-8"), created=facts.created,
+        others={name: draft.read_model(name) for name in draft.models if name in used and name != MODEL}, options=options,
+        **{k: getattr(facts, k) for k in (
+            "opset", "ir_version", "name", "ignore", "metrics", "data_hash", "split_hash", "test_hash", "commit", "method",
+        )},
+    )  # fmt: skip
 
 
 def _show(said: dict[str, Any], console: Console) -> None:
     verdict = "passed" if said["passed"] else "FAILED"
     table = Table(
-        "agreement on", "working grid", "original", title=f"parity {verdict}: {said['provider']} against torch"
+        "agreement on", "working grid", "original", title=f"parity {verdict}: onnxruntime cpu fp32 against torch"
     )
     table.caption = (
         f"{said['images']} test images; mIoU torch {said['miou_torch']:.3f}, runtime {said['miou_runtime']:.3f}; "
@@ -178,28 +134,56 @@ def _show(said: dict[str, Any], console: Console) -> None:
         table.add_row(name, *cells)
     table.add_row("all pixels", *(f"{said[place]['agreement']:.6f}" for place in ("grid", "original")), style="bold")
     console.print(table)
+    forms = Table(
+        "option", "ms", "speed-up", "agreement", "lowest class", "beside borders", "mIoU drop", "in the bundle"
+    )
+    forms.title = f"forms of the network: one image of {said['timed_on']} pixels, {said['threads']} threads"
+    for row in said["options"]:
+        shares = [v for v in row["grid"]["per_class"].values() if v is not None]
+        forms.add_row(
+            f"{row['runtime']} {row['device']} {row['precision']}", f"{row['ms']:.1f}", f"{row['speedup']:.2f}",
+            f"{row['grid']['agreement']:.4f}", f"{min(shares):.3f}", f"{row['border_agreement']:.4f}",
+            f"{row['miou_drop']:+.2f}", "yes" if row["left_out"] is None and row["passed"] else f"no: {row['left_out']}",
+        )  # fmt: skip
+    for name, reason in said["not_judged"].items():
+        forms.add_row(name, *["-"] * 6, f"not judged: {reason}", style="dim")
+    console.print(forms)
 
 
 def run(params: config.Params, console: Console) -> bool:
-    """The stage: bundle, student and test images -> reports/parity.json (written pass or fail)."""
-    opened = bundle.open_bundle(Path("bundle"))
+    """The stage: draft, student and test images -> reports/parity.json (written pass or fail) and bundle/ (on pass)."""
+    draft = bundle.open_bundle(DRAFT)
     model, meta = models.load(STUDENT)
     names = [c["name"] for c in meta["classes"]]
     policy = config.Input.model_validate(meta["params"]["input"])
     rows = pick([r for r in manifest.read(SPLIT / "manifest.parquet") if r.split == "test"], params.parity.images)
     if not rows:
         raise ParityError("the test split has no image: raise split.test, or name test images in the source's lists")
-    measured = measure(
+    opened, refused = open_all(draft)
+    by_name = measure(
         model,
-        Runtime(opened, provider="cpu"),
+        {str(option): runtime for option, runtime in opened.items()},
         infer.plan_batches(rows, policy, params.evaluate.batch),
         policy=policy,
         classes=len(names),
         ignore=meta["ignore"],
         max_pixels=params.ingest.max_pixels,
+        border_px=params.evaluate.boundary_px,
     )
-    said = report(measured, names, params.parity)
-    said |= {"bundle": opened.manifest.id, "weights": files.sha256(STUDENT), "provider": "onnxruntime cpu fp32"}
+    samples = [infer.read(row, policy, params.ingest.max_pixels, mask=False) for row in rows[:TIMED]]
+    with console.status("timing the forms of the network"):
+        times = seconds(opened, [sample.input_HWC for sample in samples])
+    records = judge_all({o: by_name[str(o)] for o in opened}, times, names, params.parity)
+    sizes = sorted({f"{s.input_HWC.shape[0]}x{s.input_HWC.shape[1]}" for s in samples})
+    first = records[0]
+    said = {k: v for k, v in first.items() if k not in ("left_out", "runtime", "device", "precision", "file")}
+    said |= {
+        "weights": files.sha256(STUDENT), "provider": "onnxruntime cpu fp32", "bundle": None, "options": records,
+        "not_judged": {str(o): reason for o, reason in refused.items()}, "timed_on": ", ".join(sizes),
+        "threads": opened[BASE].threads, "machine": machine.name(),
+    }  # fmt: skip
+    if said["passed"]:
+        said["bundle"] = finish(draft, records, Path("bundle")).manifest.id
     files.write_json(Path("reports/parity.json"), said)
     _show(said, console)
     for failure in said["failures"]:

@@ -1,32 +1,37 @@
-"""Run a bundle with ONNX Runtime: images in, class ids and confidence out. No torch.
+"""Run a bundle: images in, class ids and confidence out, by the best runtime that is allowed here. No torch.
 
-Provider policy: what is asked for by name is what runs, or the start is refused. Only "auto" may choose, and says what
-it chose in `Runtime.provider`. ONNX Runtime itself falls back to the CPU silently and lists providers that the machine
-lacks, so the answer is read from the finished session.
+Policy: what is asked for by name is what runs, or the start is refused. "auto" takes the fastest of the options that
+parity admitted into the bundle and that run here, and says which in `Runtime.option`. An int8 or bf16 option needs a
+processor with that arithmetic.
 """
 
-import importlib.metadata
 import importlib.util
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
+from export import machine
 from export.bundle import Bundle, BundleError
+from export.schema import Option
+from export.sessions import ProviderError, Session, SignatureError, check_installation, open_session
 from pipeline import fit
 
-Provider = Literal["cpu", "cuda", "tensorrt", "auto"]
-_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+__all__ = ["Precision", "Provider", "ProviderError", "Runtime", "Segmentation", "check_installation", "options"]
 
-
-class ProviderError(RuntimeError):
-    """The asked-for execution provider is not to be had; the message says what to install or choose."""
+Provider = Literal["cpu", "cuda", "openvino", "tensorrt", "auto"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "auto"]
+BATCHES = (8, 4, 2, 1)  # the only batch sizes that reach a runtime: engines and caches are made per shape
+# Without a word from parity: fp32 in every runtime is the same network.
+PLAIN = (
+    Option(runtime="tensorrt", device="cuda", precision="fp32"),
+    Option(runtime="onnxruntime", device="cuda", precision="fp32"),
+    Option(runtime="openvino", device="cpu", precision="fp32"),
+    Option(runtime="onnxruntime", device="cpu", precision="fp32"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,108 +49,103 @@ class Segmentation:
     timings: dict[str, float]
 
 
-def check_installation() -> None:
-    """onnxruntime and onnxruntime-gpu write the same files: with both, the last one installed wins unseen.
+def candidates(listed: Sequence[Option], provider: Provider, precision: Precision) -> list[Option]:
+    """Options worth trying, best first: judged ones by their speed, cards before processors, then plain fp32.
+
+    Plain fp32 under "auto" is ONNX Runtime's alone: other runtimes have to be judged or asked for by name.
 
     Raises:
-        ProviderError: both are installed.
+        ProviderError: the bundle has nothing of that name.
     """
-    found = []
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            importlib.metadata.version(name)
-            found.append(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if len(found) == 2:
+    if provider not in ("cpu", "cuda", "openvino", "tensorrt", "auto"):
+        raise ProviderError(f"unknown provider {provider!r}; choose cpu, cuda, openvino, tensorrt or auto")
+    known = {(o.provider, o.precision) for o in listed}
+    plain = [o for o in PLAIN if (o.provider, o.precision) not in known]
+    if provider == "auto":
+        plain = [o for o in plain if o.runtime == "onnxruntime"]
+    # Under auto an unjudged option (of a draft) is never taken; by name it is.
+    judged = [o for o in listed if o.speedup is not None or "auto" not in (provider, precision)]
+    found = [o for o in (*judged, *plain) if provider in ("auto", o.provider) and precision in ("auto", o.precision)]
+    if not found:
+        have = ", ".join(sorted(f"{o.provider} {o.precision}" for o in (*listed, *plain)))
         raise ProviderError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
-            "uninstall both, then install one"
+            f"this bundle has nothing for provider {provider!r} in precision {precision!r}; it has {have}"
         )
+    return sorted(
+        found, key=lambda o: (o.device == "cpu", -(o.speedup or (1.0 if o.runtime == "onnxruntime" else 0.0)))
+    )
 
 
-def physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once where /proc/cpuinfo tells."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores, current = set(), dict[str, str]()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in [*lines, ""]:
-        key, _, value = line.partition(":")
-        if key.strip():
-            current[key.strip()] = value.strip()
-        elif "core id" in current and int(current.get("processor", -1)) in usable:
-            cores.add((current.get("physical id", "0"), current["core id"]))
-            current = {}
-    return max(1, min(len(usable), len(cores) or len(usable)))
+def _lacks(option: Option) -> str | None:
+    """Why an option cannot or should not be picked here unless it is named; None when nothing is known against it."""
+    if option.device == "cuda":
+        from export import tensorrt
+
+        found = tensorrt.look()
+        return None if found.cards and (found.modules or option.runtime != "tensorrt") else found.as_dict()["says"]
+    if option.runtime == "openvino" and importlib.util.find_spec("openvino") is None:
+        return "openvino is not installed"
+    if option.precision == "int8" and not machine.has_dot_products():
+        return "this processor has no 8-bit dot products"
+    if option.precision == "bf16" and not machine.flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
+        return "this processor has no bfloat16 arithmetic"
+    return None
 
 
-def _create(model: bytes, providers: Sequence[str], threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.enable_mem_pattern = False  # sizes differ from image to image; planned memory would be kept for each
-    options.log_severity_level = 4  # fatal only: failures come back as exceptions
-    return ort.InferenceSession(model, sess_options=options, providers=list(providers))
-
-
-def _open_session(model: bytes, provider: Provider, threads: int) -> tuple[ort.InferenceSession, str]:
-    """(session, provider that really runs). Raises ProviderError."""
-    if provider == "tensorrt":
-        if importlib.util.find_spec("tensorrt") is None:
-            raise ProviderError("tensorrt is not installed: it comes with the gpu extra; or ask for 'cuda' or 'cpu'")
-        raise ProviderError("running with tensorrt comes with a later release; ask for 'cuda' or 'cpu'")
-    if provider not in ("cpu", "cuda", "auto"):
-        raise ProviderError(f"unknown provider {provider!r}; choose cpu, cuda, tensorrt or auto")
-    if provider != "cpu" and _CUDA in ort.get_available_providers():
-        ort.preload_dlls()  # finds the CUDA libraries that pip put into the virtual environment
-        session = _create(model, (_CUDA, _CPU), threads)
-        if session.get_providers()[0] == _CUDA:
-            return session, "cuda"
-    if provider == "cuda":
-        raise ProviderError(
-            "CUDA was asked for but ONNX Runtime cannot use it here; "
-            "check the driver and that onnxruntime-gpu is installed, or ask for 'cpu'"
-        )
-    return _create(model, (_CPU,), threads), "cpu"
+def options(bundle: Bundle) -> list[Option]:
+    """Every judged option that can run on this machine, and plain fp32 where that can; the best first."""
+    listed = bundle.manifest.options
+    known = {(o.provider, o.precision) for o in listed}
+    everything = [*listed, *(o for o in PLAIN if (o.provider, o.precision) not in known)]
+    here = [o for o in everything if _lacks(o) is None]
+    return sorted(here, key=lambda o: (o.device == "cpu", -(o.speedup or 0.0)))
 
 
 class Runtime:
-    """An opened model. Safe to call from several threads."""
+    """An opened model. Safe to call from several threads. `option` is what runs; `passed_over` why better ones do not."""
 
-    def __init__(self, bundle: Bundle, *, provider: Provider = "auto", threads: int | None = None) -> None:
-        """Open the bundle's model on `provider` with `threads` intra-op threads (None = physical cores).
+    def __init__(
+        self, bundle: Bundle, *, provider: Provider = "auto", precision: Precision = "auto", threads: int | None = None
+    ) -> None:
+        """Open the bundle on `provider` in `precision` with `threads` threads per call (None = physical cores).
 
         Raises:
-            ProviderError: the provider asked for by name does not run here (never a silent fallback).
+            ProviderError: what was asked for by name does not run here (never a silent fallback).
             BundleError: the model cannot be loaded or has other inputs and outputs than a bundle's.
         """
         check_installation()
         self.bundle = bundle
-        self.threads = threads or physical_cores()
-        try:
-            self._session, self.provider = _open_session(bundle.read_model(), provider, self.threads)
-        except (ProviderError, BundleError):
-            raise
-        except Exception as error:  # onnxruntime's own exceptions share no base class
-            raise BundleError(f"{bundle.folder / 'model.onnx'}: cannot be loaded ({error}); export it again") from error
-        self._check_names()
+        self.threads = threads or machine.cores()
+        self.passed_over: dict[str, str] = {}
+        self.option, self._session = self._open(provider, precision)
+        self.provider, self.precision = self.option.provider, self.option.precision
 
-    def _check_names(self) -> None:
-        def facts(nodes: Any) -> list[tuple[str, str, int]]:
-            return [(node.name, node.type, len(node.shape)) for node in nodes]
-
-        inputs, outputs = facts(self._session.get_inputs()), facts(self._session.get_outputs())
-        if inputs != [("image", "tensor(uint8)", 4)] or outputs != [
-            ("label", "tensor(uint8)", 3),
-            ("confidence", "tensor(uint8)", 3),
-        ]:
-            raise BundleError(
-                f"{self.bundle.folder / 'model.onnx'}: has {inputs} -> {outputs}, "
-                "not uint8 image (NHWC) -> uint8 label, uint8 confidence (NHW); export it again"
-            )
+    def _open(self, provider: Provider, precision: Precision) -> tuple[Option, Session]:
+        tried = candidates(self.bundle.manifest.options, provider, precision)
+        policy = self.bundle.manifest.input
+        for option in tried:
+            named = provider != "auto" and precision == option.precision
+            if not named and (lack := _lacks(option)) and option is not tried[-1]:
+                self.passed_over[str(option)] = lack
+                continue
+            model = self.bundle.read_model(option.file)
+            try:
+                session = open_session(
+                    option, model, threads=self.threads, long_side=policy.long_side, stride=policy.stride
+                )
+            except ProviderError as error:
+                if option is tried[-1]:
+                    raise
+                self.passed_over[str(option)] = str(error)
+                continue
+            except SignatureError as error:
+                raise BundleError(f"{self.bundle.folder / option.file}: {error}; export it again") from error
+            except Exception as error:  # the runtimes' own exceptions share no base class
+                raise BundleError(
+                    f"{self.bundle.folder / option.file}: cannot be loaded ({error}); export it again"
+                ) from error
+            return option, session
+        raise AssertionError("candidates are never empty")
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """uint8 N x H x W x 3 RGB, H and W multiples of the stride -> uint8 class ids and confidence, each N x H x W.
@@ -159,8 +159,10 @@ class Runtime:
             raise ValueError(f"expected uint8 N x H x W x 3, got {images_NHWC.dtype} {shape}")
         if 0 in shape or shape[1] % stride or shape[2] % stride:
             raise ValueError(f"height and width must be multiples of {stride}, got {shape}; use pipeline.fit")
-        label_NHW, confidence_NHW = self._session.run(["label", "confidence"], {"image": images_NHWC})
-        return np.asarray(label_NHW), np.asarray(confidence_NHW)
+        answers = [self._session.run(images_NHWC[part]) for part in _batches(shape[0])]
+        if len(answers) == 1:
+            return answers[0]
+        return np.concatenate([a[0] for a in answers]), np.concatenate([a[1] for a in answers])
 
     def segment(self, image_HWC: NDArray[np.uint8]) -> Segmentation:
         """One uint8 RGB image of any size -> its `Segmentation` at that size, by the bundle's input policy."""
@@ -197,3 +199,13 @@ class Runtime:
                     raise BundleError(f"{self.bundle.folder}: answers {array.dtype} {array.shape} to {side} x {side}")
             if strange := sorted(set(np.unique(answer.label_HW).tolist()) - set(known)):
                 raise BundleError(f"{self.bundle.folder}: answers ids {strange[:5]} that are no class of bundle.json")
+
+
+def _batches(n: int) -> list[slice]:
+    """n images in the fewest parts of the sizes in BATCHES."""
+    parts, start = [], 0
+    while start < n:
+        size = next(b for b in BATCHES if b <= n - start)
+        parts.append(slice(start, start + size))
+        start += size
+    return parts

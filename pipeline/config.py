@@ -204,13 +204,31 @@ class Evaluate(Section):
     batch: Positive = 8
 
 
-class Parity(Section):
-    """Bars of ratio R17; a class below its bar fails the run even if the mean passes."""
+class Export(Section):
+    """Which cheaper forms of the network are tried beside fp32; parity admits them or not."""
+
+    int8: bool = True
+    calibration_images: Positive = 48  # training images that set the int8 ranges
+
+
+class Bars(Section):
+    """What an exported form must keep of torch's answers; a class below its bar fails even if the mean passes."""
 
     agreement: Share = 0.999
     class_agreement: Share = 0.99
     miou_drop: Annotated[float, Field(ge=0)] = 0.1
+
+
+class Parity(Bars):
+    """Bars of ratio R17: fp32's own, and those of the lossy forms."""
+
+    half: Bars = Bars(agreement=0.995, class_agreement=0.95, miou_drop=0.2)  # fp16, bf16
+    int8: Bars = Bars(agreement=0.99, class_agreement=0.85, miou_drop=0.5)
+    speedup: Annotated[float, Field(ge=1)] = 1.1  # over fp32 in ONNX Runtime, or a form is not worth its place
     images: Positive = 64
+
+    def bars(self, precision: str) -> Bars:
+        return {"fp32": self, "int8": self.int8}.get(precision, self.half)
 
 
 class Gate(Section):
@@ -249,6 +267,7 @@ class Params(Section):
     input: Input = Input()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
     parity: Parity = Parity()
     gate: Gate = Gate()
     pool: Pool = Pool()

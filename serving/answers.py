@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel
 
-from export.bundle import Manifest
+from export.schema import Manifest
 from export.runtime import Segmentation
 from pipeline import masks
 from serving.limits import Problem

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from export.bundle import ClassInfo, InputPolicy
+from export.schema import ClassInfo, InputPolicy
 from export.runtime import Runtime
 from pipeline.images import FORMATS
 from serving.answers import VIEWS, ErrorAnswer, SegmentAnswer

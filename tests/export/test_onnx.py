@@ -20,7 +20,7 @@ STRIDE = tiny_project.INPUT.stride
 
 @pytest.fixture(scope="module")
 def data() -> bytes:
-    return (tiny_project.exported() / "bundle/model.onnx").read_bytes()
+    return (tiny_project.exported() / "models/exported/model.onnx").read_bytes()
 
 
 def test_promises(data: bytes) -> None:
@@ -77,13 +77,13 @@ def test_another_opset_or_signature_is_refused(data: bytes) -> None:
 
 def test_stage_makes_a_valid_bundle_and_report() -> None:
     root = tiny_project.exported()
-    opened = bundle.open_bundle(root / "bundle")
+    opened = bundle.open_bundle(root / "models/exported")
     scores, said = files.read_json(root / "reports/scores.json"), files.read_json(root / "reports/export.json")
     assert [c.name for c in opened.manifest.classes] == tiny_project.NAMES
     assert opened.manifest.metrics["miou"] == scores["miou"]
     assert opened.manifest.test_hash == scores["test_hash"]
     assert (opened.manifest.input.long_side, opened.manifest.input.stride) == (96, 32)
-    assert said["bundle"] == opened.manifest.id
+    assert said["draft"] == opened.manifest.id
     assert said["weights"] == files.sha256(root / "models/student/student.safetensors")
     inside = {p.key: p.value for p in onnx.load_from_string(opened.read_model()).metadata_props}
     assert json.loads(inside["classes"]) == tiny_project.NAMES
@@ -101,7 +101,7 @@ def test_scores_of_other_weights_are_refused_before_tracing(
     files.write_json(Path("reports/scores.json"), scores | {"weights": "0" * 64})
     assert exporter.main() == 1
     assert "run the evaluate stage again" in capsys.readouterr().err
-    assert not Path("bundle").exists()
+    assert not Path("models/exported").exists()
 
 
 def test_tensorrt_report_says_what_was_looked_for() -> None:

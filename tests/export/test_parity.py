@@ -10,7 +10,7 @@ import pytest
 import tiny_project
 from onnx import numpy_helper
 
-from export import bundle, parity
+from export import agreement, bundle, parity
 from pipeline import config, files, manifest
 
 NAMES = tiny_project.NAMES
@@ -25,21 +25,21 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def rebundle(change: dict[str, np.ndarray] | None = None, *, long_side: int | None = None) -> None:
     """The project's bundle again, with some initializers replaced or another input policy."""
-    opened = bundle.open_bundle(Path("bundle"))
+    opened = bundle.open_bundle(Path("models/exported"))
     proto = onnx.load_from_string(opened.read_model())
     for tensor in proto.graph.initializer:
         if change and tensor.name in change:
             tensor.CopyFrom(numpy_helper.from_array(change[tensor.name], tensor.name))
     facts = opened.manifest
     bundle.create(
-        Path("bundle"), proto.SerializeToString(), classes=[c.model_dump() for c in facts.classes],
+        Path("models/exported"), proto.SerializeToString(), classes=[c.model_dump() for c in facts.classes],
         long_side=long_side or facts.input.long_side, stride=facts.input.stride, card="changed", opset=facts.opset,
         ir_version=facts.ir_version,
     )  # fmt: skip
 
 
 def head_bias() -> tuple[str, np.ndarray]:
-    proto = onnx.load_from_string(bundle.open_bundle(Path("bundle")).read_model())
+    proto = onnx.load_from_string(bundle.open_bundle(Path("models/exported")).read_model())
     found = [t for t in proto.graph.initializer if list(t.dims) == [4] and "segmentation_head" in t.name]
     assert len(found) == 1, [t.name for t in found]
     return found[0].name, numpy_helper.to_array(found[0]).copy()
@@ -88,33 +88,33 @@ def test_another_input_policy_in_the_bundle_is_seen(project: Path, capsys: pytes
 
 
 def test_a_damaged_bundle_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = Path("bundle/model.onnx")
+    model = Path("models/exported/model.onnx")
     model.write_bytes(model.read_bytes()[:-1])
     assert parity.main() == 1
     assert "model.onnx" in capsys.readouterr().err
 
 
-def measured(pairs: np.ndarray) -> parity.Measured:
-    agreement = parity.Agreement(pairs)
-    return parity.Measured(agreement, agreement, pairs, pairs, 0, int(pairs.sum() - np.trace(pairs)), 0, 1.0, 1)
+def measured(pairs: np.ndarray) -> agreement.Measured:
+    same = agreement.Agreement(pairs)
+    return agreement.Measured(same, same, pairs, pairs, 0, int(pairs.sum() - np.trace(pairs)), 0, 1.0, 1)
 
 
 def test_bars_are_inclusive_and_each_is_checked() -> None:
     bars = config.Parity(agreement=0.99, class_agreement=0.9, miou_drop=0.5)
     exact = np.array([[90, 10, 0], [0, 899, 1], [0, 0, 100]])
     assert (
-        parity.judge(measured(np.diag([5, 5, 0])), NAMES[:3], bars) == []
+        agreement.judge(measured(np.diag([5, 5, 0])), NAMES[:3], bars) == []
     )  # a class torch never answers is not judged
-    assert parity.judge(measured(exact), NAMES[:3], bars) == []  # 0.99 overall and 0.9 for the first class: just met
+    assert agreement.judge(measured(exact), NAMES[:3], bars) == []  # 0.99 overall and 0.9 for the first class: just met
     one_less = exact.copy()
     one_less[0] = [89, 11, 0]
-    told = "\n".join(parity.judge(measured(one_less), NAMES[:3], bars))
+    told = "\n".join(agreement.judge(measured(one_less), NAMES[:3], bars))
     assert "'sky' agrees on 0.890000" in told
     assert "agreement 0.989091 is below" in told
     worse = replace(measured(exact), torch_KK=np.diag([100, 100]), runtime_KK=np.array([[98, 2], [0, 100]]))
-    assert [f for f in parity.judge(worse, NAMES[:3], bars) if "mIoU falls by" in f]
+    assert [f for f in agreement.judge(worse, NAMES[:3], bars) if "mIoU falls by" in f]
     skewed = replace(measured(exact), served=0.98)
-    assert [f for f in parity.judge(skewed, NAMES[:3], bars) if "input policy" in f]
+    assert [f for f in agreement.judge(skewed, NAMES[:3], bars) if "input policy" in f]
 
 
 def test_images_are_picked_evenly_and_by_id(tmp_path: Path) -> None:

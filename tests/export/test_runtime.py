@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from export import bundle, runtime
+from export import bundle, machine, runtime
 from pipeline import fit
 from tests import tiny_onnx
 
@@ -86,12 +86,12 @@ def test_warm_up_notices_ids_of_no_class(tmp_path: Path) -> None:
 
 
 def test_threads_default_to_cores_that_may_be_used(opened: runtime.Runtime) -> None:
-    assert 1 <= runtime.physical_cores() <= len(os.sched_getaffinity(0))
+    assert 1 <= machine.cores() <= len(os.sched_getaffinity(0))
     assert opened.threads == 1
     one = sorted(os.sched_getaffinity(0))[:1]
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, one)
-        assert runtime.physical_cores() == 1
+        assert machine.cores() == 1
     finally:
         os.sched_setaffinity(0, before)

@@ -9,18 +9,18 @@ import pytest
 import tiny_project
 from onnx import numpy_helper
 
-from export import bundle, parity
+from export import agreement, bundle, parity
 from pipeline import config, files
 
 
 def test_f34_the_mean_passes_and_one_class_does_not() -> None:
     pairs = np.diag([100_000, 100_000, 100_000, 1000])
     pairs[3] = [30, 0, 0, 970]
-    agreement = parity.Agreement(pairs)
-    measured = parity.Measured(agreement, agreement, pairs, pairs, 30, 30, 0, 1.0, 1)
+    same = agreement.Agreement(pairs)
+    measured = agreement.Measured(same, same, pairs, pairs, 30, 30, 0, 1.0, 1)
     bars = config.Parity()
-    assert agreement.overall >= bars.agreement
-    failures = parity.judge(measured, tiny_project.NAMES, bars)
+    assert same.overall >= bars.agreement
+    failures = agreement.judge(measured, tiny_project.NAMES, bars)
     assert len(failures) == 2  # once on each grid
     assert all("'lamp' agrees on 0.970000" in f and "overall 0.99990" in f for f in failures)
 
@@ -31,7 +31,7 @@ def test_f34_through_the_stage_with_a_real_graph(
     """The rare class's bias is lowered in the graph only; near-ties on its rim are not forgiven."""
     shutil.copytree(tiny_project.exported(), tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")
-    opened = bundle.open_bundle(Path("bundle"))
+    opened = bundle.open_bundle(Path("models/exported"))
     proto = onnx.load_from_string(opened.read_model())
     (bias,) = [t for t in proto.graph.initializer if list(t.dims) == [4] and "segmentation_head" in t.name]
     value = numpy_helper.to_array(bias).copy()
@@ -39,7 +39,7 @@ def test_f34_through_the_stage_with_a_real_graph(
     bias.CopyFrom(numpy_helper.from_array(value, bias.name))
     facts = opened.manifest
     bundle.create(
-        Path("bundle"), proto.SerializeToString(), classes=[c.model_dump() for c in facts.classes], long_side=96,
+        Path("models/exported"), proto.SerializeToString(), classes=[c.model_dump() for c in facts.classes], long_side=96,
         stride=32, card="changed", opset=facts.opset, ir_version=facts.ir_version,
     )  # fmt: skip
     params = Path("params.yaml")

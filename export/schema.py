@@ -1,0 +1,99 @@
+"""bundle.json: what is in a bundle and how it may be run."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MODEL = "model.onnx"
+# The CPU's int8 kernels want unsigned activations, TensorRT takes only symmetric signed ones: two files.
+MODELS = (MODEL, "model.fp16.onnx", "model.int8.onnx", "model.int8-tensorrt.onnx")
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ClassInfo(_Part):
+    id: Annotated[int, Field(ge=0, le=254)]
+    name: Annotated[str, Field(min_length=1)]
+    color: tuple[Byte, Byte, Byte]
+
+
+class InputPolicy(_Part):
+    """What the graph takes, and how `pipeline.fit` brings any image to it."""
+
+    layout: Literal["NHWC"] = "NHWC"
+    dtype: Literal["uint8"] = "uint8"
+    channels: Literal["RGB"] = "RGB"
+    long_side: Positive
+    stride: Positive
+
+
+class Outputs(_Part):
+    label: Literal["uint8 NHW"] = "uint8 NHW"
+    confidence: Literal["uint8 NHW (0..255 = 0..1)"] = "uint8 NHW (0..255 = 0..1)"
+
+
+class Option(_Part):
+    """One way to run the bundle. The last three are what parity measured where the bundle was made; None: not judged.
+
+    speedup: over onnxruntime in fp32 on the same device. agreement: share of pixels on which it says what torch says.
+    """
+
+    runtime: Literal["onnxruntime", "openvino", "tensorrt"]
+    device: Literal["cpu", "cuda"]
+    precision: Literal["fp32", "bf16", "fp16", "int8"]
+    file: Literal["model.onnx", "model.fp16.onnx", "model.int8.onnx", "model.int8-tensorrt.onnx"] = MODEL
+    speedup: Annotated[float, Field(gt=0)] | None = None
+    agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    miou_drop: float | None = None
+
+    @property
+    def provider(self) -> str:
+        """The name by which it is asked for: cpu, cuda, openvino or tensorrt."""
+        return self.device if self.runtime == "onnxruntime" else self.runtime
+
+    def __str__(self) -> str:
+        return f"{self.runtime} {self.device} {self.precision}"
+
+
+class Manifest(_Part):
+    """bundle.json. `id` is the first 16 hex digits of SHA-256 over the models, the classes and the input policy."""
+
+    format: Literal[1] = 1
+    id: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    name: str
+    created: str
+    classes: Annotated[tuple[ClassInfo, ...], Field(min_length=1)]
+    ignore: Byte = 255
+    input: InputPolicy
+    outputs: Outputs = Outputs()
+    options: tuple[Option, ...] = ()
+    metrics: dict[str, Any]
+    data_hash: str
+    split_hash: str
+    test_hash: str
+    commit: str
+    opset: Positive
+    ir_version: Positive
+    method: str
+
+    @model_validator(mode="after")
+    def _classes_are_distinct(self) -> "Manifest":
+        ids, names = [c.id for c in self.classes], [c.name for c in self.classes]
+        if ids != sorted(set(ids)) or len(set(names)) != len(names):
+            raise ValueError("class ids must rise and class names must differ")
+        if self.ignore in ids:
+            raise ValueError(f"{self.ignore} means ignore and cannot be a class")
+        return self
+
+    @property
+    def palette(self) -> list[tuple[int, int, int]]:
+        """Colours indexed by class id; unused ids are black."""
+        table = [(0, 0, 0)] * (self.classes[-1].id + 1)
+        for item in self.classes:
+            table[item.id] = item.color
+        return table
