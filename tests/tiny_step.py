@@ -6,6 +6,7 @@ from tiny_network import Featured, view
 from pipeline.config import Train
 from training import ema, engine, methods
 from training import step as step_module
+from training.ranks import ALONE
 
 
 def build(n_classes=3, **changes):
@@ -13,7 +14,7 @@ def build(n_classes=3, **changes):
     return methods.build(config, n_classes=n_classes, total=10, epoch_steps=4)
 
 
-def run(method, *, model=None, chunks=1, at=3, seed=0, hook=lambda s: s, views=None, cutmix=0.9):
+def run(method, *, model=None, chunks=1, at=3, seed=0, hook=lambda s: s, views=None, cutmix=0.9, ranks=ALONE):
     """One step on a fresh network; returns the step, the student and its gradients by name."""
     torch.manual_seed(7)
     model = model or Featured()
@@ -24,6 +25,6 @@ def run(method, *, model=None, chunks=1, at=3, seed=0, hook=lambda s: s, views=N
     partner = view(4, 3) if method.partner == "same" else None
     done = step_module.step(
         method, hook(trained), teacher, labelled, unlabelled, ignore=255, at=at, unsup_weight=0.8, cutmix=cutmix,
-        generator=torch.Generator().manual_seed(seed), partner=partner, chunks=chunks,
+        generator=torch.Generator().manual_seed(seed), partner=partner, chunks=chunks, ranks=ranks,
     )  # fmt: skip
     return done, trained, {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}

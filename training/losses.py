@@ -17,7 +17,7 @@ Normaliser = Literal["valid", "kept", "ratio"]
 class Loss:
     """A term: sum over this rank's pixels, the count over all ranks that divides it, and its weight in the step's loss.
 
-    Every function below takes `add`, which sums a tensor over ranks.
+    The functions below count what they are given, unless `count` says what the other micro-batches and ranks have too.
     """
 
     total: Tensor
@@ -30,11 +30,11 @@ class Loss:
 
 
 def supervised(
-    logits_BKHW: Tensor, label_BHW: Tensor, ignore: int, weight: float = 1.0, *, add: Reduce = alone
+    logits_BKHW: Tensor, label_BHW: Tensor, ignore: int, weight: float = 1.0, *, count: Tensor | None = None
 ) -> Loss:
     """Cross entropy over pixels that are not `ignore`."""
     total = F.cross_entropy(logits_BKHW.float(), label_BHW, ignore_index=ignore, reduction="sum")
-    return Loss(total, add((label_BHW != ignore).sum()), weight)
+    return Loss(total, (label_BHW != ignore).sum() if count is None else count, weight)
 
 
 def hard(
@@ -50,7 +50,8 @@ def hard(
     """Online hard example mining: cross entropy over pixels whose true class has probability <= max(sure, the
     `least`-th smallest such probability), the rule of the published Cityscapes recipes.
 
-    The bar is found by histograms (`threshold.order_statistic`): no sort, no transfer to the host.
+    The bar is found by histograms (`threshold.order_statistic`): no sort, no transfer to the host. Which pixels count is
+    known only then, hence `add`, which sums a tensor over ranks.
     """
     known = label_BHW != ignore
     each = F.cross_entropy(logits_BKHW.float(), label_BHW, ignore_index=ignore, reduction="none")
@@ -69,7 +70,7 @@ def masked(
     normaliser: Normaliser,
     weight: float = 1.0,
     *,
-    add: Reduce = alone,
+    count: Tensor | None = None,
 ) -> Loss:
     """Cross entropy over kept pixels.
 
@@ -78,12 +79,13 @@ def masked(
     """
     # where before the product: a non-finite loss at a dropped pixel must not turn into 0 * inf.
     each = F.cross_entropy(logits_BKHW.float(), label_BHW, reduction="none")
-    return Loss(torch.where(keep_BHW, each, 0.0).sum(), count(keep_BHW, valid_BHW, normaliser, add), weight)
+    if count is None:
+        count = divisor(keep_BHW.sum(), valid_BHW.sum(), normaliser)
+    return Loss(torch.where(keep_BHW, each, 0.0).sum(), count, weight)
 
 
-def count(keep_BHW: Tensor, valid_BHW: Tensor, normaliser: Normaliser, add: Reduce = alone) -> Tensor:
-    """What divides a masked sum. Kept and valid are added over ranks first: kept^2 / valid of parts does not add up."""
-    kept, valid = add(torch.stack([keep_BHW.sum(), valid_BHW.sum()])).unbind()
+def divisor(kept: Tensor, valid: Tensor, normaliser: Normaliser) -> Tensor:
+    """What divides a masked sum, from counts that are complete: kept^2 / valid of parts does not add up."""
     if normaliser == "ratio":
         return kept.float().square() / valid.clamp_min(1)
     return kept if normaliser == "kept" else valid
@@ -96,7 +98,7 @@ def divergence(
     valid_BHW: Tensor,
     weight: float = 1.0,
     *,
-    add: Reduce = alone,
+    count: Tensor | None = None,
 ) -> Loss:
     """KL(target || softmax(logits)) summed over kept pixels, divided by the valid ones (CorrMatch's soft loss).
 
@@ -104,4 +106,4 @@ def divergence(
     """
     target = target_BKHW.detach().float()
     each = F.kl_div(logits_BKHW.float().log_softmax(1), target, reduction="none").sum(1)
-    return Loss(torch.where(keep_BHW, each, 0.0).sum(), add(valid_BHW.sum()), weight)
+    return Loss(torch.where(keep_BHW, each, 0.0).sum(), valid_BHW.sum() if count is None else count, weight)

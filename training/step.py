@@ -12,7 +12,7 @@ from training import augment, correlate, losses, regions
 from training.augment import View
 from training.losses import Loss
 from training.methods import Method
-from training.ranks import ALONE, Ranks, Reduce, alone
+from training.ranks import ALONE, Ranks, Reduce
 from training.selection import Selection, select
 from training.student import Outputs, Rows
 
@@ -114,10 +114,12 @@ def step(
     chosen = select(method, answer, valid, at, ranks=ranks, affinity=affinity, observed_BHW=observed)
     targets = [_mixed(chosen, valid, box, other(chosen.bar)) for box in boxes]
     targets = [_regions(method, target, chosen, out, generator) for target in targets]
-    terms = _terms(method, out, labelled.label_BHW, chosen, targets, valid, ignore, unsup_weight, ranks.add)
+    own = Target(chosen.label_BHW, chosen.keep_BHW, chosen.keep_BHW, valid, valid)
+    counts = _counts(method, labelled.label_BHW, targets, own, ignore, ranks.add)
+    terms = _terms(method, out, labelled.label_BHW, targets, own, ignore, unsup_weight, counts, ranks.add)
     loss = _sum(terms, ranks)
     backward(loss)
-    return Step(_detached(terms, ranks), loss.detach(), chosen)
+    return Step(_over_ranks(terms, ranks), loss.detach(), chosen)
 
 
 @torch.no_grad()
@@ -161,58 +163,71 @@ def _stream(i: int) -> str:
     return "unsupervised" if i == 0 else f"unsupervised_{i + 1}"
 
 
-def _supervised(method: Method, logits: Tensor, label: Tensor, ignore: int, weight: float, add: Reduce) -> Loss:
-    if method.hard:
-        return losses.hard(logits, label, ignore, weight, sure=method.sure, least=method.hard, add=add)
-    return losses.supervised(logits, label, ignore, weight, add=add)
+def _counts(
+    method: Method, label_BHW: Tensor, targets: Sequence[Target], weak: Target | None, ignore: int, add: Reduce
+) -> dict[str, Tensor]:
+    """What divides each term, over all micro-batches and, by one sum, over all ranks."""
+    views = {_stream(i): target for i, target in enumerate(targets)}
+    if weak is not None:
+        views |= {"corr_strong": targets[0], "divergence": targets[0], "perturbed": weak, "corr_weak": weak}
+    views = {name: view for name, view in views.items() if method.weights.get(name)}
+    masks = [label_BHW != ignore, *(mask for view in views.values() for mask in (view.keep_BHW, view.valid_BHW))]
+    known, *pairs = add(torch.stack([mask.sum() for mask in masks])).unbind()
+    counts = dict.fromkeys(LABELLED_TERMS, known)
+    for name, kept, valid in zip(views, pairs[::2], pairs[1::2], strict=True):
+        counts[name] = valid if name == "divergence" else losses.divisor(kept, valid, method.normaliser)
+    return counts
 
 
 def _terms(
     method: Method,
     out: Outputs,
     label_BHW: Tensor,
-    chosen: Selection | None,
     targets: Sequence[Target],
-    valid_BHW: Tensor | None,
+    weak: Target | None,
     ignore: int,
     unsup_weight: float,
+    counts: dict[str, Tensor],
     add: Reduce,
 ) -> dict[str, Loss]:
-    """The loss terms that have a weight, each named as in `Method.weights`."""
+    """The loss terms that have a weight, each named as in `Method.weights`. weak: the target of the weak view itself."""
     w = {k: v * (1.0 if k in LABELLED_TERMS else unsup_weight) for k, v in method.weights.items() if v}
     terms: dict[str, Loss] = {}
-    if "supervised" in w:
-        terms["supervised"] = _supervised(method, out.labelled, label_BHW, ignore, w["supervised"], add)
-    if out.corr is not None and "supervised_corr" in w:
-        terms["supervised_corr"] = _supervised(method, out.corr[0], label_BHW, ignore, w["supervised_corr"], add)
-    if chosen is None or valid_BHW is None:
-        return terms
+
+    def supervised(name: str, logits: Tensor) -> None:
+        if name in w and method.hard:
+            terms[name] = losses.hard(logits, label_BHW, ignore, w[name], sure=method.sure, least=method.hard, add=add)
+        elif name in w:
+            terms[name] = losses.supervised(logits, label_BHW, ignore, w[name], count=counts[name])
+
+    def masked(name: str, logits: Tensor, target: Target) -> None:
+        if name in w:
+            terms[name] = losses.masked(
+                logits, target.label_BHW, target.keep_BHW, target.valid_BHW, method.normaliser, w[name],
+                count=counts[name],
+            )  # fmt: skip
+
+    supervised("supervised", out.labelled)
+    if out.corr is not None:
+        supervised("supervised_corr", out.corr[0])
     for i, target in enumerate(targets):
-        if (name := _stream(i)) in w:
-            terms[name] = _masked(method, out.strong[i], target, w[name], add)
-    weak = Target(chosen.label_BHW, chosen.keep_BHW, chosen.keep_BHW, valid_BHW, valid_BHW)
-    if out.perturbed is not None and "perturbed" in w:
-        terms["perturbed"] = _masked(method, out.perturbed, weak, w["perturbed"], add)
+        masked(_stream(i), out.strong[i], target)
+    if weak is None:
+        return terms
+    if out.perturbed is not None:
+        masked("perturbed", out.perturbed, weak)
     if out.corr is not None and method.correlation is not None:
         first = targets[0]
-        if "corr_strong" in w:
-            terms["corr_strong"] = _masked(method, out.corr[2][0], first, w["corr_strong"], add)
-        if "corr_weak" in w:
-            terms["corr_weak"] = _masked(method, out.corr[1], weak, w["corr_weak"], add)
+        masked("corr_strong", out.corr[2][0], first)
+        masked("corr_weak", out.corr[1], weak)
         if "divergence" in w:
             soft = out.weak.detach().float().softmax(1)
             if method.correlation.mixed_target:
                 soft = augment.mix(soft, first.box_BHW)
             terms["divergence"] = losses.divergence(
-                out.strong[0], soft, first.sure_BHW, first.valid_BHW, w["divergence"], add=add
+                out.strong[0], soft, first.sure_BHW, first.valid_BHW, w["divergence"], count=counts["divergence"]
             )
     return terms
-
-
-def _masked(method: Method, logits: Tensor, target: Target, weight: float, add: Reduce) -> Loss:
-    return losses.masked(
-        logits, target.label_BHW, target.keep_BHW, target.valid_BHW, method.normaliser, weight, add=add
-    )
 
 
 def _sum(terms: dict[str, Loss], ranks: Ranks) -> Tensor:
@@ -220,8 +235,9 @@ def _sum(terms: dict[str, Loss], ranks: Ranks) -> Tensor:
     return ranks.world * torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
 
 
-def _detached(terms: dict[str, Loss], ranks: Ranks) -> dict[str, Loss]:
-    return {k: replace(t, total=ranks.add(t.total.detach())) for k, t in terms.items()}
+def _over_ranks(terms: dict[str, Loss], ranks: Ranks) -> dict[str, Loss]:
+    totals = ranks.add(torch.stack([term.total.detach() for term in terms.values()]))
+    return {name: replace(terms[name], total=total) for name, total in zip(terms, totals, strict=True)}
 
 
 def _in_chunks(
@@ -239,15 +255,9 @@ def _in_chunks(
     hold: Callable[[], AbstractContextManager[object]],
 ) -> Step:
     """Micro-batches whose gradients add up to the whole batch's: every count is known before the first forward."""
-    counts: dict[str, Tensor] = {}
-    if chunks > 1:
-        if method.hard:
-            raise ValueError(
-                "train.supervised_loss ohem picks its pixels over a whole batch: set train.accumulate to 1"
-            )
-        counts = dict.fromkeys(LABELLED_TERMS, ranks.add((labelled.label_BHW != ignore).sum()))
-        for i, t in enumerate(targets):
-            counts[_stream(i)] = losses.count(t.keep_BHW, t.valid_BHW, method.normaliser, ranks.add)
+    if chunks > 1 and method.hard:
+        raise ValueError("train.supervised_loss ohem picks its pixels over a whole batch: set train.accumulate to 1")
+    counts = _counts(method, labelled.label_BHW, targets, None, ignore, ranks.add)
     seen: dict[str, Loss] = {}
     total = torch.zeros((), device=labelled.label_BHW.device)
     images, labels = labelled.image_BCHW.chunk(chunks), labelled.label_BHW.chunk(chunks)
@@ -260,14 +270,10 @@ def _in_chunks(
         ]
         with hold() if c + 1 < chunks else nullcontext():
             out = student(torch.cat([images[c], *views]), rows, method.feature_dropout if views else "none")
-            valid = part[0].valid_BHW if part else None
-            add = alone if counts else ranks.add
-            terms = _terms(method, out, labels[c], chosen, part, valid, ignore, unsup_weight, add)
-            if counts:
-                terms = {name: replace(term, count=counts[name]) for name, term in terms.items()}
+            terms = _terms(method, out, labels[c], part, None, ignore, unsup_weight, counts, ranks.add)
             loss = _sum(terms, ranks)
             backward(loss)
         total = total + loss.detach()
-        for name, term in _detached(terms, ranks).items():
-            seen[name] = replace(term, total=term.total + seen[name].total) if name in seen else term
-    return Step(seen, total, chosen)
+        for name, term in terms.items():
+            seen[name] = replace(term, total=term.total.detach() + (seen[name].total if name in seen else 0))
+    return Step(_over_ranks(seen, ranks), total, chosen)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_network import view
-from tiny_step import build
+from tiny_step import build, run
 from torch import nn
 
 from training import augment, correlate, losses, regions, selection
@@ -113,6 +113,13 @@ def test_q12_divergence_is_zero_for_equal_inputs_and_positive_otherwise():
     other = torch.randn(2, 4, 3, 3, generator=g).softmax(1)
     assert losses.divergence(logits, other, keep, keep).mean() > 0
     assert losses.divergence(logits, other, ~keep, keep).mean() == 0
+
+
+def test_q12_divergence_is_divided_by_the_valid_pixels_whatever_the_normaliser():
+    plain = build(method="corrmatch", corrmatch_start=0.45)
+    one, two = (run(method)[0].losses for method in (plain, replace(plain, normaliser="kept")))
+    assert two["divergence"].count == one["divergence"].count
+    assert 0 < two["corr_weak"].count < one["corr_weak"].count
 
 
 def test_q12_a_box_swapped_between_two_images_swaps_what_they_contribute():

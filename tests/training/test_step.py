@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.config import Train
 from training import augment, ema, engine, student
 from training import step as step_module
+from training.ranks import Ranks
 from training.refine import Refinement
 from training.student import Student
 from training.threshold import Fixed
@@ -101,6 +102,32 @@ def test_x4_micro_batches_have_the_gradient_of_the_whole_batch(changes, chunks):
         assert torch.isclose(term.mean(), whole.losses[name].mean(), rtol=1e-6)
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, expected[name], rtol=1e-5, atol=1e-8), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "chunks"),
+    [
+        *((c, 1) for c in VARIANTS if "s4mc" not in c["method"] and "ohem" not in c.values()),
+        *((c, 2) for c in CUTTABLE[:2]),
+    ],
+    ids=str,
+)
+def test_two_ranks_with_the_same_images_find_what_one_finds_and_add_up_twice(changes, chunks):
+    """Not for quantiles, whose bar may fall between an image's pixel and its twin's."""
+    said = []
+
+    def add(value):
+        said.append(value)
+        return 2 * value
+
+    one, _, expected = run(build(**changes), chunks=chunks)
+    two, _, gradients = run(build(**changes), chunks=chunks, ranks=Ranks(0, 2, add))
+    assert len(said) == 2  # what divides the terms, and what the log says of them
+    for name, term in one.losses.items():
+        assert torch.equal(two.losses[name].count, 2 * term.count)
+        assert torch.equal(two.losses[name].total, 2 * term.total)
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient), name
 
 
 class Double(Featured):
