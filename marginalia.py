@@ -67,6 +67,56 @@ def verify(bundle: Annotated[Path, typer.Argument(help="a bundle folder")]) -> N
 
 
 @app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="a bundle folder")],
+    images: Annotated[list[Path], typer.Argument(help="files, folders, zips or tars of images")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for masks, overlays and lists")],
+    provider: Annotated[str, typer.Option(help="auto, cpu, cuda, openvino or tensorrt")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of the network; default: all cores")] = None,
+    overlay: Annotated[bool, typer.Option(help="also the colours over the image, as JPEG")] = True,
+    confidence: Annotated[bool, typer.Option("--confidence", help="also the confidence, as grey PNG")] = False,
+) -> None:
+    """Segment files, folders and archives; bad images are listed, not fatal. Exit code 1 if none could be segmented."""
+    from export import predict as job
+
+    try:
+        result = job.predict(
+            bundle, images, output, provider=provider, precision=precision, threads=threads, overlay=overlay,
+            confidence=confidence,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _fail(error) from error
+    job.show(result)
+    raise typer.Exit(0 if result.written else 1)
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="a bundle folder")],
+    sizes: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT, comma-separated or repeated")] = None,
+    batches: Annotated[list[str], typer.Option(help="batch sizes, comma-separated or repeated")] = ["1,4"],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="turns of each configuration")] = 9,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of the network; default: all cores")] = None,
+    student: Annotated[Path | None, typer.Option(help="the student's weights: adds rows for torch itself")] = None,
+    out: Annotated[Path | None, typer.Option(help="also write everything measured as JSON")] = None,
+) -> None:
+    """Latency, images/s and peak memory of every runtime and precision of a bundle that runs here, as one table."""
+    from export import bench as job
+    from pipeline import files
+
+    try:
+        result = job.bench(
+            bundle, job.split(sizes or []), job.split(batches), rounds=rounds, threads=threads, student=student
+        )
+        if out is not None:
+            files.write_json(out, result)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _fail(error) from error
+    job.show(result)
+
+
+@app.command()
 def report() -> None:
     """One table of the last run: scores, parity, verdict, and where bundle and pictures are."""
     from pipeline import story
