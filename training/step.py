@@ -14,7 +14,7 @@ from training.losses import Loss
 from training.methods import Method
 from training.ranks import ALONE, Ranks, Reduce
 from training.selection import Selection, select
-from training.student import Outputs, Rows
+from training.student import Outputs, Rows, spared
 
 LABELLED_TERMS = ("supervised", "supervised_corr")
 
@@ -72,7 +72,7 @@ def step(
         hold: context for the backward passes of all chunks but the last (ranks then wait for one another only once).
     """
     if method.threshold is None or unlabelled is None:
-        return _in_chunks(method, student, labelled, [], [], None, ignore, 0.0, chunks, ranks, backward, hold)
+        return _in_chunks(method, student, labelled, [], [], None, None, ignore, 0.0, chunks, ranks, backward, hold)
     weak, valid = unlabelled.image_BCHW, unlabelled.valid_BHW
     n, size = len(weak), valid.shape[1:]
     boxes = [augment.send(augment.boxes(n, size, cutmix, generator), weak.device) for _ in range(method.streams)]
@@ -82,6 +82,9 @@ def step(
         strong = [
             augment.mix(augment.strong(weak, generator), box, other) for box, other in zip(boxes, others, strict=True)
         ]
+    whole = None
+    if method.feature_dropout == "complementary":
+        whole = augment.send(spared(n, generator), weak.device)
     theirs = None
     if method.teacher == "ema":
         with torch.no_grad():
@@ -100,12 +103,13 @@ def step(
         chosen = select(method, logits, valid, at, ranks=ranks)
         targets = [_mixed(chosen, valid, box, other(chosen.bar)) for box in boxes]
         return _in_chunks(
-            method, student, labelled, strong, targets, chosen, ignore, unsup_weight, chunks, ranks, backward, hold
-        )
+            method, student, labelled, strong, targets, chosen, whole, ignore, unsup_weight, chunks, ranks, backward,
+            hold,
+        )  # fmt: skip
     if chunks > 1:
         raise ValueError("micro-batches need pseudo-labels from the EMA teacher alone: set train.accumulate to 1")
     rows = Rows(len(labelled.label_BHW), n, n, method.streams)
-    out = student(torch.cat([labelled.image_BCHW, weak, *strong]), rows, method.feature_dropout)
+    out = student(torch.cat([labelled.image_BCHW, weak, *strong]), rows, method.feature_dropout, whole)
     observed = None
     if method.correlation is not None and method.correlation.mixed_valid:
         observed = augment.mix(valid, boxes[0], None if partner is None else partner.valid_BHW)
@@ -247,6 +251,7 @@ def _in_chunks(
     strong: Sequence[Tensor],
     targets: Sequence[Target],
     chosen: Selection | None,
+    spared_B: Tensor | None,
     ignore: int,
     unsup_weight: float,
     chunks: int,
@@ -269,7 +274,9 @@ def _in_chunks(
             for t in targets
         ]
         with hold() if c + 1 < chunks else nullcontext():
-            out = student(torch.cat([images[c], *views]), rows, method.feature_dropout if views else "none")
+            dropout = method.feature_dropout if views else "none"
+            whole = None if spared_B is None else spared_B.chunk(chunks)[c]
+            out = student(torch.cat([images[c], *views]), rows, dropout, whole)
             terms = _terms(method, out, labels[c], part, None, ignore, unsup_weight, counts, ranks.add)
             loss = _sum(terms, ranks)
             backward(loss)

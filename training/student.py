@@ -52,18 +52,23 @@ def drop_channels(features: list[Tensor], p: float = 0.5) -> list[Tensor]:
     return [F.dropout2d(f, p, training=True) for f in features]
 
 
-def complementary(features: list[Tensor], rows: Rows) -> list[Tensor]:
+def spared(n: int, generator: torch.Generator) -> Tensor:
+    """spared_B, bool on the CPU: which random n // 2 of n samples `complementary` leaves whole."""
+    return torch.rand(n, generator=generator).argsort() < n // 2
+
+
+def complementary(features: list[Tensor], rows: Rows, spared_B: Tensor) -> list[Tensor]:
     """UniMatch V2's dropout on the two strong streams: 2 x Bernoulli(0.5) per sample and channel, and 2 minus that.
 
-    A random half of the samples keeps all channels in both streams. The rows before the strong ones pass unchanged.
+    Samples in `spared_B` keep all channels in both streams: half of a whole batch (`spared`), however many of them fall into
+    this micro-batch. The rows before the strong ones pass unchanged.
     """
     first, n = rows.labelled + rows.weak, rows.strong
-    whole = torch.rand(n, device=features[0].device).argsort() < n // 2
     out = []
     for feature in features:
         mask = 2.0 * (torch.rand(n, feature.shape[1], device=feature.device) < 0.5)
-        mask = torch.where(whole[:, None], 1.0, mask)
-        other = torch.where(whole[:, None], 1.0, 2.0 - mask)
+        mask = torch.where(spared_B[:, None], 1.0, mask)
+        other = torch.where(spared_B[:, None], 1.0, 2.0 - mask)
         factor = torch.cat([torch.ones(first, feature.shape[1], device=feature.device), mask, other])
         out.append(feature * factor[:, :, None, None].to(feature.dtype))
     return out
@@ -82,16 +87,24 @@ class Student(nn.Module):
         self.model, self.head = model, head
 
     def forward(
-        self, image_NCHW: Tensor, rows: Rows, dropout: Literal["none", "perturb", "complementary"] = "none"
+        self,
+        image_NCHW: Tensor,
+        rows: Rows,
+        dropout: Literal["none", "perturb", "complementary"] = "none",
+        spared_B: Tensor | None = None,
     ) -> Outputs:
-        """image_NCHW: rows as `rows` says. With dropout or a head the network must have features (`engine.student_of`)."""
+        """image_NCHW: rows as `rows` says. With dropout or a head the network must have features (`engine.student_of`).
+
+        spared_B: for complementary dropout, which strong samples it leaves whole.
+        """
         if dropout == "none" and self.head is None:
             return Outputs(*rows.split(self.model(image_NCHW)))
         model: Any = self.model
         size = image_NCHW.shape[-2:]
         features = model.encode(image_NCHW)
         if dropout == "complementary":
-            features = complementary(features, rows)
+            assert spared_B is not None
+            features = complementary(features, rows, spared_B)
         perturbed = None
         if dropout == "perturb":
             weak = [f[rows.labelled : rows.labelled + rows.weak] for f in features]

@@ -236,17 +236,40 @@ def test_v2_masks_are_complementary_and_half_of_the_samples_keep_everything():
     rows = student.Rows(2, 0, 6, 2)
     features = [torch.ones(14, 40, 3, 3), torch.ones(14, 8, 2, 2)]
     whole_per_level = []
-    for before, after in zip(features, student.complementary(features, rows), strict=True):
+    spared = student.spared(6, torch.Generator().manual_seed(0))
+    for before, after in zip(features, student.complementary(features, rows, spared), strict=True):
         labelled, weak, (one, two) = rows.split(after)
         assert torch.equal(labelled, before[:2])
         assert len(weak) == 0
         assert torch.equal(one + two, torch.full_like(one, 2.0))
         whole = (one == 1).all(dim=(1, 2, 3))
+        assert torch.equal(whole, spared)
         assert whole.sum() == 3
         assert set(one[~whole].unique().tolist()) == {0.0, 2.0}
         assert torch.equal(one.amax((2, 3)), one.amin((2, 3)))  # whole channels
         whole_per_level.append(whole)
     assert torch.equal(*whole_per_level)
+
+
+def test_v2_spares_half_of_the_batch_however_it_falls_into_micro_batches(monkeypatch):
+    """Half of every micro-batch, as drawn within it, is another rule: four images in pairs never spare one pair whole."""
+    real, seen, shares = student.complementary, [], set()
+
+    def complementary(features, rows, spared):
+        seen.append(spared)
+        return real(features, rows, spared)
+
+    monkeypatch.setattr(student, "complementary", complementary)
+    for seed in range(6):
+        seen.clear()
+        for chunks in (1, 2):
+            run(build(method="unimatch"), chunks=chunks, seed=seed)
+        whole, *parts = seen
+        assert [len(part) for part in parts] == [2, 2]
+        assert torch.equal(torch.cat(parts), whole)
+        assert whole.sum() == 2
+        shares.add(int(parts[0].sum()))
+    assert shares != {1}
 
 
 def test_v1_drops_channels_of_the_weak_views_alone_and_decodes_everything_once():
