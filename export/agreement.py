@@ -142,6 +142,12 @@ def judge(measured: Measured, names: Sequence[str], bars: config.Bars, key: str 
     drop = scores.miou(measured.torch_KK) - scores.miou(measured.runtime_KK)
     if not drop <= bars.miou_drop:
         failures.append(f"mIoU falls by {drop:.3f} points, more than {key}.miou_drop {bars.miou_drop:g}")
+    lost = scores.iou(measured.torch_KK) - scores.iou(measured.runtime_KK)
+    for name, points in zip(names, 100 * lost, strict=True):
+        if points > bars.class_drop:
+            failures.append(
+                f"class {name!r} loses {points:.2f} points of IoU, more than {key}.class_drop {bars.class_drop:g}"
+            )
     return failures
 
 
@@ -163,6 +169,12 @@ def report(measured: Measured, names: Sequence[str], bars: config.Bars, key: str
         "differing_pixels": measured.differing,
         "near_ties_among_them": measured.near_ties,
         "near_tie_margin": NEAR_TIE,
+        "class_drop": {
+            name: None if np.isnan(v) else float(v)
+            for name, v in zip(
+                names, 100 * (scores.iou(measured.torch_KK) - scores.iou(measured.runtime_KK)), strict=True
+            )
+        },
         "border_agreement": None if measured.border is None else measured.border.overall,
         "serving_path_agreement": measured.served,
         "largest_confidence_gap": measured.confidence_levels,

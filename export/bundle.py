@@ -62,16 +62,25 @@ class Bundle:
 
 
 def bundle_id(
-    model: bytes, classes: tuple[ClassInfo, ...], policy: InputPolicy, others: dict[str, bytes] | None = None
+    model: bytes,
+    classes: tuple[ClassInfo, ...],
+    policy: InputPolicy,
+    others: dict[str, bytes] | None = None,
+    options: Sequence[Option] = (),
 ) -> str:
-    """First 16 hex digits of SHA-256 over the model's bytes and the canonical JSON of classes, input policy and, where
-    there are `others`, their names and checksums."""
+    """First 16 hex digits of SHA-256 over all that shapes an answer.
+
+    That is the model's bytes and the canonical JSON of classes, input policy, the names and checksums of `others`, and
+    the options by name: two bundles that may answer differently have two ids. Measured speeds are not part of it.
+    """
     rest: dict[str, Any] = {
         "classes": [c.model_dump(mode="json") for c in classes],
         "input": policy.model_dump(mode="json"),
     }
     if others:
         rest["models"] = {name: files.sha256(data) for name, data in others.items()}
+    if options:
+        rest["options"] = sorted(str(option) for option in options)
     digest = hashlib.sha256(model)
     digest.update(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
     return digest.hexdigest()[:16]
@@ -115,7 +124,7 @@ def create(
         infos = tuple(ClassInfo.model_validate(item) for item in classes)
         policy = InputPolicy(long_side=long_side, stride=stride)
         manifest = Manifest(
-            id=bundle_id(model, infos, policy, others),
+            id=bundle_id(model, infos, policy, others, options),
             name=name,
             created=created or datetime.now(UTC).isoformat(timespec="seconds"),
             classes=infos,
@@ -195,7 +204,7 @@ def open_bundle(folder: Path) -> Bundle:
     except ValidationError as error:
         raise BundleError(f"{folder / MANIFEST}: {_explain(error)}") from error
     others = {name: content[name] for name in MODELS if name in content and name != MODEL}
-    if manifest.id != bundle_id(content[MODEL], manifest.classes, manifest.input, others):
+    if manifest.id != bundle_id(content[MODEL], manifest.classes, manifest.input, others, manifest.options):
         raise BundleError(f"{folder / MANIFEST}: id {manifest.id} is not that of this model; export it again")
     used = {option.file for option in manifest.options}
     if wrong := sorted((used | {MODEL}) ^ {MODEL, *others}):

@@ -94,7 +94,7 @@ def judge_all(
         base = next((o for o in times if o.device == option.device and o.provider == o.device), BASE)
         speedup = times[base] / times[option]
         reason = None if option == base else verdict(option, said, speedup, bars.speedup)
-        facts = {k: getattr(option, k) for k in ("runtime", "device", "precision", "file")}
+        facts = {k: getattr(option, k) for k in ("runtime", "device", "precision", "file")} | {"name": str(option)}
         milliseconds = round(1000 * times[option], 2)
         records.append(said | facts | {"ms": milliseconds, "speedup": round(speedup, 3), "left_out": reason})
     return records
@@ -134,20 +134,20 @@ def _show(said: dict[str, Any], console: Console) -> None:
         table.add_row(name, *cells)
     table.add_row("all pixels", *(f"{said[place]['agreement']:.6f}" for place in ("grid", "original")), style="bold")
     console.print(table)
-    forms = Table(
-        "option", "ms", "speed-up", "agreement", "lowest class", "beside borders", "mIoU drop", "in the bundle"
-    )
+    forms = Table("option", "ms", "speed-up", "agreement", "lowest class", "borders", "mIoU drop", "bundle")
     forms.title = f"forms of the network: one image of {said['timed_on']} pixels, {said['threads']} threads"
     for row in said["options"]:
         shares = [v for v in row["grid"]["per_class"].values() if v is not None]
         forms.add_row(
-            f"{row['runtime']} {row['device']} {row['precision']}", f"{row['ms']:.1f}", f"{row['speedup']:.2f}",
-            f"{row['grid']['agreement']:.4f}", f"{min(shares):.3f}", f"{row['border_agreement']:.4f}",
-            f"{row['miou_drop']:+.2f}", "yes" if row["left_out"] is None and row["passed"] else f"no: {row['left_out']}",
+            row["name"], f"{row['ms']:.1f}", f"{row['speedup']:.2f}", f"{row['grid']['agreement']:.4f}",
+            f"{min(shares):.3f}", f"{row['border_agreement']:.4f}",
+            "-" if row["miou_drop"] is None else f"{row['miou_drop']:+.2f}",
+            "yes" if row["left_out"] is None and row["passed"] else "no",
         )  # fmt: skip
-    for name, reason in said["not_judged"].items():
-        forms.add_row(name, *["-"] * 6, f"not judged: {reason}", style="dim")
     console.print(forms)
+    left_out = {row["name"]: row["left_out"] for row in said["options"] if row["left_out"]}
+    for name, reason in (left_out | said["not_judged"]).items():
+        console.print(f"  left out: {name}: {reason}", style="dim", markup=False, soft_wrap=True)
 
 
 def run(params: config.Params, console: Console) -> bool:
@@ -176,7 +176,7 @@ def run(params: config.Params, console: Console) -> bool:
     records = judge_all({o: by_name[str(o)] for o in opened}, times, names, params.parity)
     sizes = sorted({f"{s.input_HWC.shape[0]}x{s.input_HWC.shape[1]}" for s in samples})
     first = records[0]
-    said = {k: v for k, v in first.items() if k not in ("left_out", "runtime", "device", "precision", "file")}
+    said = {k: v for k, v in first.items() if k not in ("left_out", "runtime", "device", "precision", "file", "name")}
     said |= {
         "weights": files.sha256(STUDENT), "provider": "onnxruntime cpu fp32", "bundle": None, "options": records,
         "not_judged": {str(o): reason for o, reason in refused.items()}, "timed_on": ", ".join(sizes),

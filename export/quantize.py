@@ -81,9 +81,12 @@ def static(model: bytes, batches: Iterable[NDArray[np.uint8]], form: Form) -> by
             # Symbolic shapes need sympy and name nothing that quantisation uses.
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
             proto = onnx.load(prepared)
+            for i, node in enumerate(proto.graph.node):
+                node.name = node.name or f"node_{i}"  # left out by name
+            onnx.save(proto, prepared)
             stay = float_nodes(proto.graph)
             if len(stay) == len(proto.graph.node):
-                raise QuantizeError("the graph has no convolution or matrix product to quantise")
+                raise QuantizeError("the graph has nothing to quantise before its last convolution or matrix product")
             quantize_static(
                 str(prepared), str(made), _Reader(images, proto.graph.input[0].name),
                 quant_format=QuantFormat.QDQ, per_channel=True, weight_type=QuantType.QInt8,

@@ -9,21 +9,18 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export import machine
 from export.bundle import Bundle, BundleError
-from export.schema import Option
+from export.schema import Option, Precision, Provider
 from export.sessions import ProviderError, Session, SignatureError, check_installation, open_session
 from pipeline import fit
 
 __all__ = ["Precision", "Provider", "ProviderError", "Runtime", "Segmentation", "check_installation", "options"]
 
-Provider = Literal["cpu", "cuda", "openvino", "tensorrt", "auto"]
-Precision = Literal["fp32", "bf16", "fp16", "int8", "auto"]
 BATCHES = (8, 4, 2, 1)  # the only batch sizes that reach a runtime: engines and caches are made per shape
 # Without a word from parity: fp32 in every runtime is the same network.
 PLAIN = (

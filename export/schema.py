@@ -8,6 +8,8 @@ MODEL = "model.onnx"
 # The CPU's int8 kernels want unsigned activations, TensorRT takes only symmetric signed ones: two files.
 MODELS = (MODEL, "model.fp16.onnx", "model.int8.onnx", "model.int8-tensorrt.onnx")
 
+Provider = Literal["cpu", "cuda", "openvino", "tensorrt", "auto"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "auto"]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -61,7 +63,7 @@ class Option(_Part):
 
 
 class Manifest(_Part):
-    """bundle.json. `id` is the first 16 hex digits of SHA-256 over the models, the classes and the input policy."""
+    """bundle.json. `id` is the first 16 hex digits of SHA-256 over models, classes, input policy and options."""
 
     format: Literal[1] = 1
     id: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]

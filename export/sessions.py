@@ -18,6 +18,7 @@ from export.schema import Option
 
 INPUT, OUTPUTS = "image", ("label", "confidence")
 Answer = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+_FIRST = threading.Lock()
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
@@ -111,6 +112,10 @@ class OpenVino:
             raise ProviderError("openvino is not installed: `pip install 'marginalia[openvino]'`; or ask for 'cpu'")
         import openvino as ov
 
+        with _FIRST:
+            # The binding fills its table of NumPy's functions at first use, and two threads that come first together
+            # wait for each other for ever (seen: one holds the interpreter's lock, the other the table's).
+            _ = ov.Tensor(np.zeros(1, np.uint8)).data[:]
         core = ov.Core()
         if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise ProviderError("this processor has no bfloat16 arithmetic; ask for precision 'fp32'")

@@ -208,7 +208,7 @@ class Export(Section):
     """Which cheaper forms of the network are tried beside fp32; parity admits them or not."""
 
     int8: bool = True
-    calibration_images: Positive = 48  # training images that set the int8 ranges
+    calibration_images: Positive = 24  # training images that set the int8 ranges
 
 
 class Bars(Section):
@@ -217,13 +217,18 @@ class Bars(Section):
     agreement: Share = 0.999
     class_agreement: Share = 0.99
     miou_drop: Annotated[float, Field(ge=0)] = 0.1
+    class_drop: Annotated[float, Field(ge=0)] = 1.0  # IoU points that any one class may lose
 
 
 class Parity(Bars):
-    """Bars of ratio R17: fp32's own, and those of the lossy forms."""
+    """Bars of ratio R17: fp32's own, and those of the lossy forms.
 
-    half: Bars = Bars(agreement=0.995, class_agreement=0.95, miou_drop=0.2)  # fp16, bf16
-    int8: Bars = Bars(agreement=0.99, class_agreement=0.85, miou_drop=0.5)
+    A rare class lies mostly beside borders, where near-ties are decided: int8 may move many of its few pixels without
+    being any worse at them, so there its IoU is the sharper bar.
+    """
+
+    half: Bars = Bars(agreement=0.995, class_agreement=0.9, miou_drop=0.2)  # fp16, bf16
+    int8: Bars = Bars(agreement=0.99, class_agreement=0.6, miou_drop=0.5, class_drop=2.0)
     speedup: Annotated[float, Field(ge=1)] = 1.1  # over fp32 in ONNX Runtime, or a form is not worth its place
     images: Positive = 64
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel
 
-from export.schema import Manifest
 from export.runtime import Segmentation
+from export.schema import Manifest
 from pipeline import masks
 from serving.limits import Problem
 

@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from export.schema import ClassInfo, InputPolicy
 from export.runtime import Runtime
+from export.schema import ClassInfo, InputPolicy
 from pipeline.images import FORMATS
 from serving.answers import VIEWS, ErrorAnswer, SegmentAnswer
 from serving.settings import Settings
@@ -21,6 +21,7 @@ class ModelAnswer(BaseModel):
     created: str
     method: str
     provider: str
+    precision: str
     classes: list[ClassInfo]
     ignore: int
     input: InputPolicy
@@ -35,7 +36,7 @@ def model_answer(runtime: Runtime) -> ModelAnswer:
     """What `runtime` serves."""
     manifest = runtime.bundle.manifest
     shared = {name: getattr(manifest, name) for name in ModelAnswer.model_fields if hasattr(manifest, name)}
-    return ModelAnswer(bundle=manifest.id, provider=runtime.provider, **shared)
+    return ModelAnswer(bundle=manifest.id, provider=runtime.provider, precision=runtime.precision, **shared)
 
 
 _ERRORS = {

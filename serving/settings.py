@@ -5,9 +5,11 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from export.schema import Precision, Provider
 
 PREFIX = "MARGINALIA_"
 # What Kubernetes puts into every pod for a service called marginalia or marginalia-<name>: MARGINALIA_SERVICE_HOST,
@@ -26,7 +28,8 @@ class Settings(BaseModel):
     """Each field is the variable MARGINALIA_<FIELD>.
 
     `bundle` pins one folder; without it the service follows `champions`, the pointer file that the gate moves, looking
-    every `poll_s` seconds. `concurrency` requests run at once, `queue` more may wait, the rest get 503.
+    every `poll_s` seconds. `provider` and `precision` name what must run; auto takes the fastest that parity admitted.
+    `concurrency` requests run at once, `queue` more may wait, the rest get 503.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,7 +37,8 @@ class Settings(BaseModel):
     bundle: Path | None = None
     champions: Path = Path("champions/champion.json")
     poll_s: Seconds = 2.0
-    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    provider: Provider = "auto"
+    precision: Precision = "auto"
     threads: Positive | None = None
     concurrency: Positive = 2
     queue: Annotated[int, Field(ge=0)] = 32

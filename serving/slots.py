@@ -44,7 +44,12 @@ def bundle_folder(settings: Settings) -> Path:
 
 def open_runtime(settings: Settings) -> Runtime:
     """Find, verify, load and warm up. Raises PointerError, BundleError or ProviderError."""
-    runtime = Runtime(open_bundle(bundle_folder(settings)), provider=settings.provider, threads=settings.threads)
+    runtime = Runtime(
+        open_bundle(bundle_folder(settings)),
+        provider=settings.provider,
+        precision=settings.precision,
+        threads=settings.threads,
+    )
     runtime.warm_up()
     return runtime
 
@@ -111,6 +116,8 @@ class Slot:
             bundle=fresh.bundle.manifest.id,
             before=old.bundle.manifest.id if old else None,
             provider=fresh.provider,
+            precision=fresh.precision,
+            passed_over=fresh.passed_over or None,
             threads=fresh.threads,
         )
 

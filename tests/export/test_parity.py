@@ -111,10 +111,19 @@ def test_bars_are_inclusive_and_each_is_checked() -> None:
     told = "\n".join(agreement.judge(measured(one_less), NAMES[:3], bars))
     assert "'sky' agrees on 0.890000" in told
     assert "agreement 0.989091 is below" in told
-    worse = replace(measured(exact), torch_KK=np.diag([100, 100]), runtime_KK=np.array([[98, 2], [0, 100]]))
+    worse = replace(
+        measured(exact), torch_KK=np.diag([100, 100, 0]), runtime_KK=np.array([[98, 2, 0], [0, 100, 0], [0, 0, 0]])
+    )
     assert [f for f in agreement.judge(worse, NAMES[:3], bars) if "mIoU falls by" in f]
+    told = agreement.judge(worse, NAMES[:3], replace_bars(bars, class_drop=1.9, miou_drop=100))
+    assert [f for f in told if "'sky' loses 2.00 points of IoU, more than parity.class_drop 1.9" in f], told
+    assert not [f for f in agreement.judge(worse, NAMES[:3], replace_bars(bars, class_drop=2.1)) if "loses" in f]
     skewed = replace(measured(exact), served=0.98)
     assert [f for f in agreement.judge(skewed, NAMES[:3], bars) if "input policy" in f]
+
+
+def replace_bars(bars: config.Parity, **changes: float) -> config.Parity:
+    return bars.model_copy(update=changes)
 
 
 def test_images_are_picked_evenly_and_by_id(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""int8: what is quantised and what is not, that ranges come from the images given, and both runtimes' forms."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny_onnx
+import tiny_project
+
+from export import quantize
+
+
+@pytest.fixture(scope="module")
+def fp32() -> bytes:
+    return (tiny_project.exported() / "models/exported/model.onnx").read_bytes()
+
+
+def scenes(count: int = 6) -> list[np.ndarray]:
+    rng = np.random.default_rng(5)
+    return [tiny_project.scene(rng, 64, 96)[0][None] for _ in range(count)]
+
+
+@pytest.fixture(scope="module", params=["cpu", "tensorrt"])
+def made(request: pytest.FixtureRequest, fp32: bytes) -> tuple[str, bytes]:
+    return request.param, quantize.static(fp32, scenes(), request.param)
+
+
+def test_weights_become_bytes_per_channel_and_the_last_layer_stays(fp32: bytes, made: tuple[str, bytes]) -> None:
+    form, data = made
+    before, after = onnx.load_from_string(fp32), onnx.load_from_string(data)
+    onnx.checker.check_model(after, full_check=True)
+    assert {entry.domain for entry in after.opset_import} == {""}
+    assert [p.key for p in after.metadata_props] == [p.key for p in before.metadata_props]
+    kinds = {t.name: t for t in after.graph.initializer}
+    made_by = {out: node for node in after.graph.node for out in node.output}
+    weighted = [node for node in after.graph.node if node.op_type == "Conv"]
+    floats = [node for node in weighted if node.input[1] in kinds]
+    assert len(floats) == 1, [node.name for node in floats]  # the classifier
+    assert kinds[floats[0].input[1]].data_type == onnx.TensorProto.FLOAT
+    for node in {n.name for n in weighted} - {floats[0].name}:
+        conv = next(n for n in weighted if n.name == node)
+        weight = made_by[conv.input[1]]
+        assert weight.op_type == "DequantizeLinear"
+        assert kinds[weight.input[0]].data_type == onnx.TensorProto.INT8
+        assert list(kinds[weight.input[1]].dims) == [kinds[weight.input[0]].dims[0]]  # one scale per output channel
+        activation = made_by[conv.input[0]]
+        assert activation.op_type == "DequantizeLinear"
+        zero = kinds[activation.input[2]]
+        signed = zero.data_type == onnx.TensorProto.INT8
+        assert signed == (form == "tensorrt")
+        if signed:
+            assert not onnx.numpy_helper.to_array(zero).any()  # symmetric
+            for bias in conv.input[2:]:
+                assert kinds[bias].data_type == onnx.TensorProto.FLOAT
+
+
+def test_it_answers_much_as_before_and_is_a_quarter_of_the_size(fp32: bytes, made: tuple[str, bytes]) -> None:
+    _, data = made
+    assert len(data) < 0.35 * len(fp32)
+    images = np.concatenate(scenes(8))
+    answers = [
+        onnxruntime.InferenceSession(m, providers=["CPUExecutionProvider"]).run(["label"], {"image": images})[0]
+        for m in (fp32, data)
+    ]
+    assert 0.95 < (answers[0] == answers[1]).mean() <= 1
+    odd = images[:1, :32, :32]  # the free axes stayed free
+    assert onnxruntime.InferenceSession(data).run(["label"], {"image": odd})[0].shape == (1, 32, 32)
+
+
+def test_ranges_come_from_the_images(fp32: bytes) -> None:
+    dark = [np.zeros((1, 64, 96, 3), np.uint8)]
+    assert quantize.static(fp32, dark, "cpu") != quantize.static(fp32, scenes(), "cpu")
+    assert quantize.static(fp32, scenes(2), "cpu") == quantize.static(fp32, scenes(2), "cpu")
+
+
+def test_what_cannot_be_quantised_is_said(fp32: bytes) -> None:
+    with pytest.raises(quantize.QuantizeError, match="no training image"):
+        quantize.static(fp32, [], "cpu")
+    with pytest.raises(quantize.QuantizeError, match="nothing to quantise before its last"):
+        quantize.static(tiny_onnx.model(), scenes(1), "cpu")
+
+
+def test_float_nodes_of_a_chain() -> None:
+    from onnx import TensorProto, helper
+
+    def node(kind: str, name: str, takes: list[str], gives: str) -> onnx.NodeProto:
+        return helper.make_node(kind, takes, [gives], name=name)
+
+    graph = helper.make_graph(
+        [
+            node("Sub", "scale", ["x", "m"], "a"), node("Conv", "first", ["a", "w"], "b"), node("Relu", "relu", ["b"], "c"),
+            node("Conv", "last", ["c", "w"], "d"), node("Softmax", "soft", ["d"], "e"), node("Shape", "shape", ["x"], "s"),
+        ],
+        "chain",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "m", "w")],
+        [helper.make_tensor_value_info("e", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    assert quantize.float_nodes(graph) == ["last", "scale", "shape", "soft"]
+
+
+def test_export_calibrates_on_training_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from export import onnx as exporter
+    from pipeline import config, manifest
+    from training import infer
+
+    monkeypatch.chdir(tiny_project.exported())
+    read: list[str] = []
+    real = infer.read
+
+    def watch(row: manifest.Row, *args: object, **options: object) -> infer.Sample:
+        read.append(row.split)
+        return real(row, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(infer, "read", watch)
+    params = config.load()
+    params = params.model_copy(update={"export": config.Export(calibration_images=5)})
+    images = exporter.calibration(params, tiny_project.INPUT)
+    assert len(images) == len(read) == 5
+    assert set(read) == {"labelled", "unlabelled"}
+    assert all(image.shape == (1, 64, 96, 3) for image in images) or {i.shape[0] for i in images} == {1}

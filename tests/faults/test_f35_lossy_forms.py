@@ -1,0 +1,103 @@
+"""F35: an int8 form under the accuracy bar, or not faster, is not written into the bundle; the report says why."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tiny_project
+from onnx import numpy_helper
+
+from export import agreement, bundle, machine, parity
+from export.schema import Option
+from pipeline import config, files
+
+INT8 = Option(runtime="onnxruntime", device="cpu", precision="int8", file="model.int8.onnx")
+
+
+def measured(wrong: int) -> agreement.Measured:
+    pairs = np.diag([50_000, 30_000, 15_000, 5000])
+    pairs[3, 3], pairs[3, 0] = 5000 - wrong, wrong
+    same = agreement.Agreement(pairs)
+    truth = np.diag([50_000, 30_000, 15_000, 5000])
+    return agreement.Measured(same, same, truth, pairs, 0, wrong, 0, 1.0, 1, same)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "seconds", "said"),
+    [
+        (40, 0.5, None),
+        (40, 0.95, "1.05 times the speed of fp32 in ONNX Runtime, below parity.speedup 1.1"),
+        (1500, 0.5, "below parity.int8.agreement 0.99"),
+        (900, 0.5, "'lamp' loses 18.00 points of IoU, more than parity.int8.class_drop 2"),
+    ],
+)
+def test_f35_slow_or_wrong_forms_stay_out(
+    monkeypatch: pytest.MonkeyPatch, wrong: int, seconds: float, said: str | None
+) -> None:
+    monkeypatch.setattr(machine, "has_dot_products", lambda: True)
+    bars = config.Parity(int8=config.Bars(agreement=0.99, class_agreement=0.5, miou_drop=10, class_drop=2))
+    records = parity.judge_all(
+        {parity.BASE: measured(0), INT8: measured(wrong)}, {parity.BASE: 1.0, INT8: seconds}, tiny_project.NAMES, bars
+    )
+    assert records[0]["left_out"] is None
+    if said is None:
+        assert records[1]["left_out"] is None
+        assert records[1]["speedup"] == 2.0
+    else:
+        assert said in records[1]["left_out"]
+
+
+def test_f35_sums_that_may_saturate_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_dot_products", lambda: False)
+    found = {parity.BASE: measured(0), INT8: measured(0)}
+    records = parity.judge_all(found, {parity.BASE: 1.0, INT8: 0.5}, tiny_project.NAMES, config.Parity())
+    assert "8-bit dot products" in records[1]["left_out"]
+
+
+def spoilt(model: bytes) -> bytes:
+    """An int8 graph whose classifier prefers one class: accurate it is not."""
+    proto = onnx.load_from_string(model)
+    kinds = {t.name: t for t in proto.graph.initializer}
+    (classifier,) = [node for node in proto.graph.node if node.op_type == "Conv" and node.input[1] in kinds]
+    bias = kinds[classifier.input[2]]
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.array([9, 0, 0, 0], np.float32), bias.name))
+    return proto.SerializeToString()
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_f35_through_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: bool) -> None:
+    """fp32 passes either way and makes a bundle; the int8 file is in it only if it was admitted."""
+    shutil.copytree(tiny_project.exported(), tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    draft = bundle.open_bundle(parity.DRAFT)
+    assert "model.int8.onnx" in draft.models
+    if not good:
+        facts = draft.manifest
+        bundle.create(
+            parity.DRAFT, draft.read_model(), classes=[c.model_dump() for c in facts.classes],
+            long_side=facts.input.long_side, stride=facts.input.stride, card="spoilt", opset=facts.opset,
+            ir_version=facts.ir_version, options=facts.options,
+            others={"model.int8.onnx": spoilt(draft.read_model("model.int8.onnx"))},
+        )  # fmt: skip
+    monkeypatch.setattr(machine, "has_dot_products", lambda: True)
+    monkeypatch.setattr(
+        parity, "seconds", lambda runtimes, images: {o: 0.5 if o.precision == "int8" else 1.0 for o in runtimes}
+    )
+    params = Path("params.yaml")
+    loose = "{agreement: 0.9, class_agreement: 0.0, miou_drop: 10, class_drop: 50}"
+    params.write_text(params.read_text() + f"parity: {{int8: {loose}}}\n")
+    assert parity.main() == 0
+    made, said = bundle.open_bundle(Path("bundle")), files.read_json(Path("reports/parity.json"))
+    row = next(r for r in said["options"] if r["name"] == "onnxruntime cpu int8")
+    assert ("model.int8.onnx" in made.models) == good
+    assert (row["left_out"] is None) == good
+    assert said["bundle"] == made.manifest.id
+    listed = {str(o): o for o in made.manifest.options}
+    assert listed["onnxruntime cpu fp32"].speedup == 1.0
+    if good:
+        assert listed["onnxruntime cpu int8"].speedup == 2.0
+        assert listed["onnxruntime cpu int8"].agreement == pytest.approx(row["grid"]["agreement"], abs=1e-6)
+    else:
+        assert "below parity.int8.agreement" in row["left_out"]
