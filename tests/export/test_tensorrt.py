@@ -23,7 +23,7 @@ from onnxruntime import quantization
 from tiny_network import Featured
 from torch import nn
 
-from export import cuda, engines, tensorrt
+from export import cuda, engine_check, engines, tensorrt
 from export import onnx as exporter
 from export.tensorrt import EngineError, Profile
 from pipeline import fit
@@ -209,15 +209,15 @@ def test_command_without_a_card(
     monkeypatch.chdir(tmp_path)
     nothing = tensorrt.Found((), {}, {"CUDA driver libcuda.so.1": "not found: [no such file]"})
     monkeypatch.setattr(tensorrt, "look", lambda: nothing)
-    assert engines.main([str(made.folder)]) == 1
+    assert engine_check.main([str(made.folder)]) == 1
     said = capsys.readouterr().err
     assert "CUDA driver libcuda.so.1: not found: [no such file]" in said
     assert "no card present" in said
-    assert engines.main([str(made.folder), "--precision", "fp16"]) == 1
+    assert engine_check.main([str(made.folder), "--precision", "fp16"]) == 1
     assert "model.fp16.onnx: not in this bundle; it has fp32, tf32" in capsys.readouterr().err
-    assert engines.main([str(tmp_path / "none")]) == 1
+    assert engine_check.main([str(tmp_path / "none")]) == 1
     assert "no bundle folder here" in capsys.readouterr().err
-    assert engines.main([str(made.folder), "--max-batch", "0"]) == 1
+    assert engine_check.main([str(made.folder), "--max-batch", "0"]) == 1
     assert not (tmp_path / "reports").exists()
 
 
@@ -478,6 +478,6 @@ def test_engine_on_a_card(tmp_path: Path, precision: str) -> None:
             images = noise(*shape)
             label, _ = session.run(images)
             agreement = (label == reference.run(["label"], {"image": images})[0]).mean()
-            assert agreement >= engines.FLOORS[precision]
+            assert agreement >= engine_check.FLOORS[precision]
         assert session.captured == 3
         session.close()

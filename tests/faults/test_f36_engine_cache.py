@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from export import engines
-from export.engines import Cache, Key
+from export import engine_cache
+from export.engine_cache import Cache, Key
 from export.tensorrt import Built, EngineError, Profile
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ def test_f36_damage_is_set_aside_and_rebuilt(tmp_path: Path, caplog: pytest.LogC
         assert builder.obtain(tmp_path) == (PAYLOAD, True), what
         newest = max(tmp_path.glob("*.damaged"), key=lambda p: p.stat().st_mtime_ns)
         assert newest.read_bytes() == data, what
-    assert aside(tmp_path) == ["damaged"] * engines.KEPT_ASIDE  # bounded
+    assert aside(tmp_path) == ["damaged"] * engine_cache.KEPT_ASIDE  # bounded
 
 
 def test_f36_an_engine_of_another_card_or_version_under_this_name(
@@ -121,7 +121,7 @@ def test_f36_an_engine_of_another_card_or_version_under_this_name(
         caplog.clear()
         assert builder.obtain(tmp_path) == (PAYLOAD, False)
         assert f"stale (made for another {field})" in caplog.text
-    assert aside(tmp_path) == ["stale"] * engines.KEPT_ASIDE
+    assert aside(tmp_path) == ["stale"] * engine_cache.KEPT_ASIDE
 
 
 def test_f36_tensorrt_does_not_take_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,13 +162,13 @@ def test_f36_a_full_or_read_only_disk_costs_only_time(
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(engines.files, "replacing", full)
+    monkeypatch.setattr(engine_cache.files, "replacing", full)
     assert builder.obtain(tmp_path / "full") == (PAYLOAD, False)
     assert "No space left on device" in caplog.text
 
 
 def test_f36_old_engines_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "KEPT", 3)
+    monkeypatch.setattr(engine_cache, "KEPT", 3)
     builder = Builder()
     keys = [dataclasses.replace(KEY, driver=str(i)) for i in range(5)]
     for key in keys:
@@ -181,23 +181,23 @@ def test_f36_old_engines_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_f36_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert engines.default_folder() == Path(".marginalia/engines")
+    assert engine_cache.default_folder() == Path(".marginalia/engines")
     assert (tmp_path / ".marginalia/engines").is_dir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     Path(".marginalia").touch()  # nothing can be made below it
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert engines.default_folder() == tmp_path / "xdg/marginalia/engines"
+    assert engine_cache.default_folder() == tmp_path / "xdg/marginalia/engines"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert engines.default_folder() == tmp_path / "home/.cache/marginalia/engines"
+    assert engine_cache.default_folder() == tmp_path / "home/.cache/marginalia/engines"
 
 
 BUILD = """
 import sys, time
 from pathlib import Path
 from tests.faults.test_f36_engine_cache import KEY, PAYLOAD
-from export.engines import Cache
+from export.engine_cache import Cache
 from export.tensorrt import Built
 
 folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
