@@ -181,7 +181,9 @@ def fit(
         with torch.autocast(device.type, enabled=False):  # operators go back in the precision they came in
             group.backward(loss)
 
-    with _arithmetic(config.deterministic and device.type == "cpu"), _on_sigterm() as told_to_stop:
+    # Not with torch.compile: in 2.13 inductor's gradient of a bilinear upsampling is 0 in deterministic mode.
+    repeats = config.deterministic and device.type == "cpu" and not config.compile
+    with _arithmetic(repeats), _on_sigterm() as told_to_stop:
         for at in range(now.step, config.steps):
             weight = schedule.unsup_weight(at, config)
             semi = method.threshold is not None and weight > 0
