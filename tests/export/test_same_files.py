@@ -11,7 +11,7 @@ from PIL import Image
 
 from export import bundle, runtime
 from pipeline import config, fit, images, manifest, masks, scores, shards
-from training import infer, metrics, models
+from training import evaluate, infer, metrics, models
 
 
 def encode(image_HWC: np.ndarray, kind: str) -> bytes:
@@ -87,9 +87,12 @@ def test_the_same_files_get_the_same_answers_and_the_same_score(project: Path) -
         rows = manifest.read(Path("data/split/manifest.parquet"))
         by_name = {row.name: row for row in rows}
         assert len(by_name) == len(KINDS) * len(SIZES)
-        for batch in infer.stream(
-            infer.plan_batches(rows, tiny_project.INPUT, 4), tiny_project.INPUT, 10**6, mask=True
-        ):
+        batches = infer.plan_batches(rows, tiny_project.INPUT, 4)
+        scored = evaluate.score(
+            model, batches, policy=tiny_project.INPUT, classes=4, ignore=255, distance=2, max_pixels=10**6
+        )
+        ours = np.sum([tally.confusion_KK for tally in scored.tallies], 0)
+        for batch in infer.stream(batches, tiny_project.INPUT, 10**6, mask=True):
             labels, _ = infer.segment(model, batch, infer.device())
             for sample, label in zip(batch, labels, strict=True):
                 label_HW = fit.restore(label, sample.fit)
