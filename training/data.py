@@ -15,6 +15,10 @@ from pipeline.manifest import Row
 CACHE_BYTES = 2 << 30
 
 
+class ReadError(RuntimeError):
+    """An image or mask of the split could not be read; the message names it and gives the cause."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """image_HWC uint8 RGB at working size (not padded); label_HW int32 with `ignore` where unknown."""
@@ -36,9 +40,17 @@ class Images:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
+        """Raises manifest.ManifestError where the data changed since ingest, ReadError for whatever else goes wrong."""
         if (kept := self._kept.get(index)) is not None:
             return kept
-        sample = self._read(self.rows[index])
+        row = self.rows[index]
+        try:
+            sample = self._read(row)
+        except manifest.ManifestError:
+            raise  # names the image
+        except Exception as error:
+            cause = f"{type(error).__name__} {error}".rstrip()
+            raise ReadError(f"{row.shard} ({row.dump}/{row.name}) cannot be read: {cause}") from error
         size = sample.image_HWC.nbytes + sample.label_HW.nbytes
         if size <= self._room:
             self._kept[index] = sample

@@ -1,4 +1,4 @@
-"""EMA (X3), order of samples, resume (X7), guards."""
+"""EMA (X3), resume (X7), guards."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.config import Train
 from training import checkpoint, ema, engine, guards, methods, schedule
-from training.data import Batches, Sample, order
+from training.data import Batches, Sample
 
 
 class Tiny(nn.Module):
@@ -84,24 +84,6 @@ def test_x3_average_over_n_steps_equals_the_closed_form_and_integers_are_copied(
     ema.Average(teacher, student).update(ema.decay_at(0, 0.99))
     for t, s in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
         assert torch.equal(t, s)
-
-
-def test_order_visits_everything_once_per_epoch_and_from_anywhere():
-    stream = order(7, seed=3, start=0, count=35)
-    for epoch in range(5):
-        assert sorted(stream[7 * epoch : 7 * epoch + 7]) == list(range(7))
-    assert stream[:7] != stream[7:14]
-    assert order(7, seed=3, start=11, count=9) == stream[11:20]
-    assert order(7, seed=4, start=0, count=7) != stream[:7]
-    assert sorted(order(2, seed=0, start=0, count=6)) == [0, 0, 0, 1, 1, 1]  # fewer images than the batch
-
-
-def test_batches_read_ahead_gives_the_same_batches():
-    batches = Batches(Memory(5, 1), Memory(9, 2), (2, 3), seed=0)
-    in_turn = [batches.get(step, True, True).names for step in range(4)]
-    fresh = Batches(Memory(5, 1), Memory(9, 2), (2, 3), seed=0)
-    assert fresh.get(3, True, False).names == in_turn[3]
-    assert fresh.get(1, False, False).names == in_turn[1][:2]
 
 
 class Killed(BaseException):
