@@ -106,8 +106,12 @@ class _Counts:
 def measure(
     model: nn.Module, runtimes: Mapping[str, Runtime], batches: Sequence[list[manifest.Row]], *,
     policy: config.Input, classes: int, ignore: int, max_pixels: int, border_px: int,
-) -> dict[str, Measured]:  # fmt: skip
-    """Run every batch through torch and every runtime; the first few images also through the call that serving makes."""
+) -> tuple[dict[str, Measured], dict[str, str]]:  # fmt: skip
+    """Run every batch through torch and every runtime; the first few images also through the call that serving makes.
+
+    Returns what was counted, and for each runtime that failed on the way why; the first runtime's failure is raised.
+    """
+    first, failed = next(iter(runtimes)), dict[str, str]()
     where = next(model.parameters()).device
     counts = {name: _Counts(classes, ignore, border_px) for name in runtimes}
     with progress.bar("parity", sum(map(len, batches))) as bar:
@@ -116,10 +120,15 @@ def measure(
                 logits_BKHW = model(infer.to_network(samples, where))
                 label, confidence = (t.cpu().numpy() for t in infer.answer(logits_BKHW))
                 close = (margin(torch.softmax(logits_BKHW.float(), 1)) < NEAR_TIE).cpu().numpy()
-            for name, runtime in runtimes.items():
-                counts[name].add(runtime, samples, label, confidence, close)
+            for name in [name for name in runtimes if name not in failed]:
+                try:
+                    counts[name].add(runtimes[name], samples, label, confidence, close)
+                except Exception as error:  # the runtimes' own exceptions share no base class
+                    if name == first:
+                        raise
+                    failed[name] = str(error) or repr(error)
             bar.advance(len(samples))
-    return {name: part.measured() for name, part in counts.items()}
+    return {name: part.measured() for name, part in counts.items() if name not in failed}, failed
 
 
 def judge(measured: Measured, names: Sequence[str], bars: config.Bars, key: str = "parity") -> list[str]:

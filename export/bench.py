@@ -33,6 +33,7 @@ MOST_CALLS = 50
 STREAMED = 16  # images of one in-process turn
 TORCH = ("eager", "channels_last", "compile")
 # Instructions that decide between fp32, bf16 and int8 (Linux's names).
+HOME = str(Path(__file__).parents[1])  # where the children find this package
 FLAGS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
     "asimddp", "i8mm", "bf16",
@@ -133,7 +134,8 @@ def started(case: Case) -> Iterator[Child]:
     """The case's process, which ends with the block."""
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
-            [sys.executable, "-m", case.module, json.dumps(case.task)],
+            [sys.executable, "-P", "-m", case.module, json.dumps(case.task)],  # -P: not what lies in the folder here
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True, encoding="utf-8",
         )  # fmt: skip
         try:

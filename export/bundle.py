@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from export.external_data import external_references
-from export.schema import MODEL, MODELS, ClassInfo, InputPolicy, Manifest, Option
+from export.schema import MODEL, MODELS, ClassInfo, InputPolicy, Manifest, Option, ranked
 from pipeline import files, fit
 
 MANIFEST, CARD, SUMS = "bundle.json", "MODEL_CARD.md", "SHA256SUMS"
@@ -71,7 +71,8 @@ def bundle_id(
     """First 16 hex digits of SHA-256 over all that shapes an answer.
 
     That is the model's bytes and the canonical JSON of classes, input policy, the names and checksums of `others`, and
-    the options by name: two bundles that may answer differently have two ids. Measured speeds are not part of it.
+    the options in the order in which they are preferred: two bundles that may answer differently have two ids. Of the
+    measured speeds only this order is part of it.
     """
     rest: dict[str, Any] = {
         "classes": [c.model_dump(mode="json") for c in classes],
@@ -80,7 +81,7 @@ def bundle_id(
     if others:
         rest["models"] = {name: files.sha256(data) for name, data in others.items()}
     if options:
-        rest["options"] = sorted(str(option) for option in options)
+        rest["options"] = [[str(o), o.file, o.speedup is not None] for o in ranked(options)]
     digest = hashlib.sha256(model)
     digest.update(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
     return digest.hexdigest()[:16]
@@ -111,6 +112,7 @@ def create(
     created: str | None = None,
     others: dict[str, bytes] | None = None,
     options: Sequence[Option] = (),
+    rejected: Sequence[str] = (),
 ) -> Bundle:
     """Write a bundle to `folder`, replacing what is there, and verify it as a reader would before it takes the name.
 
@@ -131,6 +133,7 @@ def create(
             ignore=ignore,
             input=policy,
             options=tuple(options),
+            rejected=tuple(rejected),
             metrics=metrics or {},
             data_hash=data_hash,
             split_hash=split_hash,

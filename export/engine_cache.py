@@ -95,13 +95,14 @@ def _write(path: Path, about: dict[str, Any], payload: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: float) -> Iterator[None]:
+def _locked(path: Path, wait: float) -> Iterator[bool]:
     """Hold a lock file against other processes and threads; it ends with its holder, however that ends.
 
     After `wait` seconds, or where locks do not work, go on without it: files appear by rename, so two builders at once
     only do the work twice.
     """
     with contextlib.ExitStack() as stack:
+        held = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(path.open("a"))
@@ -109,6 +110,7 @@ def _locked(path: Path, wait: float) -> Iterator[None]:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    held = True
                     break
                 except BlockingIOError:
                     if time.monotonic() >= until:
@@ -117,7 +119,7 @@ def _locked(path: Path, wait: float) -> Iterator[None]:
                     time.sleep(0.05)
         except OSError as error:
             _log.warning("%s: cannot be locked (%s); going on without it", path, error)
-        yield
+        yield held
 
 
 def _prune(folder: Path, pattern: str, keep: int) -> None:
@@ -156,9 +158,12 @@ class Cache:
         """Keep a bad file for whoever asks what happened; remove it where even that fails."""
         _log.warning("%s: %s (%s); set aside, built anew", path, trouble.kind, trouble)
         aside = path.with_name(f"{path.name}.{time.time_ns()}.{trouble.kind}")
-        with contextlib.suppress(OSError):
+        try:
             path.replace(aside)
             os.utime(aside)
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
         _prune(self.folder, f"*.{trouble.kind}", KEPT_ASIDE)
 
     def _fetch(self, path: Path, about: dict[str, Any]) -> bytes | None:
@@ -191,14 +196,15 @@ class Cache:
             EngineError: `make` raises it, or what was built just now cannot be loaded.
         """
         path = self.path(key)
-        with _locked(path.with_suffix(".lock"), self.wait):
+        with _locked(path.with_suffix(".lock"), self.wait) as alone:
             if not rebuild and (payload := self._fetch(path, key.about)) is not None:
                 if (engine := load(payload)) is not None:
                     with contextlib.suppress(OSError):
                         os.utime(path)  # in use: others are removed before it
                     return engine, True
                 self._set_aside(path, _Unusable("stale", "TensorRT does not take it"))
-            _prune(self.folder, f".{path.name}.*.part", 0)  # of a builder that was killed: nobody else holds the lock
+            if alone:
+                _prune(self.folder, f".{path.name}.*.part", 0)  # of a builder that was killed
             machine = hashlib.sha256(json.dumps(key.machine, sort_keys=True).encode()).hexdigest()[:32]
             timings = self.folder / f"{machine}.timings"
             built = make(self._fetch(timings, key.machine) or b"")

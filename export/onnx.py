@@ -199,8 +199,8 @@ def others(
     for name, make in wanted.items():
         try:
             made[name] = make()
-        except (quantize.QuantizeError, ExportError) as error:
-            failed[name] = str(error)
+        except Exception as error:  # exporter and quantiser raise what they like; fp32 needs neither
+            failed[name] = str(error) or repr(error)
     return made, failed
 
 

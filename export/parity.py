@@ -91,9 +91,10 @@ def judge_all(
     for option, found in measured.items():
         key = {"fp32": "parity", "int8": "parity.int8"}.get(option.precision, "parity.half")
         said = report(found, names, bars.bars(option.precision), key)
-        base = next((o for o in times if o.device == option.device and o.provider == o.device), BASE)
+        plain = [o for o in times if o.device == option.device and o.precision == "fp32"]
+        base = min(plain, key=lambda o: (o.runtime != "onnxruntime", times[o]), default=BASE)
         speedup = times[base] / times[option]
-        reason = None if option == base else verdict(option, said, speedup, bars.speedup)
+        reason = None if option == BASE else verdict(option, said, speedup, 0 if option == base else bars.speedup)
         facts = {k: getattr(option, k) for k in ("runtime", "device", "precision", "file")} | {"name": str(option)}
         milliseconds = round(1000 * times[option], 2)
         records.append(said | facts | {"ms": milliseconds, "speedup": round(speedup, 3), "left_out": reason})
@@ -114,10 +115,15 @@ def finish(draft: bundle.Bundle, records: Sequence[dict[str, Any]], folder: Path
         folder, draft.read_model(), classes=[c.model_dump() for c in facts.classes], long_side=facts.input.long_side,
         stride=facts.input.stride, card=(draft.folder / bundle.CARD).read_text(encoding="utf-8"), created=facts.created,
         others={name: draft.read_model(name) for name in draft.models if name in used and name != MODEL}, options=options,
+        rejected=[r["name"] for r in records if r["failures"]],
         **{k: getattr(facts, k) for k in (
             "opset", "ir_version", "name", "ignore", "metrics", "data_hash", "split_hash", "test_hash", "commit", "method",
         )},
     )  # fmt: skip
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _show(said: dict[str, Any], console: Console) -> None:
@@ -126,7 +132,8 @@ def _show(said: dict[str, Any], console: Console) -> None:
         "agreement on", "working grid", "original", title=f"parity {verdict}: onnxruntime cpu fp32 against torch"
     )
     table.caption = (
-        f"{said['images']} test images; mIoU torch {said['miou_torch']:.3f}, runtime {said['miou_runtime']:.3f}; "
+        f"{said['images']} test images; mIoU torch {_points(said['miou_torch'])}, "
+        f"runtime {_points(said['miou_runtime'])}; "
         f"{said['differing_pixels']} pixels differ, {said['near_ties_among_them']} of them near-ties"
     )
     for name, share in said["grid"]["per_class"].items():
@@ -144,6 +151,8 @@ def _show(said: dict[str, Any], console: Console) -> None:
             "-" if row["miou_drop"] is None else f"{row['miou_drop']:+.2f}",
             "yes" if row["left_out"] is None and row["passed"] else "no",
         )  # fmt: skip
+    if unseen := [name for name, v in said["class_drop"].items() if v is None]:
+        forms.caption = f"no test image shows {', '.join(unseen)}: nothing here speaks of these classes"
     console.print(forms)
     left_out = {row["name"]: row["left_out"] for row in said["options"] if row["left_out"]}
     for name, reason in (left_out | said["not_judged"]).items():
@@ -160,7 +169,7 @@ def run(params: config.Params, console: Console) -> bool:
     if not rows:
         raise ParityError("the test split has no image: raise split.test, or name test images in the source's lists")
     opened, refused = open_all(draft)
-    by_name = measure(
+    by_name, failed = measure(
         model,
         {str(option): runtime for option, runtime in opened.items()},
         infer.plan_batches(rows, policy, params.evaluate.batch),
@@ -170,6 +179,9 @@ def run(params: config.Params, console: Console) -> bool:
         max_pixels=params.ingest.max_pixels,
         border_px=params.evaluate.boundary_px,
     )
+    for option in [o for o in opened if str(o) in failed]:
+        refused[option] = failed[str(option)]
+        del opened[option]
     samples = [infer.read(row, policy, params.ingest.max_pixels, mask=False) for row in rows[:TIMED]]
     with console.status("timing the forms of the network"):
         times = seconds(opened, [sample.input_HWC for sample in samples])

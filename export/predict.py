@@ -11,6 +11,7 @@ files of an earlier run that this one does not write stay, and the two lists nam
 """
 
 import csv
+import errno
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from pipeline import config, files, fit, images, masks, progress
 OVERLAY_ALPHA, JPEG_QUALITY = 0.5, 90  # what the service answers with
 JPEG_SIDE = 65_500  # libjpeg's JPEG_MAX_DIMENSION
 BYTES_PER_PIXEL = 14  # image, label, confidence and blend; Pillow keeps a copy of four bytes
+LISTED = "predictions.json"
 STRIP = 256  # rows that are blended and counted at a time: both need several times the memory of what they read
 WORKERS = 4
 
@@ -120,10 +122,15 @@ def predict(
         OSError: the output cannot be written.
     """
     output = output.resolve()
+    _check_output(output, folder.resolve())
     places = partial(targets, output, overlay=overlay, confidence=confidence)
     count, skip = sources.survey(inputs, lambda name: list(places(name).values()))
     opened = runtime.Runtime(bundle.open_bundle(folder), provider=provider, precision=precision, threads=threads)
     opened.warm_up()
+    # The lists of an earlier run end here: whatever stops this one, they never describe pictures that it has replaced.
+    names = [item.name for item in opened.bundle.manifest.classes]
+    facts = opened.bundle.manifest.id, opened.provider, opened.precision
+    _write_lists(Result(output, *facts, [], [], 0.0), names)
     written: list[Written] = []
     refused: list[Quarantined] = []
     started = time.perf_counter()
@@ -143,9 +150,23 @@ def predict(
                 written.append(item)
             bar.advance()
     seconds = time.perf_counter() - started
-    result = Result(output, opened.bundle.manifest.id, opened.provider, opened.precision, written, refused, seconds)
-    _write_lists(result, [item.name for item in opened.bundle.manifest.classes])
+    result = Result(output, *facts, written, refused, seconds)
+    _write_lists(result, names)
     return result
+
+
+def _check_output(output: Path, folder: Path) -> None:
+    """Refuse to write beside files that are not ours (a mask beside its photograph has our very name) or into a bundle."""
+    if output.is_relative_to(folder):
+        raise sources.SourceError(
+            f"{output}: lies in the bundle, which may hold nothing else; choose another output folder"
+        )
+    if output.exists() and not output.is_dir():
+        raise sources.SourceError(f"{output}: is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / LISTED).exists():
+        raise sources.SourceError(
+            f"{output}: holds files that predict did not write and might replace; choose a new or empty output folder"
+        )
 
 
 def _load(found: Iterator[Found | Quarantined]) -> Iterator[_Loaded | Quarantined]:
@@ -208,7 +229,12 @@ def _finish(
             data = _overlay(item.prepared.image_HWC, label_HW, manifest)
         else:
             data = masks.encode_png(confidence_HW)
-        files.write_bytes(path, data)
+        try:
+            files.write_bytes(path, data)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return Quarantined(file, "name-too-long", "its name makes no file name here; rename it")
     pixels = np.sum([np.bincount(label_HW[rows].ravel(), minlength=256) for rows in _strips(len(label_HW))], axis=0)
     return Written(
         file=file,
@@ -251,7 +277,7 @@ def _write_lists(result: Result, classes: Sequence[str]) -> None:
         "seconds": result.seconds,
         "images": [asdict(item) for item in result.written],
     }
-    files.write_json(result.output / "predictions.json", facts)
+    files.write_json(result.output / LISTED, facts)
     files.write_json(result.output / "quarantine.json", [item._asdict() for item in result.quarantined])
 
 

@@ -92,7 +92,9 @@ def static(model: bytes, batches: Iterable[NDArray[np.uint8]], form: Form) -> by
                 quant_format=QuantFormat.QDQ, per_channel=True, weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax, nodes_to_exclude=stay, **_settings(form),
             )  # fmt: skip
-        except (ValueError, RuntimeError, TypeError) as error:
+        except QuantizeError:
+            raise
+        except Exception as error:  # ONNX Runtime's own exceptions derive from nothing nearer
             raise QuantizeError(f"the quantiser refuses this graph: {error}") from error
         finally:
             logging.getLogger().setLevel(quiet)

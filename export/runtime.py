@@ -7,7 +7,6 @@ processor with that arithmetic.
 
 import importlib.util
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +14,14 @@ from numpy.typing import NDArray
 
 from export import machine
 from export.bundle import Bundle, BundleError
-from export.schema import Option, Precision, Provider
+from export.schema import Manifest, Option, Precision, Provider, ranked
 from export.sessions import ProviderError, Session, SignatureError, check_installation, open_session
 from pipeline import fit
 
 __all__ = ["Precision", "Provider", "ProviderError", "Runtime", "Segmentation", "check_installation", "options"]
 
 BATCHES = (8, 4, 2, 1)  # the only batch sizes that reach a runtime: engines and caches are made per shape
-# Without a word from parity: fp32 in every runtime is the same network.
+# What any bundle can run without a file of its own. fp32 is the same network in every runtime, but no two round alike.
 PLAIN = (
     Option(runtime="tensorrt", device="cuda", precision="fp32"),
     Option(runtime="onnxruntime", device="cuda", precision="fp32"),
@@ -46,31 +45,43 @@ class Segmentation:
     timings: dict[str, float]
 
 
-def candidates(listed: Sequence[Option], provider: Provider, precision: Precision) -> list[Option]:
-    """Options worth trying, best first: judged ones by their speed, cards before processors, then plain fp32.
+def everything(manifest: Manifest) -> list[Option]:
+    """The bundle's options and plain fp32 in every runtime, without those that parity found wrong; the best first."""
+    known = {*manifest.rejected, *(str(o) for o in manifest.options)}
+    return ranked([*manifest.options, *(o for o in PLAIN if str(o) not in known)])
 
-    Plain fp32 under "auto" is ONNX Runtime's alone: other runtimes have to be judged or asked for by name.
+
+def candidates(manifest: Manifest, provider: Provider, precision: Precision) -> list[Option]:
+    """Options worth trying, best first.
+
+    Where something is left to "auto", an option that parity did not judge is taken only if it is fp32 in ONNX Runtime,
+    or in the runtime that is named: the same network, on a machine that parity has not seen.
 
     Raises:
-        ProviderError: the bundle has nothing of that name.
+        ProviderError: the bundle has nothing of that name, or parity found it wrong.
     """
     if provider not in ("cpu", "cuda", "openvino", "tensorrt", "auto"):
         raise ProviderError(f"unknown provider {provider!r}; choose cpu, cuda, openvino, tensorrt or auto")
-    known = {(o.provider, o.precision) for o in listed}
-    plain = [o for o in PLAIN if (o.provider, o.precision) not in known]
-    if provider == "auto":
-        plain = [o for o in plain if o.runtime == "onnxruntime"]
-    # Under auto an unjudged option (of a draft) is never taken; by name it is.
-    judged = [o for o in listed if o.speedup is not None or "auto" not in (provider, precision)]
-    found = [o for o in (*judged, *plain) if provider in ("auto", o.provider) and precision in ("auto", o.precision)]
-    if not found:
-        have = ", ".join(sorted(f"{o.provider} {o.precision}" for o in (*listed, *plain)))
-        raise ProviderError(
-            f"this bundle has nothing for provider {provider!r} in precision {precision!r}; it has {have}"
+    named = "auto" not in (provider, precision)
+    pool = everything(manifest)
+    found = [
+        o
+        for o in pool
+        if provider in ("auto", o.provider)
+        and precision in ("auto", o.precision)
+        and (
+            named
+            or o.speedup is not None
+            or (o.precision == "fp32" and (o.runtime == "onnxruntime" or o.provider == provider))
         )
-    return sorted(
-        found, key=lambda o: (o.device == "cpu", -(o.speedup or (1.0 if o.runtime == "onnxruntime" else 0.0)))
-    )
+    ]
+    if not found:
+        have = ", ".join(sorted(f"{o.provider} {o.precision}" for o in pool))
+        wrong = f" (parity found {', '.join(manifest.rejected)} wrong)" if manifest.rejected else ""
+        raise ProviderError(
+            f"this bundle has nothing for provider {provider!r} in precision {precision!r}; it has {have}{wrong}"
+        )
+    return found
 
 
 def _lacks(option: Option) -> str | None:
@@ -90,12 +101,8 @@ def _lacks(option: Option) -> str | None:
 
 
 def options(bundle: Bundle) -> list[Option]:
-    """Every judged option that can run on this machine, and plain fp32 where that can; the best first."""
-    listed = bundle.manifest.options
-    known = {(o.provider, o.precision) for o in listed}
-    everything = [*listed, *(o for o in PLAIN if (o.provider, o.precision) not in known)]
-    here = [o for o in everything if _lacks(o) is None]
-    return sorted(here, key=lambda o: (o.device == "cpu", -(o.speedup or 0.0)))
+    """Every option that can run on this machine, the best first."""
+    return [o for o in everything(bundle.manifest) if _lacks(o) is None]
 
 
 class Runtime:
@@ -118,11 +125,12 @@ class Runtime:
         self.provider, self.precision = self.option.provider, self.option.precision
 
     def _open(self, provider: Provider, precision: Precision) -> tuple[Option, Session]:
-        tried = candidates(self.bundle.manifest.options, provider, precision)
-        policy = self.bundle.manifest.input
+        tried = candidates(self.bundle.manifest, provider, precision)
+        policy, free = self.bundle.manifest.input, provider == "auto" and precision == "auto"
+        problem: Exception = ProviderError("nothing to try")
         for option in tried:
-            named = provider != "auto" and precision == option.precision
-            if not named and (lack := _lacks(option)) and option is not tried[-1]:
+            if (lack := _lacks(option)) and (provider == "auto" or precision == "auto") and option.device == "cpu":
+                problem = ProviderError(f"{option}: {lack}; name both provider and precision to run it all the same")
                 self.passed_over[str(option)] = lack
                 continue
             model = self.bundle.read_model(option.file)
@@ -131,18 +139,21 @@ class Runtime:
                     option, model, threads=self.threads, long_side=policy.long_side, stride=policy.stride
                 )
             except ProviderError as error:
-                if option is tried[-1]:
-                    raise
-                self.passed_over[str(option)] = str(error)
-                continue
+                problem, reason = error, str(error)
             except SignatureError as error:
-                raise BundleError(f"{self.bundle.folder / option.file}: {error}; export it again") from error
+                problem, reason = (
+                    BundleError(f"{self.bundle.folder / option.file}: {error}; export it again"),
+                    str(error),
+                )
             except Exception as error:  # the runtimes' own exceptions share no base class
-                raise BundleError(
-                    f"{self.bundle.folder / option.file}: cannot be loaded ({error}); export it again"
-                ) from error
-            return option, session
-        raise AssertionError("candidates are never empty")
+                said = f"{self.bundle.folder / option.file}: cannot be loaded ({error}); export it again"
+                problem, reason = BundleError(said), str(error)
+            else:
+                return option, session
+            if not free and isinstance(problem, BundleError):
+                raise problem
+            self.passed_over[str(option)] = reason
+        raise problem
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """uint8 N x H x W x 3 RGB, H and W multiples of the stride -> uint8 class ids and confidence, each N x H x W.

@@ -1,5 +1,6 @@
 """bundle.json: what is in a bundle and how it may be run."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,6 +13,19 @@ Provider = Literal["cpu", "cuda", "openvino", "tensorrt", "auto"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "auto"]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Positive = Annotated[int, Field(gt=0)]
+
+
+# (runtime, file) -> the devices and precisions in which it can be run. OpenVINO computes in bf16 from the fp32 file.
+FORMS = {
+    ("onnxruntime", MODEL): (("cpu", "fp32"), ("cuda", "fp32")),
+    ("onnxruntime", "model.fp16.onnx"): (("cuda", "fp16"),),
+    ("onnxruntime", "model.int8.onnx"): (("cpu", "int8"),),
+    ("openvino", MODEL): (("cpu", "fp32"), ("cpu", "bf16")),
+    ("openvino", "model.int8.onnx"): (("cpu", "int8"),),
+    ("tensorrt", MODEL): (("cuda", "fp32"),),
+    ("tensorrt", "model.fp16.onnx"): (("cuda", "fp16"),),
+    ("tensorrt", "model.int8-tensorrt.onnx"): (("cuda", "int8"),),
+}
 
 
 class _Part(BaseModel):
@@ -53,6 +67,12 @@ class Option(_Part):
     agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     miou_drop: float | None = None
 
+    @model_validator(mode="after")
+    def _exists(self) -> "Option":
+        if (self.device, self.precision) not in FORMS.get((self.runtime, self.file), ()):
+            raise ValueError(f"{self} from {self.file} is no way to run a bundle")
+        return self
+
     @property
     def provider(self) -> str:
         """The name by which it is asked for: cpu, cuda, openvino or tensorrt."""
@@ -74,6 +94,7 @@ class Manifest(_Part):
     input: InputPolicy
     outputs: Outputs = Outputs()
     options: tuple[Option, ...] = ()
+    rejected: tuple[str, ...] = ()  # options by name that did not keep parity's bars: never run
     metrics: dict[str, Any]
     data_hash: str
     split_hash: str
@@ -90,6 +111,8 @@ class Manifest(_Part):
             raise ValueError("class ids must rise and class names must differ")
         if self.ignore in ids:
             raise ValueError(f"{self.ignore} means ignore and cannot be a class")
+        if len({str(o) for o in self.options}) != len(self.options):
+            raise ValueError("an option is there twice")
         return self
 
     @property
@@ -99,3 +122,11 @@ class Manifest(_Part):
         for item in self.classes:
             table[item.id] = item.color
         return table
+
+
+def ranked(options: Sequence[Option]) -> list[Option]:
+    """Cards before processors, then by measured speed; what was not judged comes last, ONNX Runtime first among it."""
+    return sorted(
+        options,
+        key=lambda o: (o.device == "cpu", o.speedup is None, -(o.speedup or 0.0), o.runtime != "onnxruntime", str(o)),
+    )

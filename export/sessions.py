@@ -90,7 +90,10 @@ class OnnxRuntime:
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # sizes differ from image to image; planned memory would be kept for each
         options.log_severity_level = 4  # fatal only: failures come back as exceptions
-        return ort.InferenceSession(model, sess_options=options, providers=list(providers))
+        # ONNX Runtime's Python class answers a failed call on the CPU from then on, with a line on stdout: not here.
+        session = ort.InferenceSession(model, sess_options=options, providers=list(providers), enable_fallback=0)
+        session.disable_fallback()
+        return session
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> Answer:
         label_NHW, confidence_NHW = self._session.run(list(OUTPUTS), {INPUT: images_NHWC})

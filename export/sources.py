@@ -116,10 +116,12 @@ def survey(inputs: Sequence[Path], targets: Callable[[str], Sequence[Path]]) -> 
             raise SourceError(f"{given}: no such file or folder")
     skip: dict[Path, Quarantined] = {}
     while True:
-        names, read, refused = [], set(), dict[Path, Quarantined]()
+        names, read = [], set()
+        refused = dict[Path, Quarantined]()
+        by_name = {_shown(given): given for given in inputs}
         for item in walk(inputs, skip):
             if isinstance(item, Quarantined):
-                refused[Path(item.file)] = item
+                refused[by_name[item.file]] = item
                 continue
             names.append(item.name)
             if item.path is not None:
@@ -132,6 +134,7 @@ def survey(inputs: Sequence[Path], targets: Callable[[str], Sequence[Path]]) -> 
     folders = [given.resolve() for given in inputs if given.is_dir()]
     for name in names:
         for target in targets(name):
+            target = target.parent.resolve() / target.name  # a folder below the output may be a link
             if target in read:
                 raise SourceError(f"{target}: the answer would overwrite an input; choose another output folder")
             for folder in folders:
@@ -155,7 +158,7 @@ def _of_archive(path: Path, taken: dict[str, int]) -> Iterator[Found | Quarantin
                     f"{_shown(path)}/{member.name}", unique(member.name, taken), None, partial(_unpacked, member)
                 )
     except (archives.DumpRefused, OSError) as error:
-        yield Quarantined(_shown(path), "archive", str(error))
+        yield Quarantined(_shown(path), "archive", _plain(str(error)))
 
 
 def _hidden(name: str) -> bool:
@@ -210,4 +213,8 @@ def _too_large(size: int) -> images.Refused:
 
 def _shown(path: Path) -> str:
     """The path as text that UTF-8 can write, whatever bytes the file system has in it."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+    return _plain(str(path))
+
+
+def _plain(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

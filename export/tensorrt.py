@@ -5,6 +5,7 @@ an argument. Neither is imported before `load` is called. The report of `look` g
 """
 
 import ctypes
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -203,6 +204,7 @@ def _version(name: str) -> str:
     return "of unknown version"
 
 
+@functools.cache
 def look() -> Found:
     """Look for a card (driver, then nvidia-smi, device files) and for a TensorRT module; never raises, imports none
     of them.
@@ -222,7 +224,9 @@ def look() -> Found:
             continue
         modules[name] = _version(name)
         looked[f"Python module {name}"] = f"found: {modules[name]}"
-    return Found(tuple(by_driver or by_tool), modules, looked)
+    # Where the driver answers, it knows: nvidia-smi also lists cards that CUDA_VISIBLE_DEVICES hides.
+    cards = by_driver if by_driver or "answer" in said_driver else by_tool
+    return Found(tuple(cards), modules, looked)
 
 
 def load() -> ModuleType:

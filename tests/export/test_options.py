@@ -9,7 +9,7 @@ import pytest
 import tiny_onnx
 
 from export import bundle, machine, runtime
-from export.schema import Option
+from export.schema import Manifest, Option
 
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="openvino is not installed (extra `openvino`)")
@@ -24,26 +24,44 @@ def names(found: list[Option]) -> list[str]:
     return [f"{o.provider} {o.precision}" for o in found]
 
 
+def told(*options: Option, rejected: tuple[str, ...] = ()) -> Manifest:
+    """A manifest with these options; its models are not looked at."""
+    return Manifest.model_construct(options=options, rejected=rejected)
+
+
 def test_auto_is_the_fastest_judged_option_with_cards_first() -> None:
-    found = runtime.candidates((FP32, INT8, BF16, CUDA), "auto", "auto")
-    assert names(found) == ["cuda fp16", "cuda fp32", "cpu int8", "openvino bf16", "cpu fp32"]
-    assert names(runtime.candidates((FP32, INT8, BF16, CUDA), "cpu", "auto")) == ["cpu int8", "cpu fp32"]
-    assert names(runtime.candidates((FP32, INT8, BF16, CUDA), "auto", "fp32")) == ["cuda fp32", "cpu fp32"]
-    assert names(runtime.candidates((), "auto", "auto")) == ["cuda fp32", "cpu fp32"]
+    every = told(FP32, INT8, BF16, CUDA)
+    # fp32 on a card that parity has not seen is the same network; OpenVINO's fp32 was not asked for
+    assert names(runtime.candidates(every, "auto", "auto")) == [
+        "cuda fp16", "cuda fp32", "cpu int8", "openvino bf16", "cpu fp32",
+    ]  # fmt: skip
+    assert names(runtime.candidates(every, "cpu", "auto")) == ["cpu int8", "cpu fp32"]
+    assert names(runtime.candidates(every, "auto", "fp32")) == ["cuda fp32", "cpu fp32"]
+    assert names(runtime.candidates(every, "openvino", "auto")) == ["openvino bf16", "openvino fp32"]
+    assert names(runtime.candidates(told(), "auto", "auto")) == ["cuda fp32", "cpu fp32"]
 
 
-def test_an_option_nobody_judged_is_taken_by_name_only() -> None:
-    draft = tuple(o.model_copy(update={"speedup": None}) for o in (FP32, INT8))
-    assert names(runtime.candidates(draft, "auto", "auto")) == ["cuda fp32"]
+def test_what_parity_found_wrong_never_runs() -> None:
+    wrong = told(FP32, rejected=("onnxruntime cuda fp32", "openvino cpu fp32"))
+    assert names(runtime.candidates(wrong, "auto", "auto")) == ["cpu fp32"]
+    for provider in ("cuda", "openvino"):
+        with pytest.raises(runtime.ProviderError, match="parity found onnxruntime cuda fp32, openvino cpu fp32 wrong"):
+            runtime.candidates(wrong, provider, "fp32")  # type: ignore[arg-type]
+
+
+def test_a_lossy_option_nobody_judged_is_taken_by_name_only() -> None:
+    draft = told(*(o.model_copy(update={"speedup": None}) for o in (FP32, INT8, BF16)))
+    assert names(runtime.candidates(draft, "auto", "auto")) == ["cuda fp32", "cpu fp32"]
+    assert names(runtime.candidates(draft, "cpu", "auto")) == ["cpu fp32"]
     assert names(runtime.candidates(draft, "cpu", "int8")) == ["cpu int8"]
-    assert names(runtime.candidates((), "openvino", "fp32")) == ["openvino fp32"]
+    assert names(runtime.candidates(told(), "openvino", "fp32")) == ["openvino fp32"]
 
 
 def test_what_a_bundle_lacks_is_refused_with_what_it_has() -> None:
     with pytest.raises(
         runtime.ProviderError, match=r"nothing for provider 'cpu' in precision 'int8'; it has .*cpu fp32"
     ):
-        runtime.candidates((FP32,), "cpu", "int8")
+        runtime.candidates(told(FP32), "cpu", "int8")
 
 
 def two(folder: Path) -> bundle.Bundle:
@@ -76,6 +94,8 @@ def test_int8_waits_for_a_processor_with_dot_products(
         assert "dot products" in chosen.passed_over["onnxruntime cpu int8"]
         by_name = runtime.Runtime(chosen.bundle, provider="cpu", precision="int8")
         assert by_name.precision == "int8"  # slower, but what was asked for
+        with pytest.raises(runtime.ProviderError, match="dot products; name both provider and precision"):
+            runtime.Runtime(chosen.bundle, precision="int8")
 
 
 def test_machine_facts_come_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +169,11 @@ def test_the_id_follows_models_and_options_but_not_measured_speeds(tmp_path: Pat
     }
     assert len(set(ids.values())) == 4
     slower = [FP32, INT8.model_copy(update={"speedup": 1.4, "agreement": 0.99})]
+    behind = [FP32, INT8.model_copy(update={"speedup": 0.9})]  # auto would take the other one: other answers
+    others = {"model.int8.onnx": tiny_onnx.model(10)}
+    assert tiny_onnx.write(tmp_path / "f", others=others, options=behind).manifest.id != ids["two"]
+    unjudged = [o.model_copy(update={"speedup": None}) for o in (FP32, INT8)]
+    assert tiny_onnx.write(tmp_path / "g", others=others, options=unjudged).manifest.id != ids["two"]
     again = tiny_onnx.write(tmp_path / "e", others={"model.int8.onnx": tiny_onnx.model(10)}, options=slower)
     assert again.manifest.id == ids["two"]
 
@@ -174,3 +199,61 @@ def test_a_further_model_may_not_point_outside_either(tmp_path: Path) -> None:
     tensor.external_data.add(key="location", value="../secret")
     with pytest.raises(bundle.BundleError, match=r"model\.int8\.onnx: refers to other files"):
         tiny_onnx.write(tmp_path / "b", others={"model.int8.onnx": proto.SerializeToString()}, options=[FP32, INT8])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"file": "model.int8.onnx"},
+        {"precision": "fp16"},
+        {"runtime": "tensorrt"},
+        {"runtime": "openvino", "precision": "int8"},
+    ],
+    ids=str,
+)
+def test_only_ways_that_exist_are_options(changes: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="is no way to run a bundle"):
+        Option.model_validate(FP32.model_dump() | changes)
+
+
+def test_an_option_stands_once(tmp_path: Path) -> None:
+    with pytest.raises(bundle.BundleError, match="an option is there twice"):
+        tiny_onnx.write(tmp_path / "b", options=[FP32, FP32.model_copy(update={"speedup": 2.0})])
+
+
+def test_a_model_that_will_not_load_is_passed_over_by_auto_and_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "has_dot_products", lambda: True)
+    newer = onnx.load_from_string(tiny_onnx.model(10))
+    newer.ir_version = 99
+    opened = tiny_onnx.write(
+        tmp_path / "b", others={"model.int8.onnx": newer.SerializeToString()}, options=[FP32, INT8]
+    )
+    chosen = runtime.Runtime(opened)
+    assert chosen.precision == "fp32"
+    assert "onnxruntime cpu int8" in chosen.passed_over
+    with pytest.raises(bundle.BundleError, match=r"model\.int8\.onnx: cannot be loaded"):
+        runtime.Runtime(opened, provider="cpu", precision="int8")
+
+
+def test_a_failed_call_fails_and_is_not_answered_by_another_provider(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's Python class turns to the CPU after a provider's failure unless it is told not to."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    opened = runtime.Runtime(tiny_onnx.write(tmp_path / "b"), provider="cpu")
+
+    inner = opened._session._session._sess  # type: ignore[attr-defined]
+
+    class Failing:
+        def __getattr__(self, name: str) -> object:
+            return getattr(inner, name)
+
+        def run(self, *args: object) -> None:
+            raise state.EPFail("the card went away")
+
+    monkeypatch.setattr(opened._session._session, "_sess", Failing())
+    with pytest.raises(state.EPFail, match="the card went away"):
+        opened.run(IMAGE)

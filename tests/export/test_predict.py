@@ -280,8 +280,49 @@ def test_outputs_never_become_inputs(opened: runtime.Runtime, tmp_path: Path) ->
             predict.predict(bundle, inputs, output)
     assert written_files(tmp_path) == {"in/in/a.png": data}
     assert len(predict.predict(bundle, [folder], folder / ".out").written) == 1  # hidden: never read
-    assert len(predict.predict(bundle, [folder], folder.parent).written) == 1  # beside the input, not in it
+    assert len(predict.predict(bundle, [folder], folder.parent / "beside").written) == 1
     assert len(predict.predict(bundle, [folder], tmp_path / "out").written) == 1
+
+
+def test_only_its_own_files_are_replaced(opened: runtime.Runtime, tmp_path: Path) -> None:
+    """A mask beside its photograph has the very name of the answer."""
+    data, bundle = pictures.save(noise(20, 20)), opened.bundle.folder
+    for name in ("data/a.jpg", "data/a.png", "link/in/trip/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    before = written_files(tmp_path)
+    with pytest.raises(sources.SourceError, match="did not write and might replace"):
+        predict.predict(bundle, [tmp_path / "data/a.jpg"], tmp_path / "data")
+    inside = written_files(bundle)
+    for output in (bundle, bundle / "out"):
+        with pytest.raises(sources.SourceError, match="lies in the bundle"):
+            predict.predict(bundle, [tmp_path / "data"], output)
+    assert written_files(bundle) == inside
+    output = tmp_path / "out"
+    predict.predict(bundle, [tmp_path / "data/a.jpg"], output)
+    (output / "trip").symlink_to(tmp_path / "link/in/trip")
+    with pytest.raises(sources.SourceError, match="overwrite an input"):
+        predict.predict(bundle, [tmp_path / "link/in"], output)
+    assert len(predict.predict(bundle, [tmp_path / "data/a.jpg"], output).written) == 1  # its own, again
+    assert {k: v for k, v in written_files(tmp_path).items() if k in before} == before
+
+
+def test_a_hostile_archive_whose_name_is_no_text_is_left_out_whole(opened: runtime.Runtime, tmp_path: Path) -> None:
+    archive = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.zip"))
+    data = pictures.save(noise(20, 20))
+    with zipfile.ZipFile(archive, "w") as target:
+        target.writestr("x.png", data)
+        target.writestr("../o.png", data)
+        target.writestr("a" * 251 + ".png/y.png", data)
+    result = predict.predict(opened.bundle.folder, [archive], tmp_path / "out")
+    assert [q.code for q in result.quarantined] == ["archive"]
+    assert set(written_files(tmp_path / "out")) == {"predictions.csv", "predictions.json", "quarantine.json"}
+    with zipfile.ZipFile(tmp_path / "long.zip", "w") as target:
+        target.writestr("ok.png", data)
+        target.writestr("a" * 251 + ".png/y.png", data)
+    result = predict.predict(opened.bundle.folder, [tmp_path / "long.zip"], tmp_path / "long")
+    assert [item.mask for item in result.written] == ["ok.png"]
+    assert [q.code for q in result.quarantined] == ["name-too-long"]
 
 
 def test_one_image_that_the_model_fails_on(
@@ -325,6 +366,8 @@ def test_an_interrupt_leaves_whole_files(opened: runtime.Runtime, tmp_path: Path
     found = written_files(output)
     assert 5 <= len(found) < 1200
     assert not [name for name in found if name.endswith(".part")]
+    assert json.loads(found.pop("predictions.json"))["images"] == []  # not those of an earlier run
+    found.pop("predictions.csv"), found.pop("quarantine.json")
     for name in found:
         Image.open(output / name).load()
 

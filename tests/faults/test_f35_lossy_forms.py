@@ -37,7 +37,7 @@ def test_f35_slow_or_wrong_forms_stay_out(
     monkeypatch: pytest.MonkeyPatch, wrong: int, seconds: float, said: str | None
 ) -> None:
     monkeypatch.setattr(machine, "has_dot_products", lambda: True)
-    bars = config.Parity(int8=config.Bars(agreement=0.99, class_agreement=0.5, miou_drop=10, class_drop=2))
+    bars = config.Parity(int8=config.Int8Bars(agreement=0.99, class_agreement=0.5, miou_drop=10, class_drop=2))
     records = parity.judge_all(
         {parity.BASE: measured(0), INT8: measured(wrong)}, {parity.BASE: 1.0, INT8: seconds}, tiny_project.NAMES, bars
     )
