@@ -358,7 +358,10 @@ def test_an_interrupt_leaves_whole_files(opened: runtime.Runtime, tmp_path: Path
         "-o",
         str(output),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     while process.poll() is None and len(list(output.glob("*.png"))) < 5:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
