@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from export import cuda, tensorrt
 from export.engine_cache import Cache, Key, default_folder
+from export.schema import INPUT, OUTPUTS
 from export.tensorrt import EngineError, Profile
 from pipeline import files
 
 SHAPES = 16  # input shapes whose buffers and graphs are kept
-_TENSORS = ("image", "label", "confidence")
 _log = logging.getLogger(__name__)
 
 
@@ -32,9 +32,10 @@ class _Slot:
             raise EngineError("TensorRT makes no execution context; the card may be out of memory")
         self.context.set_device_memory(scratch.handle, scratch.size)
         shape_NHW = shape_NHWC[:3]
-        self.hosts = {n: cuda.PinnedArray(s) for n, s in zip(_TENSORS, (shape_NHWC, shape_NHW, shape_NHW), strict=True)}
+        shapes = zip((INPUT, *OUTPUTS), (shape_NHWC, shape_NHW, shape_NHW), strict=True)
+        self.hosts = {name: cuda.PinnedArray(shape) for name, shape in shapes}
         self.devices = {n: cuda.DeviceMemory(host.array.nbytes) for n, host in self.hosts.items()}
-        if not self.context.set_input_shape("image", shape_NHWC):
+        if not self.context.set_input_shape(INPUT, shape_NHWC):
             raise EngineError(f"the engine refuses the input shape {shape_NHWC}")
         for name, memory in self.devices.items():
             if not self.context.set_tensor_address(name, memory.handle):
@@ -43,10 +44,10 @@ class _Slot:
         self.runs, self.capturable = 0, True
 
     def enqueue(self, stream: cuda.Stream) -> None:
-        stream.to_device(self.devices["image"], self.hosts["image"])
+        stream.to_device(self.devices[INPUT], self.hosts[INPUT])
         if not self.context.execute_async_v3(stream.handle):
             raise EngineError("TensorRT refused to run the engine; its log says why")
-        for name in _TENSORS[1:]:
+        for name in OUTPUTS:
             stream.to_host(self.hosts[name], self.devices[name])
 
     def close(self) -> None:
@@ -132,11 +133,11 @@ class EngineSession:
             if self._engine is None:
                 raise EngineError("the session is closed; open another")
             slot = self._slot(images_NHWC.shape)
-            np.copyto(slot.hosts["image"].array, images_NHWC)
+            np.copyto(slot.hosts[INPUT].array, images_NHWC)
             self._launch(slot)
             self._stream.synchronize()
             slot.runs += 1
-            label_NHW, confidence_NHW = (slot.hosts[name].array.copy() for name in _TENSORS[1:])
+            label_NHW, confidence_NHW = (slot.hosts[name].array.copy() for name in OUTPUTS)
             return label_NHW, confidence_NHW
 
     def _slot(self, shape_NHWC: tuple[int, ...]) -> _Slot:
@@ -154,7 +155,7 @@ class EngineSession:
                 slot.graph = self._stream.capture(lambda: slot.enqueue(self._stream))
             except (cuda.CudaError, EngineError) as error:
                 slot.capturable = False
-                _log.warning("no CUDA graph for the input shape %s: %s", slot.hosts["image"].array.shape, error)
+                _log.warning("no CUDA graph for the input shape %s: %s", slot.hosts[INPUT].array.shape, error)
         if self.graphs and slot.graph is not None:
             slot.graph.launch(self._stream)
         else:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from export import bundle, quantize, tensorrt
-from export.schema import Option
+from export.schema import INPUT, OUTPUTS, Option
 from pipeline import config, files, manifest
 from training import infer, models
 
@@ -29,7 +29,6 @@ OPSET = 20
 STUDENT = Path("models/student/student.safetensors")
 DRAFT = Path("models/exported")
 SPLIT = Path("data/split")
-INPUT, OUTPUTS = "image", ("label", "confidence")
 # What parity is to try of each file. OpenVINO computes in bf16 from the fp32 file.
 OFFERED = (
     Option(runtime="onnxruntime", device="cpu", precision="fp32"),

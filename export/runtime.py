@@ -140,14 +140,9 @@ class Runtime:
                 )
             except ProviderError as error:
                 problem, reason = error, str(error)
-            except SignatureError as error:
-                problem, reason = (
-                    BundleError(f"{self.bundle.folder / option.file}: {error}; export it again"),
-                    str(error),
-                )
             except Exception as error:  # the runtimes' own exceptions share no base class
-                said = f"{self.bundle.folder / option.file}: cannot be loaded ({error}); export it again"
-                problem, reason = BundleError(said), str(error)
+                reason = str(error) if isinstance(error, SignatureError) else f"cannot be loaded ({error})"
+                problem = BundleError(f"{self.bundle.folder / option.file}: {reason}; export it again")
             else:
                 return option, session
             if not free and isinstance(problem, BundleError):

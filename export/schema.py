@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+INPUT, OUTPUTS = "image", ("label", "confidence")  # of every graph
 MODEL = "model.onnx"
 # The CPU's int8 kernels want unsigned activations, TensorRT takes only symmetric signed ones: two files.
 MODELS = (MODEL, "model.fp16.onnx", "model.int8.onnx", "model.int8-tensorrt.onnx")

@@ -14,9 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.schema import Option
+from export.schema import INPUT, OUTPUTS, Option
 
-INPUT, OUTPUTS = "image", ("label", "confidence")
 Answer = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 _FIRST = threading.Lock()
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -68,7 +67,6 @@ class OnnxRuntime:
     """ONNX Runtime on the CPU or a CUDA card."""
 
     def __init__(self, model: bytes, device: str, threads: int) -> None:
-        check_installation()
         providers: list[Any] = [_CPU]
         if device == "cuda":
             if _CUDA not in ort.get_available_providers():

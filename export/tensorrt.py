@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from export.schema import INPUT
 from pipeline import fit
 
 # The full TensorRT builds engines for server cards; `tensorrt_rtx` has the same Python interface for RTX cards.
@@ -32,7 +33,7 @@ PRECISIONS = ("fp32", "tf32", "fp16", "int8")
 RECIPE = 1  # part of an engine's key: raise it when `build` makes another engine of the same arguments
 MAX_BATCH = 8
 SCRATCH = 4 << 30  # bytes a layer may use for scratch; without a limit the builder may take the whole card
-_INPUT, _CHANNELS = "image", 3
+_CHANNELS = 3
 _log = logging.getLogger(__name__)
 
 
@@ -296,14 +297,14 @@ def build(
         said = [f"node {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in errors]
         raise EngineError(f"{name}: TensorRT cannot read the graph: {'; '.join(said) or 'no reason given'}")
     inputs = [network.get_input(i).name for i in range(network.num_inputs)]
-    if inputs != [_INPUT]:
-        raise EngineError(f"{name}: has inputs {inputs}, not only {_INPUT!r}; export it again")
+    if inputs != [INPUT]:
+        raise EngineError(f"{name}: has inputs {inputs}, not only {INPUT!r}; export it again")
     config = builder.create_builder_config()
     if precision != "tf32":  # on unless switched off; fp32 is to agree with ONNX Runtime
         config.clear_flag(module.BuilderFlag.TF32)
     config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, SCRATCH)
     sizes = builder.create_optimization_profile()
-    sizes.set_shape(_INPUT, *((*shape, _CHANNELS) for shape in (profile.min_NHW, profile.opt_NHW, profile.max_NHW)))
+    sizes.set_shape(INPUT, *((*shape, _CHANNELS) for shape in (profile.min_NHW, profile.opt_NHW, profile.max_NHW)))
     config.add_optimization_profile(sizes)
     timed = module.__name__ != "tensorrt_rtx"  # there these calls do nothing and are deprecated since 1.2
     if timed:
