@@ -29,7 +29,7 @@ import rows as table
 from alternating import alternate
 
 from export import bundle, runtime
-from serving import answers, app
+from serving import answers, desk
 from serving.settings import Settings
 from tests import tiny_onnx
 from tests.live_server import START, free_port, until
@@ -64,8 +64,8 @@ def measure_all(server: str, opened: runtime.Runtime, settings: Settings, rounds
                 response = http.post("/v1/segment", content=data, headers={"Content-Type": "image/jpeg"})
                 return response.raise_for_status()
 
-            def in_process(data: bytes = data) -> app.Answered:
-                return app.segment(data, kind, opened, settings, time.perf_counter())
+            def in_process(data: bytes = data) -> desk.Answered:
+                return desk.segment(data, kind, opened, settings, time.perf_counter())
 
             assert over_http().content == in_process().body
             timed = alternate({"http": over_http, "here": in_process}, rounds * 4)
