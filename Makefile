@@ -37,7 +37,7 @@ export GIT_COMMITTER_NAME ?= $(GIT_AUTHOR_NAME)
 export GIT_COMMITTER_EMAIL ?= $(GIT_AUTHOR_EMAIL)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/lanes.py
 
 lint: setup
 	$(BIN)/ruff check .
