@@ -128,6 +128,7 @@ class Train(Section):
     corrmatch_neighbours: Positive = 4
     combine: tuple[Literal["j1", "j2", "j3"], ...] = ("j1", "j2")  # of s4mc+corrmatch
     teacher: Literal["auto", "ema", "self"] = "auto"  # auto: as the method was published
+    bar: Literal["auto", "fixed", "quantile", "class_max"] = "auto"  # the same
     supervised_loss: Literal["ce", "ohem"] = "ce"
     ohem_sure: Share = 0.7
     ohem_pixels: Positive = 100_000

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline import files
 
@@ -41,6 +43,45 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Temporary name, fsync, rename: a kill at any moment leaves the previous checkpoint or this one, never a torn file."""
     with files.replacing(path) as handle:
         torch.save(state, handle)
+
+
+class Writer:
+    """Saves beside the training: the next step begins as soon as the state is copied. One write at a time, in order.
+
+    What went wrong with a write is raised by the next call, at the latest when the block ends. Leaving the block waits.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        """Copy `state` to the host's memory and return; `path` is replaced when the copy has been written."""
+        self.wait()
+        self._last = self._pool.submit(save, path, _copied(state))
+
+    def wait(self) -> None:
+        """Return when the last state is safe on disk. Raises OSError where it could not be written."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def load(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Train
-from training import augment, checkpoint, correlate, ema, guards, ranks, schedule
+from training import augment, checkpoint, correlate, ema, guards, ranks, resume, schedule
 from training.augment import View
 from training.data import Batches, Sample
 from training.diagnostics import PseudoLabels
 from training.methods import Method
 from training.step import Step, step
 from training.student import NoFeatures, Student
-from training.threshold import ClassMax
 
 
 class Interrupted(RuntimeError):
@@ -40,25 +39,6 @@ class Result:
     best: dict[str, Tensor] | None
     best_step: int | None
     history: list[dict[str, float]]
-
-
-@dataclass
-class Best:
-    """The teacher with the highest val mIoU so far; -1 and None before the first validation."""
-
-    miou: float = -1.0
-    step: int | None = None
-    weights: dict[str, Tensor] | None = None
-
-
-@dataclass
-class Progress:
-    """What a resumed run needs beside the weights."""
-
-    step: int = 0
-    best: Best = field(default_factory=Best)
-    history: list[dict[str, float]] = field(default_factory=list)
-    running: list[Tensor] = field(default_factory=list)
 
 
 def pick_device() -> torch.device:
@@ -165,17 +145,19 @@ def fit(
     parts: dict[str, Any] = {"student": student, "teacher": teacher, "optimizer": optimizer}
     if method.table_K is not None:
         method = replace(method, table_K=method.table_K.to(device))
-    now = _resume(path, identity, parts, method, seen, finite, collapse, device, us)
+    now = resume.restore(path, identity, parts, method, seen, finite, collapse, device, us)
     for row in now.history:
         on_log(Event(int(row["step"]), row))
     whole = group.wrap(torch.compile(student) if config.compile else student)
     average = ema.Average(teacher, model)
 
-    def save() -> None:
-        state = _state(identity, now, parts, method, seen, finite, collapse, us)
+    def save(last: bool = False) -> None:
+        state = resume.state(identity, now, parts, method, seen, finite, collapse, us)
         if us.rank == 0:
-            checkpoint.save(path, state)
-        group.barrier()  # nobody leaves before the state is safe
+            writer.save(path, state)
+        if last:
+            writer.wait()
+            group.barrier()  # nobody leaves before the state is safe
 
     def backward(loss: Tensor) -> None:
         with torch.autocast(device.type, enabled=False):  # operators go back in the precision they came in
@@ -183,7 +165,7 @@ def fit(
 
     # Not with torch.compile: in 2.13 inductor's gradient of a bilinear upsampling is 0 in deterministic mode.
     repeats = config.deterministic and device.type == "cpu" and not config.compile
-    with _arithmetic(repeats), _on_sigterm() as told_to_stop:
+    with _arithmetic(repeats), _on_sigterm() as told_to_stop, checkpoint.Writer() as writer:
         for at in range(now.step, config.steps):
             weight = schedule.unsup_weight(at, config)
             semi = method.threshold is not None and weight > 0
@@ -223,7 +205,7 @@ def fit(
                 try:
                     finite.check(path)
                 except guards.TrainingStopped:
-                    save()
+                    save(last=True)
                     raise
                 trouble = None
                 if semi:
@@ -239,12 +221,12 @@ def fit(
                 if due or last:
                     row["val_miou"] = validate(teacher)
                     if row["val_miou"] > now.best.miou:
-                        now.best = Best(row["val_miou"], now.step, _copy(teacher))
+                        now.best = resume.Best(row["val_miou"], now.step, _copy(teacher))
                 now.history.append(row)
                 if us.rank == 0:
                     on_log(Event(now.step, row))
                 if trouble is not None:
-                    save()
+                    save(last=True)
                     raise guards.TrainingStopped(f"step {now.step}: {trouble}. The last weights are in {path}")
             # Several ranks look at one common step: the notice may reach one of them a step before the others.
             if us.world > 1 and now.step % log_every == 0:
@@ -252,52 +234,12 @@ def fit(
             else:
                 stop = us.world == 1 and told_to_stop()
             if stop:
-                save()
+                save(last=True)
                 raise Interrupted(f"told to stop at step {now.step}; the state is in {path}; the same command resumes")
             if now.step % config.checkpoint_every == 0 and not last:
                 save()
     batches.close()
     return Result(_copy(model), _copy(teacher), now.best.weights, now.best.step, now.history)
-
-
-def _state(
-    identity: dict[str, Any], now: Progress, parts: dict[str, Any], method: Method, seen: PseudoLabels,
-    finite: guards.Finite, collapse: guards.Collapse, us: ranks.Ranks,
-) -> dict[str, Any]:  # fmt: skip
-    tau = method.threshold.tau if isinstance(method.threshold, ClassMax) else None
-    return {
-        "identity": checkpoint.describe(identity),
-        **{name: part.state_dict() for name, part in parts.items()},
-        "step": now.step, "history": now.history, "running": now.running,
-        "best": {"miou": now.best.miou, "step": now.best.step, "weights": now.best.weights},
-        "seen": {"counts": us.add(seen.counts), "bars": seen.bars}, "bad": finite.bad, "tau": tau,
-        "collapse": [collapse.empty, collapse.alone],
-    }  # fmt: skip
-
-
-def _resume(
-    path: Path, identity: dict[str, Any], parts: dict[str, Any], method: Method, seen: PseudoLabels,
-    finite: guards.Finite, collapse: guards.Collapse, device: torch.device, us: ranks.Ranks,
-) -> Progress:  # fmt: skip
-    state = checkpoint.load(path, identity)
-    at = torch.tensor([0 if state is None else state["step"]], device=device)
-    if int(us.highest(at)) != -int(us.highest(-at)):
-        raise checkpoint.CheckpointError(
-            f"{path}: the processes find different checkpoints; machines that train together need one shared project folder"
-        )
-    if state is None:
-        return Progress()
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    seen.counts, seen.bars = (state["seen"][k].to(device) for k in ("counts", "bars"))
-    if us.rank:  # the file holds the sum over ranks
-        seen.counts.zero_()
-    collapse.empty, collapse.alone = state["collapse"]
-    finite.bad = state["bad"].to(device)
-    if isinstance(method.threshold, ClassMax):
-        method.threshold.tau = state["tau"].to(device)
-    running = [values.to(device) for values in state["running"]]
-    return Progress(state["step"], Best(**state["best"]), state["history"], running)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

@@ -110,6 +110,8 @@ def build(config: Train, *, n_classes: int, total: int, epoch_steps: int, table_
         method = _combine(method, config, total)
     elif "s4mc" in name:
         method = _s4mc(method, config, total, epoch_steps, table_K)
+    if config.bar != "auto" and method.threshold is not None:
+        method = _barred(method, config, n_classes, total)
     if config.teacher != "auto":
         method = replace(method, teacher=config.teacher)
     if config.supervised_loss == "ohem":
@@ -163,6 +165,17 @@ def _combine(method: Method, config: Train, total: int) -> Method:
     if "j3" in how:
         correlation = replace(correlation, neighbours=config.corrmatch_neighbours)
     return replace(method, correlation=correlation)
+
+
+def _barred(method: Method, config: Train, n_classes: int, total: int) -> Method:
+    """Another method's bar, for the ablation {fixed, quantile, class_max} of every method."""
+    bars: dict[str, Threshold] = {
+        "fixed": Fixed(config.threshold), "quantile": _partition(config, total),
+        "class_max": ClassMax(n_classes, config.corrmatch_start, config.corrmatch_momentum),
+    }  # fmt: skip
+    if method.correlation is not None and config.bar == "quantile":  # no overlap ratio, as under J2
+        method = replace(method, correlation=replace(method.correlation, bar=config.corrmatch_start))
+    return replace(method, threshold=bars[config.bar])
 
 
 def needs_table(config: Train) -> bool:

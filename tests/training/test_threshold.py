@@ -167,6 +167,30 @@ def test_s4mc_without_refinement_and_with_a_fixed_bar_is_fixmatch():
     assert a.keep_BHW.any()
 
 
+@pytest.mark.parametrize("method", ["fixmatch", "unimatch", "s4mc", "corrmatch", "s4mc+corrmatch"])
+def test_any_method_takes_any_bar(method):
+    """The ablation {fixed, quantile, class maxima}: the bar changes, the rest of the method does not."""
+    given = {"threshold": 0.7, "alpha": 0.3, "alpha_end": 0.1, "corrmatch_start": 0.8, "corrmatch_momentum": 0.5}
+
+    def built(bar):
+        return methods.build(Train(method=method, bar=bar, **given), n_classes=4, total=10, epoch_steps=1)
+
+    published, fixed, quantile, maxima = map(built, ("auto", "fixed", "quantile", "class_max"))
+    assert fixed.threshold == Fixed(0.7)
+    assert quantile.threshold == Partition(0.3, 0.1, 10)
+    assert isinstance(maxima.threshold, ClassMax)
+    assert (float(maxima.threshold.tau), maxima.threshold.momentum) == (0.8, 0.5)
+    for other in (fixed, quantile, maxima):
+        assert (other.refinement, other.weights, other.strict) == (
+            published.refinement, published.weights, published.strict
+        )  # fmt: skip
+    if "corrmatch" in method:
+        assert quantile.correlation.bar == 0.8  # a quantile of scores is no overlap ratio
+    assert (
+        methods.build(Train(method="supervised", bar="fixed"), n_classes=4, total=10, epoch_steps=1).threshold is None
+    )
+
+
 def test_presets_differ_as_specified():
     table = torch.full((3,), 0.9)
     a = methods.build(Train(method="s4mc", preset="ref_a"), n_classes=3, total=100, epoch_steps=10, table_K=table)
