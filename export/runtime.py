@@ -7,7 +7,7 @@ processor with that arithmetic.
 
 import importlib.util
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,13 @@ class Segmentation:
     scaled_label_hw: NDArray[np.uint8]
     scaled_confidence_hw: NDArray[np.uint8]
     timings: dict[str, float]
+
+
+def restored(label_HW: NDArray[np.uint8], confidence_HW: NDArray[np.uint8], plan: fit.Fit) -> Segmentation:
+    """One image of what `Runtime.run` answers, padded to the plan's size -> its `Segmentation`, without timings."""
+    scaled = np.s_[: plan.scaled_height, : plan.scaled_width]
+    sizes = fit.restore(label_HW, plan), fit.restore(confidence_HW, plan)
+    return Segmentation(*sizes, label_HW[scaled], confidence_HW[scaled], {})
 
 
 def everything(manifest: Manifest) -> list[Option]:
@@ -175,12 +182,11 @@ class Runtime:
         marks.append(time.perf_counter())
         label_NHW, confidence_NHW = self.run(fitted_HWC[None])
         marks.append(time.perf_counter())
-        label_HW, confidence_HW = fit.restore(label_NHW[0], plan), fit.restore(confidence_NHW[0], plan)
+        found = restored(label_NHW[0], confidence_NHW[0], plan)
         marks.append(time.perf_counter())
         names = ("fit", "run", "restore")
         timings = {name: end - start for name, start, end in zip(names, marks, marks[1:], strict=False)}
-        scaled = np.s_[: plan.scaled_height, : plan.scaled_width]
-        return Segmentation(label_HW, confidence_HW, label_NHW[0][scaled], confidence_NHW[0][scaled], timings)
+        return replace(found, timings=timings)
 
     def warm_up(self) -> None:
         """Run the smallest and the largest usual size once, and check that the answers are what a bundle promises.

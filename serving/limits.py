@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Callable, Collection
 from email.message import Message
 
 from starlette.datastructures import UploadFile
@@ -84,8 +84,10 @@ def body_kind(request: Request) -> str:
     )
 
 
-async def read_body(request: Request, settings: Settings, kind: str) -> bytes:
-    """The image's bytes, at most `max_body`, within `body_timeout_s`.
+async def read_body(
+    request: Request, settings: Settings, kind: str, hold: Callable[[int], None] = lambda size: None
+) -> bytes:
+    """The image's bytes, at most `max_body`, within `body_timeout_s`; `hold` hears the size of each piece first.
 
     A body that says it is too large is refused unread, one that grows too large at the first byte over.
 
@@ -106,6 +108,7 @@ async def read_body(request: Request, settings: Settings, kind: str) -> bytes:
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             async for piece in request.stream():
+                hold(len(piece))
                 body += piece
                 if len(body) > limit:
                     break

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from export import machine
 from export.schema import Precision, Provider
 
 PREFIX = "MARGINALIA_"
@@ -29,7 +30,9 @@ class Settings(BaseModel):
 
     `bundle` pins one folder; without it the service follows `champions`, the pointer file that the gate moves, looking
     every `poll_s` seconds. `provider` and `precision` name what must run; auto takes the fastest that parity admitted.
-    `concurrency` requests run at once, `queue` more may wait, the rest get 503.
+    `concurrency` requests are at work at once, `queue` more may wait, the rest get 503; so do those whose pixels or
+    bytes would be more than `max_pixels_at_once` or `max_bodies_mb` under way. `max_batch` images of one size run
+    together where they wait together; unset, that depends on the device.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,8 +43,11 @@ class Settings(BaseModel):
     provider: Provider = "auto"
     precision: Precision = "auto"
     threads: Positive | None = None
-    concurrency: Positive = 2
+    concurrency: Positive = Field(default_factory=lambda: machine.cores() + 2)
     queue: Annotated[int, Field(ge=0)] = 32
+    max_batch: Positive | None = None
+    max_pixels_at_once: Positive = 100_000_000
+    max_bodies_mb: Annotated[float, Field(gt=0)] = 256.0
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
     max_pixels: Positive = 50_000_000
     max_aspect: Annotated[float, Field(ge=1)] = 100.0
@@ -53,6 +59,11 @@ class Settings(BaseModel):
     def max_body(self) -> int:
         """Largest request body in bytes."""
         return int(self.max_body_mb * (1 << 20))
+
+    @property
+    def max_bodies(self) -> int:
+        """Largest sum of the bodies under way in bytes; one body of the largest size always has room."""
+        return max(int(self.max_bodies_mb * (1 << 20)), 2 * self.max_body)
 
 
 def ignored(environment: Mapping[str, str] | None = None) -> list[str]:
