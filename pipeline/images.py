@@ -28,7 +28,7 @@ from PIL.ImageFile import ImageFile
 Image_HWC = NDArray[np.uint8]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-_PLUGINS: dict[str, type[ImageFile]] = {
+PLUGINS: dict[str, type[ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
     "JPEG": JpegImagePlugin.JpegImageFile,
     "WEBP": WebPImagePlugin.WebPImageFile,
@@ -143,7 +143,7 @@ def _webp_size(data: bytes) -> tuple[int, int, bool]:
     raise Refused("corrupt", "the WebP has no picture chunk; send the original file again")
 
 
-def _exif_orientation(exif: bytes) -> int:
+def exif_orientation(exif: bytes) -> int:
     """Orientation 1..8 out of an EXIF block (TIFF layout, first directory); 1 if absent or damaged."""
     tiff = exif[6:] if exif.startswith(b"Exif\x00\x00") else exif
     order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
@@ -161,11 +161,11 @@ def _exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def _orientation(image: ImageFile) -> int:
+def orientation_of(image: ImageFile) -> int:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return 1  # this plugin reports the upright size and turns the pixels itself
     exif = image.info.get("exif", b"")
-    return _exif_orientation(exif) if isinstance(exif, bytes) else 1
+    return exif_orientation(exif) if isinstance(exif, bytes) else 1
 
 
 def open_header(data: bytes, max_pixels: int) -> tuple[str, ImageFile]:
@@ -177,16 +177,16 @@ def open_header(data: bytes, max_pixels: int) -> tuple[str, ImageFile]:
         animated = b"acTL" in chunks
     elif kind == "WEBP":
         width, height, animated = _webp_size(data)
-        _check_pixels(width, height, max_pixels)
+        check_pixels(width, height, max_pixels)
     if animated:
         raise Refused("animated", "an animation has no single frame to segment; send one still picture")
     try:
-        image = _PLUGINS[kind](io.BytesIO(data))
+        image = PLUGINS[kind](io.BytesIO(data))
     except Exception as error:  # a plugin may raise nearly anything on damaged bytes
         raise Refused(
             "corrupt", f"the {kind} header cannot be read ({short(error)}); send the original file again"
         ) from error
-    _check_pixels(*image.size, max_pixels)
+    check_pixels(*image.size, max_pixels)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_tiff(image, max_pixels)
     if b"eXIf" in chunks:
@@ -194,13 +194,21 @@ def open_header(data: bytes, max_pixels: int) -> tuple[str, ImageFile]:
     return kind, image
 
 
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise Refused("corrupt", f"the header says {width} x {height} pixels; send the original file again")
     if width * height > max_pixels:
         raise Refused(
             "too-many-pixels",
             f"{width} x {height} = {width * height} pixels, over the limit of {max_pixels}; scale it down",
+        )
+
+
+def check_aspect(width: int, height: int, max_aspect: float | None) -> None:
+    if max_aspect is not None and max(width, height) > max_aspect * min(width, height):
+        raise Refused(
+            "bad-aspect",
+            f"{width} x {height} is longer than {max_aspect:g} times its width; cut it into pieces",
         )
 
 
@@ -227,7 +235,7 @@ def short(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
 
 
-def _to_rgb(image: ImageFile) -> Image_HWC:
+def to_rgb(image: ImageFile) -> Image_HWC:
     """Decoded Pillow image -> H x W x 3 by the rules in the module's docstring."""
     mode = image.mode
     if mode.startswith("I;16"):
@@ -262,7 +270,7 @@ def probe(data: bytes) -> tuple[str, int, int]:
     """(format, width, height) after orientation, from the header alone. Raises Refused."""
     kind, image = open_header(data, _HEADER_PIXELS)
     width, height = image.size
-    return (kind, height, width) if _orientation(image) >= 5 else (kind, width, height)
+    return (kind, height, width) if orientation_of(image) >= 5 else (kind, width, height)
 
 
 def decode(data: bytes, *, max_pixels: int, max_aspect: float | None = None) -> Image_HWC:
@@ -274,16 +282,11 @@ def decode(data: bytes, *, max_pixels: int, max_aspect: float | None = None) -> 
         Refused: with a code and a message that says what to do.
     """
     kind, image = open_header(data, max_pixels)
-    longer, shorter = max(image.size), min(image.size)
-    if max_aspect is not None and longer > max_aspect * shorter:
-        raise Refused(
-            "bad-aspect",
-            f"{image.size[0]} x {image.size[1]} is longer than {max_aspect:g} times its width; cut it into pieces",
-        )
-    orientation = _orientation(image)
+    check_aspect(*image.size, max_aspect)
+    orientation = orientation_of(image)
     try:
         image.load()
-        rgb_HWC = _to_rgb(image)
+        rgb_HWC = to_rgb(image)
     except Refused:
         raise
     except Exception as error:

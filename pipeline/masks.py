@@ -5,8 +5,6 @@ A mask is read as stored: no EXIF turning (Pillow turns TIFF by itself), no resa
 """
 
 import colorsys
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,12 +13,12 @@ from numpy.typing import NDArray
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.images import Image_HWC, Refused, open_header, short
+from pipeline.mask_png import IGNORE as IGNORE
+from pipeline.mask_png import IGNORE_COLOUR as IGNORE_COLOUR
+from pipeline.mask_png import Colour as Colour
+from pipeline.mask_png import Ids as Ids
+from pipeline.mask_png import encode_png as encode_png
 
-Ids = NDArray[np.uint8] | NDArray[np.uint16]
-Colour = tuple[int, int, int]
-
-IGNORE = 255
-IGNORE_COLOUR: Colour = (224, 224, 192)  # the cream that PASCAL VOC draws its void border with
 _LOSSY = ("JPEG", "WEBP")
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF 6.0 tags
 
@@ -87,76 +85,6 @@ def _from_colours(pixels_HWC: Image_HWC, colours: Mapping[Colour, int]) -> Ids:
     lookup = np.array(ids, dtype=np.uint8 if max(ids) <= 255 else np.uint16)
     ids_HW: Ids = lookup[inverse.reshape(packed_HW.shape)]
     return ids_HW
-
-
-def encode_png(label_HW: Ids, palette: Sequence[Colour] | None = None) -> bytes:
-    """Ids -> PNG bytes, several times faster than Pillow's default and smaller.
-
-    uint8 with a palette becomes an indexed PNG (index = id, 255 drawn as `IGNORE_COLOUR`), without one grey;
-    uint16 becomes 16-bit grey. Pillow reads back the same ids.
-
-    Every row is filtered by "up" (difference to the row above: nearly all zeros on a label map) and deflated with
-    run lengths only (Z_RLE). Against filter 0 that is as fast and a quarter smaller. Indexed maps with ids up to 15 are
-    packed two to a byte first, which halves the work; grey is not: readers spread 4-bit greys over 0..255.
-    PNG specification, third edition: 5 (chunks), 7.2 (packing), 9 (filters).
-    """
-    if label_HW.ndim != 2 or 0 in label_HW.shape:
-        raise ValueError(f"a label map has two axes and at least one pixel, got shape {label_HW.shape}")
-    if label_HW.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"a label map is uint8 or uint16, got {label_HW.dtype}")
-    height, width = label_HW.shape
-    rows: NDArray[np.uint8]
-    if label_HW.dtype == np.uint16:
-        if palette is not None:
-            raise ValueError("a palette has at most 256 entries; write 16-bit ids without one")
-        depth, rows = 16, np.ascontiguousarray(label_HW.astype(">u2")).view(np.uint8)
-    else:
-        depth, rows = 8, label_HW.astype(np.uint8, copy=False)
-        if palette is not None and int(label_HW.max()) <= 15:
-            depth, rows = 4, _pack_nibbles(rows)
-    head = struct.pack(">IIBBBBB", width, height, depth, 0 if palette is None else 3, 0, 0, 0)
-    parts = [b"\x89PNG\r\n\x1a\n", _chunk(b"IHDR", head)]
-    if palette is not None:
-        parts.append(_chunk(b"PLTE", _palette_bytes(palette, int(label_HW.max()), 1 << depth)))
-    parts += [_chunk(b"IDAT", _deflate(_filter_up(rows))), _chunk(b"IEND", b"")]
-    return b"".join(parts)
-
-
-def _pack_nibbles(ids_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Two ids (each <= 15) a byte, left one high. The pair as one number, left + 256 right, times 4097 has
-    16 left + right as its high byte: one pass instead of five."""
-    if ids_HW.shape[1] % 2:
-        ids_HW = np.pad(ids_HW, ((0, 0), (0, 1)))
-    pairs = np.ascontiguousarray(ids_HW).view("<u2") * np.uint16(4097)
-    return pairs.astype("<u2", copy=False).view(np.uint8)[:, 1::2]
-
-
-def _filter_up(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    filtered = np.empty((rows.shape[0], rows.shape[1] + 1), np.uint8)
-    filtered[:, 0] = 2
-    filtered[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    return filtered
-
-
-def _deflate(raw: NDArray[np.uint8]) -> bytes:
-    packer = zlib.compressobj(1, zlib.DEFLATED, 15, 8, zlib.Z_RLE)
-    return packer.compress(raw.data) + packer.flush()
-
-
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
-
-
-def _palette_bytes(palette: Sequence[Colour], highest: int, most: int) -> bytes:
-    """PLTE body long enough for `highest`; entry 255, where present, is the ignore colour; gaps are black."""
-    length = min(max(len(palette), highest + 1), most)
-    table = np.zeros((length, 3), np.uint8)
-    given = np.array(palette, dtype=np.uint8).reshape(-1, 3)[:length]
-    table[: len(given)] = given
-    if length == 256:
-        table[IGNORE] = IGNORE_COLOUR
-    return table.tobytes()
 
 
 def palette(k: int) -> list[Colour]:
