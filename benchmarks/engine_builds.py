@@ -1,0 +1,101 @@
+"""Parse and build every network of params.yaml and presets/ in every precision with TensorRT, without a card.
+
+    pip install 'marginalia[trtcheck]'     # tensorrt-rtx: its parser and builder run without a GPU
+    python benchmarks/engine_builds.py [--settings params.yaml presets/edge.yaml] [--out benchmarks/results/engine_builds.json]
+
+Weights are random: what is shown is that TensorRT reads the exported graphs and makes engines of them. Finished rows are
+kept in the file and not repeated.
+"""
+
+import argparse
+import copy
+import resource
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from export import onnx, quantize, tensorrt
+from export.tensorrt import Profile
+from pipeline import config, files
+from training import models
+
+CLASSES = 6
+SIZE = 256  # of the calibration images, before they are rounded up to the stride
+
+
+def forms(params: config.Params) -> dict[str, bytes]:
+    """The exported graph of the settings' network by precision."""
+    torch.manual_seed(0)
+    own = params.model.model_copy(update={"weights": None})
+    model, stride = models.build(own, CLASSES).eval(), params.input.stride
+    plain = onnx.trace(model, stride, {}).data
+    side = -(-SIZE // stride) * stride
+    noise = np.random.default_rng(0)
+    images = [noise.integers(0, 256, (1, side, side, 3), dtype=np.uint8) for _ in range(4)]
+    return {
+        "fp32": plain,
+        "fp16": onnx.trace(copy.deepcopy(model).half(), stride, {}).data,
+        "int8": quantize.static(plain, images, "tensorrt"),
+    }
+
+
+def build(name: str, precision: str, model: bytes, profile: Profile) -> dict[str, Any]:
+    module, began = tensorrt.load(), time.monotonic()
+    row = {"network": name, "precision": precision, "onnx_mb": round(len(model) / 1e6, 1), "module": module.__name__}
+    try:
+        made = tensorrt.build(module, model, precision=precision, profile=profile, name=f"{name} {precision}")
+        row |= {"engine_mb": round(len(made.engine) / 1e6, 1), "failure": None}
+    except tensorrt.EngineError as error:
+        row |= {"engine_mb": None, "failure": str(error)[:400]}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return row | {"seconds": round(time.monotonic() - began, 1), "peak_gb_so_far": round(peak, 2)}
+
+
+def main() -> None:
+    root = Path(__file__).parents[1]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", type=Path, default=[root / "params.yaml"])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = {}
+    if arguments.out and arguments.out.exists():
+        rows = {f"{row['network']} {row['precision']}": row for row in files.read_json(arguments.out)["rows"]}
+    for path in arguments.settings:
+        params = config.load(path)
+        policy = params.input
+        try:
+            made = forms(params)
+        except Exception as error:  # an exporter's or a quantiser's refusal is a row, too
+            rows[f"{path.stem} export"] = {"network": path.stem, "precision": "-", "failure": f"export: {error}"[:400]}
+            continue
+        for precision, model in made.items():
+            name = f"{path.stem} {precision}"
+            if rows.get(name, {}).get("failure", "not run") is None:
+                continue
+            profile = Profile.of(long_side=policy.long_side, stride=policy.stride)
+            rows[name] = build(path.stem, precision, model, profile)
+            if arguments.out:
+                try:
+                    release = version("tensorrt-rtx")
+                except PackageNotFoundError:
+                    release = "unknown"
+                about = {"tensorrt_rtx": release, "torch": torch.__version__, "classes": CLASSES}
+                files.write_json(arguments.out, {"about": about, "rows": list(rows.values())})
+    table = Table("network", "precision", "ONNX MB", "engine MB", "seconds", "failure")
+    for row in rows.values():
+        keys = ("network", "precision", "onnx_mb", "engine_mb", "seconds", "failure")
+        table.add_row(*("-" if row.get(k) is None else str(row[k]) for k in keys))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
