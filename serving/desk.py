@@ -7,6 +7,7 @@ others are decoded and encoded, and a worker thread is always free for whoever i
 import asyncio
 import functools
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ class Job:
 
     def drop(self) -> None:
         """Begin nothing more. The task ends when the phase that runs has ended: it is never cancelled inside one."""
+        if self.task.done():
+            return
         self.dropped = True
         if not self._begun:
             self.task.cancel()
@@ -151,10 +154,22 @@ class Desk:
         self.admission.check()
         with self.admission.body() as hold:
             data = await limits.read_body(request, self.settings, body_kind, hold)
-            return self._respond(await self.process(data, kind, query), kind)
+            return self._respond(await self.process(data, kind, query, functools.partial(limits.gone, request)), kind)
 
-    async def process(self, data: bytes, kind: answers.Kind, query: Mapping[str, str]) -> Answered:
-        """One image's bytes -> its answer, admitted and limited like every request. Raises Problem."""
+    async def process(
+        self,
+        data: bytes,
+        kind: answers.Kind,
+        query: Mapping[str, str],
+        gone: Callable[[], Coroutine[None, None, None]] | None = None,
+    ) -> Answered:
+        """One image's bytes -> its answer, admitted and limited like every request.
+
+        `gone()` returns when nobody waits any more; then, as after the deadline, no further phase is begun.
+
+        Raises:
+            Problem: what the bytes are, no room, too late, or gone.
+        """
         runtime = self._current()
         try:
             pixels = await self._pixels(data)
@@ -163,7 +178,7 @@ class Desk:
         self.admission.enter(pixels)
         job = Job(self._line, functools.partial(self._work, data, kind, runtime, time.perf_counter()))
         job.task.add_done_callback(lambda task: self._ended(job, task, pixels))
-        return await self._wait(job)
+        return await self._wait(job, gone)
 
     async def _pixels(self, data: bytes) -> int:
         """Width times height by the header. Raises images.Refused."""
@@ -191,18 +206,24 @@ class Desk:
             return
         error = task.exception()
         if job.dropped and error is not None:
-            observe.failure("late-error", error)
+            observe.failure("late-error", error)  # the caller has had its 504
 
-    async def _wait(self, job: Job) -> Answered:
+    async def _wait(self, job: Job, gone: Callable[[], Coroutine[None, None, None]] | None) -> Answered:
+        watcher = asyncio.create_task(gone()) if gone else None
+        waiting: set[asyncio.Task[Any]] = {job.task, watcher} if watcher else {job.task}
         try:
-            return await asyncio.wait_for(asyncio.shield(job.task), self.settings.timeout_s)
-        except TimeoutError as error:
-            raise Problem(504, "deadline", f"not done within {self.settings.timeout_s:g} seconds; try again") from error
+            done, _ = await asyncio.wait(waiting, timeout=self.settings.timeout_s, return_when=FIRST_COMPLETED)
+            if job.task in done:
+                return job.task.result()
         except images.Refused as error:
             raise _problem(error) from error
         finally:
-            if not job.task.done():
-                job.drop()
+            job.drop()
+            if watcher:
+                watcher.cancel()
+        if done:
+            raise Problem(499, "disconnected", "the connection was closed before the answer was there")
+        raise Problem(504, "deadline", f"not done within {self.settings.timeout_s:g} seconds; try again")
 
     def _respond(self, done: Answered, kind: answers.Kind) -> Response:
         observe.answered(kind.view, 200, done.timings)

@@ -15,10 +15,10 @@ PHASES = ("queue", "decode", "run", "encode")
 ANSWERS = ("mask", "json", "overlay", "none")
 REASONS = frozenset(
     {
-        "animated", "bad-accept", "bad-aspect", "bad-multipart", "bad-query", "body-too-large", "corrupt",
-        "deadline", "empty", "internal", "method", "no-model", "not-acceptable", "not-an-image", "not-found",
-        "overloaded", "slow-body", "too-many-pixels", "truncated", "unauthorized", "unsupported-depth",
-        "unsupported-format", "unsupported-type",
+        "animated", "bad-accept", "bad-aspect", "bad-multipart", "bad-query", "body-too-large", "connections",
+        "corrupt", "deadline", "disconnected", "empty", "internal", "method", "no-model", "not-acceptable",
+        "not-an-image", "not-found", "overloaded", "slow-body", "slow-head", "slow-reader", "too-many-pixels",
+        "truncated", "unauthorized", "unsupported-depth", "unsupported-format", "unsupported-type",
     }
 )  # fmt: skip
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from export.bundle import BundleError
 from export.runtime import ProviderError
-from serving import app, observe, settings, slots
+from serving import app, connections, observe, settings, slots
 
 _settings = settings.from_environment()
 
@@ -36,6 +36,7 @@ def _refuse_absent_provider() -> None:
 _refuse_absent_provider()
 _slot = slots.Slot(_settings)
 _app, _desk = app.build(_settings, _slot)
+connections.install(_settings)
 
 _PROBES = ("/livez", "/readyz", "/healthz")
 
