@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 
-from export.bundle import Bundle
+from export.bundle import Bundle, BundleError
 from export.runtime import Runtime, Segmentation, restored
 from pipeline import fit, images
 from serving import answers, limits, observe, openapi
@@ -142,6 +142,14 @@ class Desk:
         self._line = asyncio.Semaphore(settings.concurrency)
         self._workers = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="worker")
         self._batcher = Batcher(lambda runtime: largest_batch(runtime, settings))
+        self.on_lost: Callable[[], None] = lambda: None
+        self._lost: Runtime | None = None
+        self._test: asyncio.Task[None] | None = None
+
+    @property
+    def healthy(self) -> bool:
+        """False once the model that is served fails also on what it passed when it was loaded: a lost card, say."""
+        return self._lost is None or self._lost is not self.slot.runtime
 
     async def answer(self, request: Request) -> Response:
         """POST /v1/segment. Raises Problem."""
@@ -190,7 +198,11 @@ class Desk:
         """The three phases; `queued` is when the request was admitted (perf_counter)."""
         begun, bundle = time.perf_counter(), runtime.bundle
         prepared = await job.step(self._workers.submit, prepare, data, bundle, self.settings)
-        ran = await job.step(self._batcher.submit, runtime, prepared.fitted_HWC)
+        try:
+            ran = await job.step(self._batcher.submit, runtime, prepared.fitted_HWC)
+        except Exception:
+            self._doubt(runtime)
+            raise
         timings = {"queue": begun - queued + ran.waited_s, "decode": prepared.spent_s, "run": ran.ran_s}
 
         def finish() -> Answered:
@@ -198,6 +210,20 @@ class Desk:
             return render(kind, prepared, found, bundle, timings)
 
         return await job.step(self._workers.submit, finish)
+
+    def _doubt(self, runtime: Runtime) -> None:
+        """A run failed: was it that image, or is the model gone? `on_lost` is called in the second case."""
+        if self._test is None or self._test.done():
+            self._test = asyncio.create_task(self._put_to_test(runtime))
+
+    async def _put_to_test(self, runtime: Runtime) -> None:
+        try:
+            await asyncio.to_thread(runtime.warm_up)
+        except BundleError as error:
+            self._lost = runtime
+            observe.failure("model-lost", error, bundle=runtime.bundle.manifest.id)
+            observe.ready(self.healthy)
+            self.on_lost()
 
     def _ended(self, job: Job, task: "asyncio.Task[Answered]", pixels: int) -> None:
         """Only now is the place free: not when somebody stopped waiting, but when the work has ended."""
