@@ -1,14 +1,17 @@
 """The application under uvicorn in a thread of this process: a real socket, and a model that a test can hold."""
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 import uvicorn
 from numpy.typing import NDArray
 
@@ -19,6 +22,7 @@ from tests import tiny_onnx
 from tests.live_server import free_port, until
 
 LONGEST = 60.0  # a limit, not a measurement
+RAW = {"Content-Type": "application/octet-stream"}
 
 
 class Held(Runtime):
@@ -50,6 +54,18 @@ class Own:
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=LONGEST, trust_env=False)
+
+    @contextlib.contextmanager
+    def crowd(self, bodies: list[bytes]) -> Iterator[list[Future[httpx.Response]]]:
+        """Send all images at once, each on a connection of its own."""
+        with ThreadPoolExecutor(len(bodies)) as pool, self.client() as http:
+            yield [pool.submit(http.post, "/v1/segment", content=body, headers=RAW) for body in bodies]
+
+
+def told(caplog: pytest.LogCaptureFixture, kind: str) -> list[dict[str, Any]]:
+    """Events of one kind that the service has logged."""
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "marginalia"]
+    return [line for line in lines if line["event"] == kind]
 
 
 @contextlib.contextmanager

@@ -2,16 +2,16 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import socket
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import images
@@ -19,11 +19,10 @@ from serving import answers, limits, settings
 from serving.desk import Desk, largest_batch, segment
 from serving.limits import Problem
 from tests.live_server import error, until
-from tests.own_server import LONGEST, Held, Own, serving, slot_of
+from tests.own_server import LONGEST, RAW, Held, serving, slot_of, told
 from tests.pictures import save
 
 RNG = np.random.default_rng(8)
-RAW = {"Content-Type": "application/octet-stream"}
 MASK = answers.KINDS[0]
 
 
@@ -37,18 +36,6 @@ PICTURE = picture(60, 80)
 @pytest.fixture
 def model(tmp_path: Path) -> Held:
     return Held(tmp_path / "bundle")
-
-
-def told(caplog: pytest.LogCaptureFixture, kind: str) -> list[dict]:
-    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "marginalia"]
-    return [line for line in lines if line["event"] == kind]
-
-
-@contextlib.contextmanager
-def crowd(own: Own, bodies: list[bytes]) -> Iterator[list[Future[httpx.Response]]]:
-    """Send all at once, each on a connection of its own."""
-    with ThreadPoolExecutor(len(bodies)) as pool, own.client() as http:
-        yield [pool.submit(http.post, "/v1/segment", content=body, headers=RAW) for body in bodies]
 
 
 def test_every_answer_is_its_own_whatever_runs_together(model: Held) -> None:
@@ -71,35 +58,14 @@ def test_every_answer_is_its_own_whatever_runs_together(model: Held) -> None:
     assert max(shape[0] for shape in model.shapes) > 1
 
 
-def test_a_full_house_refuses_before_the_body_and_recovers(model: Held) -> None:
-    """F46: 503 with Retry-After for a head alone; everybody who was let in is answered."""
-    model.gate.clear()
-    with serving(model, concurrency=2, queue=3) as own, crowd(own, [PICTURE] * 5) as admitted:
-        until(lambda: own.desk.admission.requests == 5)
-        with socket.create_connection(("127.0.0.1", own.port), LONGEST) as link:
-            head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000000\r\n\r\n"
-            link.sendall(head)
-            answer = b""
-            while b"}}" not in answer:
-                answer += link.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 503")
-        assert b"retry-after: 1\r\n" in answer.lower()
-        assert b'"overloaded"' in answer
-        model.gate.set()
-        assert [response.result(LONGEST).status_code for response in admitted] == [200] * 5
-        until(lambda: own.desk.admission.requests == own.desk.admission.pixels == own.desk.admission.bytes == 0)
-        with own.client() as http:
-            assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 200
-
-
 def test_pixels_are_counted_and_an_image_alone_is_let_in(model: Held) -> None:
     model.gate.clear()
-    with serving(model, max_pixels_at_once=5000) as own, own.client() as http, crowd(own, [PICTURE]) as first:
+    with serving(model, max_pixels_at_once=5000) as own, own.client() as http, own.crowd([PICTURE]) as first:
         until(lambda: own.desk.admission.pixels == 4800)
         full = http.post("/v1/segment", content=picture(24, 32), headers=RAW)
         assert (full.status_code, error(full)) == (503, "overloaded")
         assert full.headers["retry-after"] == "1"
-        with crowd(own, [picture(10, 20)]) as small:
+        with own.crowd([picture(10, 20)]) as small:
             until(lambda: own.desk.admission.pixels == 5000)
             full = http.post("/v1/segment", content=picture(1, 1), headers=RAW)
             assert (full.status_code, error(full)) == (503, "overloaded")
@@ -127,54 +93,11 @@ def test_bodies_are_counted_as_they_come(model: Held) -> None:
         assert http.post("/v1/segment", content=large, headers=RAW).status_code == 200
 
 
-def test_after_the_deadline_the_place_stays_taken_until_the_work_ends(
-    model: Held, caplog: pytest.LogCaptureFixture
-) -> None:
-    """F45: the one in the model and the one in line both get 504; only the second's place is free, and it never runs."""
-    caplog.set_level(logging.INFO, "marginalia")
-    model.gate.clear()
-    with serving(model, concurrency=1, queue=1, timeout_s=0.2) as own, own.client() as http:
-        with crowd(own, [PICTURE] * 2) as late:
-            for response in late:
-                assert (response.result(LONGEST).status_code, error(response.result())) == (504, "deadline")
-        until(lambda: own.desk.admission.requests == 1)
-        assert own.desk.admission.pixels == 4800
-        assert model.shapes == [(1, 48, 64)]
-        model.gate.set()
-        until(lambda: own.desk.admission.requests == 0)
-        assert own.desk.admission.pixels == 0
-        assert model.shapes == [(1, 48, 64)]
-        assert told(caplog, "late-error") == []  # it ended well, too late
-        assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 200
-
-
-class Failing(Held):
-    def run(self, images_NHWC):  # type: ignore[no-untyped-def]
-        super().run(images_NHWC)
-        raise RuntimeError("the card fell off the bus")
-
-
-def test_a_late_error_is_logged_and_an_early_one_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "marginalia")
-    model = Failing(tmp_path / "bundle")
-    model.gate.clear()
-    with serving(model, timeout_s=0.2) as own, own.client() as http:
-        late = http.post("/v1/segment", content=PICTURE, headers=RAW)
-        assert (late.status_code, error(late)) == (504, "deadline")
-        assert told(caplog, "late-error") == []
-        model.gate.set()
-        until(lambda: told(caplog, "late-error"))
-        assert told(caplog, "late-error")[0]["error"] == "the card fell off the bus"
-        assert own.desk.admission.requests == 0
-        failed = http.post("/v1/segment", content=PICTURE, headers=RAW)
-        assert (failed.status_code, error(failed)) == (500, "internal")
-
-
 def test_a_client_that_has_gone_is_dropped_from_the_line(model: Held, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "marginalia")
     model.gate.clear()
     head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
-    with serving(model, concurrency=1, queue=2) as own, crowd(own, [PICTURE]) as first:
+    with serving(model, concurrency=1, queue=2) as own, own.crowd([PICTURE]) as first:
         until(lambda: model.shapes)
         with socket.create_connection(("127.0.0.1", own.port), LONGEST) as link:
             link.sendall(head % len(PICTURE) + PICTURE)
@@ -231,7 +154,7 @@ def test_decode_and_encode_go_on_while_the_model_runs(model: Held) -> None:
     model.gate.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "decode", decode)
-        with serving(model, concurrency=3) as own, crowd(own, [PICTURE] * 5):
+        with serving(model, concurrency=3) as own, own.crowd([PICTURE] * 5):
             until(lambda: own.desk.admission.requests == 5)
             until(lambda: len(decoded) == 3)  # no more than are at work
             assert model.shapes == [(1, 48, 64)]
@@ -259,3 +182,46 @@ def test_patience_grows_with_what_has_come() -> None:
     chosen = settings.Settings(min_rate_kb=2)
     assert limits.patience(0, chosen) == limits.GRACE_S
     assert limits.patience(20480, chosen) == limits.GRACE_S + 10
+
+
+class Lost(Held):
+    """Fails on everything once `lost`, and on images that begin with 13 always."""
+
+    lost = False
+
+    def run(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        if self.lost or images_NHWC[0, 0, 0, 0] == 13:
+            raise RuntimeError("device lost")
+        return super().run(images_NHWC)
+
+
+def test_a_failed_run_puts_the_model_to_the_test(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An image that the model cannot take is that image's trouble; a model that takes nothing is lost."""
+    caplog.set_level(logging.INFO, "marginalia")
+    model, lost = Lost(tmp_path / "bundle"), threading.Event()
+    thirteen = save(Image.fromarray(np.full((20, 20, 3), 13, np.uint8)))
+    with serving(model) as own, own.client() as http:
+        own.desk.on_lost = lost.set
+        assert http.post("/v1/segment", content=thirteen, headers=RAW).status_code == 500
+        until(lambda: (64, 64) in {shape[1:] for shape in model.shapes})  # the self-test's larger size
+        assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 200
+        assert own.desk.healthy
+        assert not lost.is_set()
+        model.lost = True
+        assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 500
+        assert lost.wait(LONGEST)
+        assert not own.desk.healthy
+        assert "device lost" in told(caplog, "model-lost")[0]["error"]
+        own.desk.slot.runtime = Held(tmp_path / "next")  # another model in its place is another matter
+        assert own.desk.healthy
+
+
+def test_the_service_tells_a_lost_model(monkeypatch: pytest.MonkeyPatch, model: Held) -> None:
+    from serving import service
+
+    state = service.Marginalia.inner()
+    assert (state.__is_alive__(), state.__is_ready__()) == (True, False)
+    monkeypatch.setattr(service._slot, "runtime", model)
+    assert (state.__is_alive__(), state.__is_ready__()) == (True, True)
+    monkeypatch.setattr(service._desk, "_lost", model)
+    assert (state.__is_alive__(), state.__is_ready__()) == (False, False)
