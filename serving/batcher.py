@@ -1,7 +1,11 @@
-"""One runner thread per server: prepared images that wait together and have one shape and one model run as one batch.
+"""The threads that run the model: prepared images that wait together and have one shape and one model run as one batch.
 
-It never waits for company: when the runner becomes free it takes the oldest, and whatever else of the same shape and
+Nobody waits for company: when a runner becomes free it takes the oldest image, and whatever else of the same shape and
 model is there already, in a size of `export.runtime.BATCHES`. So an idle server adds no latency, and nobody starves.
+
+Two runners, because the ends of one run (copies, the last thread's share) leave the processor or the card idle for the
+next to fill: on 2 busy cores 1.24 to 1.49 times the images per second of one runner in ONNX Runtime, 0.96 to 1.22 in
+OpenVINO (DeepLabV3+ on EfficientNet-Lite0, 128 x 128 to 384 x 512, medians of 5 to 7 alternating rounds).
 """
 
 import threading
@@ -44,13 +48,16 @@ class _Entry:
 class Batcher:
     """Runs what is submitted; `limit` says the largest batch for a model, `told` hears the size of each batch run."""
 
-    def __init__(self, limit: Callable[[Runtime], int], told: Callable[[int], None] = lambda size: None) -> None:
+    def __init__(
+        self, limit: Callable[[Runtime], int], told: Callable[[int], None] = lambda size: None, runners: int = 2
+    ) -> None:
         self._limit, self._told = limit, told
         self._waiting: deque[_Entry] = deque()
         self._change = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._serve, name="runner", daemon=True)
-        self._thread.start()
+        self._runners = [threading.Thread(target=self._serve, name=f"runner_{i}", daemon=True) for i in range(runners)]
+        for thread in self._runners:
+            thread.start()
 
     def submit(self, runtime: Runtime, image_HWC: Array) -> "Future[Ran]":
         """Queue one prepared image, uint8 H x W x 3 of a size that `runtime` takes; cancel the future to drop it.
@@ -69,13 +76,14 @@ class Batcher:
         return entry.future
 
     def close(self) -> None:
-        """Let the running batch end and drop what waits."""
+        """Let the running batches end and drop what waits."""
         with self._change:
             self._closed = True
             for entry in self._waiting:
                 entry.future.cancel()
-            self._change.notify()
-        self._thread.join()
+            self._change.notify_all()
+        for thread in self._runners:
+            thread.join()
 
     def _serve(self) -> None:
         while taken := self._take():

@@ -129,7 +129,11 @@ class Job:
 
 
 def largest_batch(runtime: Runtime, settings: Settings) -> int:
-    """How many images of one size may run together."""
+    """How many images of one size may run together: MARGINALIA_MAX_BATCH, else 8 on a card and 1 on the processor.
+
+    There a batch of 8 runs 1.03 to 1.22 times as many images a second as one by one (2 cores under other load, ONNX
+    Runtime and OpenVINO, DeepLabV3+ at 128 x 128 and 256 x 256): less than pays for the first of the 8 waiting for all.
+    """
     return settings.max_batch or (1 if runtime.option.device == "cpu" else 8)
 
 
@@ -141,7 +145,9 @@ class Desk:
         self.admission = Admission(settings)
         self._line = asyncio.Semaphore(settings.concurrency)
         self._workers = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="worker")
-        self._batcher = Batcher(lambda runtime: largest_batch(runtime, settings))
+        self._batcher = Batcher(
+            lambda runtime: largest_batch(runtime, settings), observe.batched, min(2, settings.concurrency)
+        )
         self.on_lost: Callable[[], None] = lambda: None
         self._lost: Runtime | None = None
         self._test: asyncio.Task[None] | None = None

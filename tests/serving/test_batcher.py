@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Held:
 @pytest.fixture
 def batcher(model: Held) -> Iterator[Batcher]:
     model.shapes.clear()
-    made = Batcher(lambda runtime: 8)
+    made = Batcher(lambda runtime: 8, runners=1)
     yield made
     model.gate.set()
     made.close()
@@ -48,7 +48,9 @@ def busy(batcher: Batcher, model: Held) -> None:
     until(lambda: model.shapes == [(1, 16, 16)])
 
 
-def test_mixed_sizes_from_many_threads_get_their_own_answers(model: Held, batcher: Batcher) -> None:
+def test_mixed_sizes_from_many_threads_get_their_own_answers(model: Held) -> None:
+    model.shapes.clear()
+    batcher = Batcher(lambda runtime: 8)
     sizes = [(32, 48), (48, 32), (64, 64)]
     pictures = [picture(*sizes[i % 3]) for i in range(240)]
     with ThreadPoolExecutor(24) as pool:
@@ -57,6 +59,18 @@ def test_mixed_sizes_from_many_threads_get_their_own_answers(model: Held, batche
         assert_own(ran, image_HWC)
     assert {shape[0] for shape in model.shapes} <= set(BATCHES)
     assert sum(shape[0] for shape in model.shapes) == 240
+    batcher.close()
+
+
+def test_two_runners_run_two_batches_at_once(model: Held) -> None:
+    batcher = Batcher(lambda runtime: 8)
+    model.shapes.clear()
+    model.gate.clear()
+    futures = [batcher.submit(model, picture(*size)) for size in [(16, 16), (32, 32), (48, 48)]]
+    until(lambda: len(model.shapes) == 2)
+    model.gate.set()
+    assert [future.result(LONGEST).batch for future in futures] == [1, 1, 1]
+    batcher.close()
 
 
 def test_what_waits_runs_in_the_largest_batch_of_one_size(model: Held, batcher: Batcher) -> None:
@@ -74,7 +88,7 @@ def test_what_waits_runs_in_the_largest_batch_of_one_size(model: Held, batcher: 
 def test_the_oldest_goes_first_and_the_limit_holds(model: Held) -> None:
     told: list[int] = []
     model.shapes.clear()
-    batcher = Batcher(lambda runtime: 3, told.append)
+    batcher = Batcher(lambda runtime: 3, told.append, runners=1)
     busy(batcher, model)
     futures = [batcher.submit(model, picture(*size)) for size in [(32, 32), (64, 64), (32, 32), (32, 32), (64, 64)]]
     model.gate.set()
@@ -115,7 +129,7 @@ class Picky(Held):
 
 def test_one_bad_image_does_not_take_the_others_down(tmp_path: Path) -> None:
     model = Picky(tmp_path / "bundle")
-    batcher = Batcher(lambda runtime: 8)
+    batcher = Batcher(lambda runtime: 8, runners=1)
     busy(batcher, model)
     pictures = [picture(32, 32) for _ in range(8)]
     for i, image_HWC in enumerate(pictures):
@@ -143,7 +157,7 @@ def test_dropped_images_never_reach_the_model(model: Held, batcher: Batcher) -> 
 
 
 def test_closing_drops_what_waits(model: Held) -> None:
-    batcher = Batcher(lambda runtime: 8)
+    batcher = Batcher(lambda runtime: 8, runners=1)
     model.shapes.clear()
     busy(batcher, model)
     waiting = batcher.submit(model, picture(32, 32))

@@ -143,7 +143,7 @@ def test_a_dropped_request_skips_the_phases_that_have_not_begun(model: Held, mon
 
 
 def test_decode_and_encode_go_on_while_the_model_runs(model: Held) -> None:
-    """With the model held by one image, the next is decoded already and waits before it."""
+    """With both runners held by an image each, the next is decoded already and waits before them."""
     decoded: list[int] = []
     original = images.decode
 
@@ -157,7 +157,7 @@ def test_decode_and_encode_go_on_while_the_model_runs(model: Held) -> None:
         with serving(model, concurrency=3) as own, own.crowd([PICTURE] * 5):
             until(lambda: own.desk.admission.requests == 5)
             until(lambda: len(decoded) == 3)  # no more than are at work
-            assert model.shapes == [(1, 48, 64)]
+            assert model.shapes == [(1, 48, 64)] * 2
             model.gate.set()
 
 
