@@ -1,17 +1,18 @@
-"""The hot path: one image in, one answer out. Decode and encode in worker threads, the model in the batcher's thread.
+"""The hot path: one image in, one answer out. Decode, run and encode in one worker thread of several.
 
-At most `concurrency` requests are at work at once, each in one of the three phases; so while one image is in the model,
-others are decoded and encoded, and a worker thread is always free for whoever is let in. The rest wait in line.
+At most `concurrency` requests are at work at once, two of them at the model (`serving.batcher`); while these run, others
+are decoded and encoded. The rest wait in line, and who has stopped waiting is dropped from where the work has not begun.
 """
 
 import asyncio
+import contextlib
 import functools
 import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from export.runtime import Runtime, Segmentation, restored
 from pipeline import fit, images
 from serving import answers, limits, observe, openapi
 from serving.admission import RETRY_AFTER_S, Admission
-from serving.batcher import Batcher
+from serving.batcher import Batcher, Dropped, Job
 from serving.limits import Problem
 from serving.settings import Settings
 from serving.slots import Slot
@@ -37,7 +38,7 @@ _STATUS = {
 }
 _PROBE_INLINE = 1 << 20  # a header check reads all of a PNG, about 1 ms for each MiB: larger ones go to a thread
 
-Result = TypeVar("Result")
+Gone = Callable[[], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
@@ -95,39 +96,6 @@ def segment(data: bytes, kind: answers.Kind, runtime: Runtime, settings: Setting
     return render(kind, prepared, restored(label_NHW[0], confidence_NHW[0], prepared.plan), runtime.bundle, timings)
 
 
-class Job:
-    """Work that somebody may stop waiting for: a phase that has begun ends, one that has not never begins."""
-
-    def __init__(self, line: asyncio.Semaphore, work: Callable[["Job"], Coroutine[None, None, Answered]]) -> None:
-        """Stand in `line`, then do `work`, which calls `step` for each phase."""
-        self.dropped = False
-        self._begun = False
-        self._phase: Future[Any] | None = None
-        self.task = asyncio.create_task(self._run(line, work))
-
-    async def _run(self, line: asyncio.Semaphore, work: Callable[["Job"], Coroutine[None, None, Answered]]) -> Answered:
-        async with line:
-            self._begun = True
-            return await work(self)
-
-    async def step(self, submit: Callable[..., "Future[Result]"], *arguments: Any) -> Result:
-        """The result of one phase, begun by `submit(*arguments)`; asyncio.CancelledError once the job is dropped."""
-        if self.dropped:
-            raise asyncio.CancelledError
-        self._phase = phase = submit(*arguments)
-        return await asyncio.wrap_future(phase)
-
-    def drop(self) -> None:
-        """Begin nothing more. The task ends when the phase that runs has ended: it is never cancelled inside one."""
-        if self.task.done():
-            return
-        self.dropped = True
-        if not self._begun:
-            self.task.cancel()
-        elif self._phase is not None:
-            self._phase.cancel()  # does nothing to a phase that runs
-
-
 def largest_batch(runtime: Runtime, settings: Settings) -> int:
     """How many images of one size may run together: MARGINALIA_MAX_BATCH, else 8 on a card and 1 on the processor.
 
@@ -143,14 +111,16 @@ class Desk:
     def __init__(self, settings: Settings, slot: Slot) -> None:
         self.settings, self.slot = settings, slot
         self.admission = Admission(settings)
-        self._line = asyncio.Semaphore(settings.concurrency)
         self._workers = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="worker")
-        self._batcher = Batcher(
-            lambda runtime: largest_batch(runtime, settings), observe.batched, min(2, settings.concurrency)
-        )
+        self._batcher = Batcher(lambda runtime: largest_batch(runtime, settings), observe.batched)
         self.on_lost: Callable[[], None] = lambda: None
         self._lost: Runtime | None = None
-        self._test: asyncio.Task[None] | None = None
+        self._testing = False
+
+    @property
+    def waiting(self) -> int:
+        """Images that are decoded and wait for the model."""
+        return self._batcher.waiting
 
     @property
     def healthy(self) -> bool:
@@ -175,7 +145,7 @@ class Desk:
         data: bytes,
         kind: answers.Kind,
         query: Mapping[str, str],
-        gone: Callable[[], Coroutine[None, None, None]] | None = None,
+        gone: Gone | None = None,
     ) -> Answered:
         """One image's bytes -> its answer, admitted and limited like every request.
 
@@ -190,9 +160,10 @@ class Desk:
         except images.Refused as error:
             raise _problem(error) from error
         self.admission.enter(pixels)
-        job = Job(self._line, functools.partial(self._work, data, kind, runtime, time.perf_counter()))
-        job.task.add_done_callback(lambda task: self._ended(job, task, pixels))
-        return await self._wait(job, gone)
+        job, loop = Job(), asyncio.get_running_loop()
+        work = self._workers.submit(self._work, job, data, kind, runtime, time.perf_counter())
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended, job, work, pixels))
+        return await self._wait(job, work, gone)
 
     async def _pixels(self, data: bytes) -> int:
         """Width times height by the header. Raises images.Refused."""
@@ -200,62 +171,68 @@ class Desk:
         _, header = await asyncio.to_thread(look) if len(data) > _PROBE_INLINE else look()
         return header.size[0] * header.size[1]
 
-    async def _work(self, data: bytes, kind: answers.Kind, runtime: Runtime, queued: float, job: Job) -> Answered:
-        """The three phases; `queued` is when the request was admitted (perf_counter)."""
-        begun, bundle = time.perf_counter(), runtime.bundle
-        prepared = await job.step(self._workers.submit, prepare, data, bundle, self.settings)
+    def _work(self, job: Job, data: bytes, kind: answers.Kind, runtime: Runtime, queued: float) -> Answered:
+        """The three phases in a worker thread; `queued` is when the request was admitted (perf_counter)."""
+        queue_s = time.perf_counter() - queued
+        job.check()
+        prepared = prepare(data, runtime.bundle, self.settings)
+        job.check()
         try:
-            ran = await job.step(self._batcher.submit, runtime, prepared.fitted_HWC)
+            ran = self._batcher.run(runtime, prepared.fitted_HWC, job)
+        except Dropped:
+            raise
         except Exception:
             self._doubt(runtime)
             raise
-        timings = {"queue": begun - queued + ran.waited_s, "decode": prepared.spent_s, "run": ran.ran_s}
+        job.check()
+        found = restored(ran.label_HW, ran.confidence_HW, prepared.plan)
+        timings = {"queue": queue_s + ran.waited_s, "decode": prepared.spent_s, "run": ran.ran_s}
+        return render(kind, prepared, found, runtime.bundle, timings)
 
-        def finish() -> Answered:
-            found = restored(ran.label_HW, ran.confidence_HW, prepared.plan)
-            return render(kind, prepared, found, bundle, timings)
+    def _ended(self, job: Job, work: "Future[Answered]", pixels: int) -> None:
+        """Only now is the place free: not when somebody stopped waiting, but when the work has ended."""
+        self.admission.leave(pixels)
+        error = None if work.cancelled() else work.exception()
+        if job.dropped and error is not None and not isinstance(error, Dropped):
+            observe.failure("late-error", error)  # the caller has had its 504
 
-        return await job.step(self._workers.submit, finish)
+    async def _wait(self, job: Job, work: "Future[Answered]", gone: Gone | None) -> Answered:
+        answer = asyncio.wrap_future(work)
+        watcher = asyncio.ensure_future(gone()) if gone else None
+        waiting: set[asyncio.Future[Any]] = {answer, watcher} if watcher else {answer}
+        try:
+            done, _ = await asyncio.wait(waiting, timeout=self.settings.timeout_s, return_when=FIRST_COMPLETED)
+            if answer in done:
+                return answer.result()
+        except images.Refused as error:
+            raise _problem(error) from error
+        finally:
+            if watcher:
+                watcher.cancel()
+            if not answer.done() and not work.cancel():
+                answer.cancel()
+                self._batcher.drop(job)
+        if done:
+            raise Problem(499, "disconnected", "the connection was closed before the answer was there")
+        raise Problem(504, "deadline", f"not done within {self.settings.timeout_s:g} seconds; try again")
 
     def _doubt(self, runtime: Runtime) -> None:
         """A run failed: was it that image, or is the model gone? `on_lost` is called in the second case."""
-        if self._test is None or self._test.done():
-            self._test = asyncio.create_task(self._put_to_test(runtime))
+        if not self._testing:
+            self._testing = True
+            with contextlib.suppress(RuntimeError):  # the pool is closing
+                self._workers.submit(self._put_to_test, runtime)
 
-    async def _put_to_test(self, runtime: Runtime) -> None:
+    def _put_to_test(self, runtime: Runtime) -> None:
         try:
-            await asyncio.to_thread(runtime.warm_up)
+            runtime.warm_up()
         except BundleError as error:
             self._lost = runtime
             observe.failure("model-lost", error, bundle=runtime.bundle.manifest.id)
             observe.ready(self.healthy)
             self.on_lost()
-
-    def _ended(self, job: Job, task: "asyncio.Task[Answered]", pixels: int) -> None:
-        """Only now is the place free: not when somebody stopped waiting, but when the work has ended."""
-        self.admission.leave(pixels)
-        if task.cancelled():
-            return
-        error = task.exception()
-        if job.dropped and error is not None:
-            observe.failure("late-error", error)  # the caller has had its 504
-
-    async def _wait(self, job: Job, gone: Callable[[], Coroutine[None, None, None]] | None) -> Answered:
-        watcher = asyncio.create_task(gone()) if gone else None
-        waiting: set[asyncio.Task[Any]] = {job.task, watcher} if watcher else {job.task}
-        try:
-            done, _ = await asyncio.wait(waiting, timeout=self.settings.timeout_s, return_when=FIRST_COMPLETED)
-            if job.task in done:
-                return job.task.result()
-        except images.Refused as error:
-            raise _problem(error) from error
         finally:
-            job.drop()
-            if watcher:
-                watcher.cancel()
-        if done:
-            raise Problem(499, "disconnected", "the connection was closed before the answer was there")
-        raise Problem(504, "deadline", f"not done within {self.settings.timeout_s:g} seconds; try again")
+            self._testing = False
 
     def _respond(self, done: Answered, kind: answers.Kind) -> Response:
         observe.answered(kind.view, 200, done.timings)
@@ -284,7 +261,6 @@ class Desk:
     def close(self) -> None:
         """Let the running work end and drop what waits."""
         self._workers.shutdown(wait=True, cancel_futures=True)
-        self._batcher.close()
 
 
 def _problem(error: images.Refused) -> Problem:

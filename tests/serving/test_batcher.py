@@ -1,7 +1,8 @@
 """serving.batcher: what waits together runs together, and nobody gets somebody else's answer."""
 
-from collections.abc import Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from export.runtime import BATCHES
-from serving.batcher import Batcher, Ran
+from serving.batcher import Batcher, Dropped, Job, Ran
 from tests import tiny_onnx
 from tests.live_server import until
 from tests.own_server import LONGEST, Held
@@ -33,50 +34,57 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Held:
 
 
 @pytest.fixture
-def batcher(model: Held) -> Iterator[Batcher]:
+def pool(model: Held) -> Iterator[ThreadPoolExecutor]:
     model.shapes.clear()
-    made = Batcher(lambda runtime: 8, runners=1)
-    yield made
-    model.gate.set()
-    made.close()
+    with ThreadPoolExecutor(32) as made:
+        yield made
+        model.gate.set()
 
 
-def busy(batcher: Batcher, model: Held) -> None:
-    """The runner is held inside the model by an image of a size of its own."""
+Submit = Callable[..., "Future[Ran]"]
+
+
+def line(batcher: Batcher, pool: ThreadPoolExecutor, model: Held) -> Submit:
+    """The model is held by an image of a size of its own; what is submitted from now on stands in line, in order."""
     model.gate.clear()
-    batcher.submit(model, picture(16, 16))
+    pool.submit(batcher.run, model, picture(16, 16), Job())
     until(lambda: model.shapes == [(1, 16, 16)])
 
+    def submit(image_HWC: NDArray[np.uint8], other: Held = model, job: Job | None = None) -> "Future[Ran]":
+        before = batcher.waiting
+        future = pool.submit(batcher.run, other, image_HWC, job or Job())
+        until(lambda: batcher.waiting == before + 1)
+        return future
 
-def test_mixed_sizes_from_many_threads_get_their_own_answers(model: Held) -> None:
-    model.shapes.clear()
+    return submit
+
+
+def test_mixed_sizes_from_many_threads_get_their_own_answers(model: Held, pool: ThreadPoolExecutor) -> None:
     batcher = Batcher(lambda runtime: 8)
     sizes = [(32, 48), (48, 32), (64, 64)]
     pictures = [picture(*sizes[i % 3]) for i in range(240)]
-    with ThreadPoolExecutor(24) as pool:
-        found = list(pool.map(lambda p: batcher.submit(model, p).result(LONGEST), pictures))
+    found = list(pool.map(lambda image_HWC: batcher.run(model, image_HWC, Job()), pictures))
     for image_HWC, ran in zip(pictures, found, strict=True):
         assert_own(ran, image_HWC)
     assert {shape[0] for shape in model.shapes} <= set(BATCHES)
     assert sum(shape[0] for shape in model.shapes) == 240
-    batcher.close()
+    assert batcher.waiting == 0
 
 
-def test_two_runners_run_two_batches_at_once(model: Held) -> None:
+def test_two_run_at_once_and_no_more(model: Held, pool: ThreadPoolExecutor) -> None:
     batcher = Batcher(lambda runtime: 8)
-    model.shapes.clear()
     model.gate.clear()
-    futures = [batcher.submit(model, picture(*size)) for size in [(16, 16), (32, 32), (48, 48)]]
-    until(lambda: len(model.shapes) == 2)
+    futures = [pool.submit(batcher.run, model, picture(*size), Job()) for size in [(16, 16), (32, 32), (48, 48)]]
+    until(lambda: batcher.waiting == 1)
+    assert len(model.shapes) == 2
     model.gate.set()
     assert [future.result(LONGEST).batch for future in futures] == [1, 1, 1]
-    batcher.close()
 
 
-def test_what_waits_runs_in_the_largest_batch_of_one_size(model: Held, batcher: Batcher) -> None:
-    busy(batcher, model)
+def test_what_waits_runs_in_the_largest_batch_of_one_size(model: Held, pool: ThreadPoolExecutor) -> None:
+    submit = line(Batcher(lambda runtime: 8, at_once=1), pool, model)
     pictures = [picture(32, 48) if i % 2 else picture(48, 32) for i in range(22)]  # 11 of each, alternating
-    futures = [batcher.submit(model, p) for p in pictures]
+    futures = [submit(image_HWC) for image_HWC in pictures]
     model.gate.set()
     for image_HWC, future in zip(pictures, futures, strict=True):
         assert_own(future.result(LONGEST), image_HWC)
@@ -85,31 +93,29 @@ def test_what_waits_runs_in_the_largest_batch_of_one_size(model: Held, batcher: 
     assert futures[0].result().waited_s > 0
 
 
-def test_the_oldest_goes_first_and_the_limit_holds(model: Held) -> None:
+def test_the_oldest_goes_first_and_the_limit_holds(model: Held, pool: ThreadPoolExecutor) -> None:
     told: list[int] = []
-    model.shapes.clear()
-    batcher = Batcher(lambda runtime: 3, told.append, runners=1)
-    busy(batcher, model)
-    futures = [batcher.submit(model, picture(*size)) for size in [(32, 32), (64, 64), (32, 32), (32, 32), (64, 64)]]
+    submit = line(Batcher(lambda runtime: 3, told.append, at_once=1), pool, model)
+    futures = [submit(picture(*size)) for size in [(32, 32), (64, 64), (32, 32), (32, 32), (64, 64)]]
     model.gate.set()
     assert [future.result(LONGEST).batch for future in futures] == [2, 2, 2, 1, 2]
     assert model.shapes == [(1, 16, 16), (2, 32, 32), (2, 64, 64), (1, 32, 32)]
-    batcher.close()
     assert told == [1, 2, 2, 1]
 
 
-def test_alone_it_runs_at_once(model: Held, batcher: Batcher) -> None:
-    for _ in range(3):
-        ran = batcher.submit(model, picture(32, 32)).result(LONGEST)  # nobody else ever comes
-        assert ran.batch == 1
+def test_alone_it_runs_at_once_and_in_its_own_thread(model: Held, pool: ThreadPoolExecutor) -> None:
+    threads: list[int] = []
+    batcher = Batcher(lambda runtime: threads.append(threading.get_ident()) or 8)  # type: ignore[func-returns-value]
+    assert batcher.run(model, picture(32, 32), Job()).batch == 1  # nobody else ever comes
+    assert threads == [threading.get_ident()]
 
 
-def test_two_models_never_share_a_batch(model: Held, batcher: Batcher, tmp_path: Path) -> None:
+def test_two_models_never_share_a_batch(model: Held, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
     """As during a swap: each image is answered by the model that it was submitted with."""
     other = Held(tmp_path / "bundle", threshold=250.0)
-    busy(batcher, model)
+    submit = line(Batcher(lambda runtime: 8, at_once=1), pool, model)
     pictures = [picture(32, 32) for _ in range(8)]
-    futures = [batcher.submit((model, other)[i % 2], p) for i, p in enumerate(pictures)]
+    futures = [submit(image_HWC, (model, other)[i % 2]) for i, image_HWC in enumerate(pictures)]
     model.gate.set()
     for i, (image_HWC, future) in enumerate(zip(pictures, futures, strict=True)):
         assert_own(future.result(LONGEST), image_HWC, (100.0, 250.0)[i % 2])
@@ -127,14 +133,13 @@ class Picky(Held):
         return answer
 
 
-def test_one_bad_image_does_not_take_the_others_down(tmp_path: Path) -> None:
+def test_one_bad_image_does_not_take_the_others_down(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     model = Picky(tmp_path / "bundle")
-    batcher = Batcher(lambda runtime: 8, runners=1)
-    busy(batcher, model)
+    submit = line(Batcher(lambda runtime: 8, at_once=1), pool, model)
     pictures = [picture(32, 32) for _ in range(8)]
     for i, image_HWC in enumerate(pictures):
         image_HWC[0, 0, 0] = 13 if i == 3 else 14
-    futures = [batcher.submit(model, p) for p in pictures]
+    futures = [submit(image_HWC) for image_HWC in pictures]
     model.gate.set()
     for i, future in enumerate(futures):
         if i == 3:
@@ -143,30 +148,32 @@ def test_one_bad_image_does_not_take_the_others_down(tmp_path: Path) -> None:
         else:
             assert_own(future.result(LONGEST), pictures[i])
     assert model.shapes == [(1, 16, 16), (8, 32, 32)] + [(1, 32, 32)] * 8
-    batcher.close()
 
 
-def test_dropped_images_never_reach_the_model(model: Held, batcher: Batcher) -> None:
-    busy(batcher, model)
-    futures = [batcher.submit(model, picture(32, 32)) for _ in range(4)]
-    assert futures[0].cancel()
-    assert futures[2].cancel()
+def test_dropped_images_never_reach_the_model(model: Held, pool: ThreadPoolExecutor) -> None:
+    batcher = Batcher(lambda runtime: 8, at_once=1)
+    submit, jobs = line(batcher, pool, model), [Job() for _ in range(4)]
+    futures = [submit(picture(32, 32), job=job) for job in jobs]
+    for i in (0, 2):
+        batcher.drop(jobs[i])
+        with pytest.raises(Dropped):  # at once, with the model still held
+            futures[i].result(LONGEST)
     model.gate.set()
     assert [futures[i].result(LONGEST).batch for i in (1, 3)] == [2, 2]
     assert model.shapes == [(1, 16, 16), (2, 32, 32)]
 
 
-def test_closing_drops_what_waits(model: Held) -> None:
-    batcher = Batcher(lambda runtime: 8, runners=1)
-    model.shapes.clear()
-    busy(batcher, model)
-    waiting = batcher.submit(model, picture(32, 32))
-    with ThreadPoolExecutor(1) as pool:
-        closed = pool.submit(batcher.close)
-        with pytest.raises(CancelledError):
-            waiting.result(LONGEST)
-        model.gate.set()
-        closed.result(LONGEST)
-    assert model.shapes == [(1, 16, 16)]
-    with pytest.raises(RuntimeError, match="closed"):
-        batcher.submit(model, picture(32, 32))
+def test_a_batch_answered_short_is_everybodys_error(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    """A model that answers fewer images than it was given must not leave anybody waiting."""
+
+    class Short(Held):
+        def run(self, images_NHWC: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+            label_NHW, confidence_NHW = super().run(images_NHWC)
+            return label_NHW[1:], confidence_NHW[1:]
+
+    batcher = Batcher(lambda runtime: 8)
+    model = Short(tmp_path / "bundle")
+    futures = [pool.submit(batcher.run, model, picture(32, 32), Job()) for _ in range(6)]
+    for future in futures:
+        with pytest.raises(ValueError, match="zip"):
+            future.result(LONGEST)
