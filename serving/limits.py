@@ -18,6 +18,7 @@ from serving.settings import Settings
 _RAW_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _DRAIN_BYTES, _DRAIN_SECONDS = 8 << 20, 2.0
+GRACE_S = 5.0  # a pause that anybody may make: a slow start, a lost packet, a laptop's lid
 _ENVELOPE = 16 << 10  # what a multipart body may have around the image
 
 
@@ -84,12 +85,18 @@ def body_kind(request: Request) -> str:
     )
 
 
+def patience(size: int, settings: Settings) -> float:
+    """Seconds that `size` bytes may take on their way, in or out."""
+    return GRACE_S + size / settings.min_rate
+
+
 async def read_body(
     request: Request, settings: Settings, kind: str, hold: Callable[[int], None] = lambda size: None
 ) -> bytes:
-    """The image's bytes, at most `max_body`, within `body_timeout_s`; `hold` hears the size of each piece first.
+    """The image's bytes, at most `max_body`, within `body_timeout_s` and at `min_rate`.
 
-    A body that says it is too large is refused unread, one that grows too large at the first byte over.
+    A body that says it is too large is refused unread, one that grows too large at the first byte over. `hold` hears
+    the size of each piece, and may refuse it.
 
     Raises:
         Problem: 413 too large, 408 too slow, 400 empty, cut off or not one multipart file field 'image'.
@@ -104,14 +111,16 @@ async def read_body(
     stated = request.headers.get("content-length", "0")
     if not stated.isascii() or not stated.isdigit() or len(stated) > 18 or int(stated) > limit:
         raise too_large
-    body = bytearray()
+    body, loop = bytearray(), asyncio.get_running_loop()
+    start = loop.time()
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout(min(patience(0, settings), settings.body_timeout_s)) as clock:
             async for piece in request.stream():
                 hold(len(piece))
                 body += piece
                 if len(body) > limit:
                     break
+                clock.reschedule(start + min(patience(len(body), settings), settings.body_timeout_s))
     except TimeoutError as error:
         raise Problem(408, "slow-body", "the body did not arrive in time", {"Connection": "close"}) from error
     except ClientDisconnect as error:
@@ -171,3 +180,9 @@ async def _file_field(request: Request, body: bytes) -> bytes:
     if ".." in name or _CONTROL.search(name):
         raise Problem(400, "bad-multipart", "the file name has '..' or control characters; send a plain one")
     return await items[0][1].read()
+
+
+async def gone(request: Request) -> None:
+    """Wait until the client has closed the connection; only after the body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -15,10 +15,10 @@ PHASES = ("queue", "decode", "run", "encode")
 ANSWERS = ("mask", "json", "overlay", "none")
 REASONS = frozenset(
     {
-        "animated", "bad-accept", "bad-aspect", "bad-multipart", "bad-query", "body-too-large", "corrupt",
-        "deadline", "empty", "internal", "method", "no-model", "not-acceptable", "not-an-image", "not-found",
-        "overloaded", "slow-body", "too-many-pixels", "truncated", "unauthorized", "unsupported-depth",
-        "unsupported-format", "unsupported-type",
+        "animated", "bad-accept", "bad-aspect", "bad-multipart", "bad-query", "body-too-large", "connections",
+        "corrupt", "deadline", "disconnected", "empty", "internal", "method", "no-model", "not-acceptable",
+        "not-an-image", "not-found", "overloaded", "slow-body", "slow-head", "slow-reader", "too-many-pixels",
+        "truncated", "unauthorized", "unsupported-depth", "unsupported-format", "unsupported-type",
     }
 )  # fmt: skip
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -30,6 +30,7 @@ _area = Counter("marginalia_class_area_share", "Sum over images of a class's sha
 _confidence = Histogram(
     "marginalia_confidence", "Mean confidence of an image", buckets=tuple(i / 10 for i in range(1, 11))
 )
+_batch = Histogram("marginalia_batch_size", "Images that ran together", buckets=(1, 2, 4, 8))
 _swaps = Counter("marginalia_swaps", "Bundles loaded or refused", ["result"])
 _in_flight = Gauge("marginalia_in_flight", "Requests admitted and not finished", multiprocess_mode="livesum")
 _ready = Gauge("marginalia_ready", "1 when a warmed-up model is served", multiprocess_mode="livemin")
@@ -81,6 +82,11 @@ def segmented(shares: dict[str, float], confidence: float) -> None:
     for name, share in shares.items():
         _area.labels(name).inc(share)
     _confidence.observe(confidence)
+
+
+def batched(size: int) -> None:
+    """Count one run of the model over `size` images."""
+    _batch.observe(size)
 
 
 def swapped(result: str) -> None:

@@ -4,6 +4,8 @@ Start it by `marginalia serve`, or by hand with `bentoml serve serving.service:M
 """
 
 import gc
+import os
+import signal
 import sys
 
 import bentoml
@@ -11,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from export.bundle import BundleError
 from export.runtime import ProviderError
-from serving import app, observe, settings, slots
+from serving import app, connections, observe, settings, slots
 
 _settings = settings.from_environment()
 
@@ -36,6 +38,13 @@ def _refuse_absent_provider() -> None:
 _refuse_absent_provider()
 _slot = slots.Slot(_settings)
 _app, _desk = app.build(_settings, _slot)
+connections.install(_settings)
+
+
+def _leave() -> None:
+    """End this worker: BentoML's watcher looks every 10 s and starts another, which opens the card anew."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
 
 _PROBES = ("/livez", "/readyz", "/healthz")
 
@@ -76,6 +85,7 @@ class Marginalia:
         observe.set_up_logging()
         if others := settings.ignored():
             observe.event("variables-ignored", names=others, reason="set by Kubernetes for a service of this name")
+        _desk.on_lost = _leave
         _slot.start()
         gc.collect()
         gc.freeze()
@@ -89,7 +99,11 @@ class Marginalia:
 
     def __is_ready__(self) -> bool:
         """True once a warmed-up model answers."""
-        return _slot.runtime is not None
+        return _slot.runtime is not None and _desk.healthy
+
+    def __is_alive__(self) -> bool:
+        """False once a restart is the only way to answer again."""
+        return _desk.healthy
 
 
 Marginalia.add_asgi_middleware(Front, ours=_app)  # type: ignore[attr-defined]

@@ -33,6 +33,8 @@ class Settings(BaseModel):
     `concurrency` requests are at work at once, `queue` more may wait, the rest get 503; so do those whose pixels or
     bytes would be more than `max_pixels_at_once` or `max_bodies_mb` under way. `max_batch` images of one size run
     together where they wait together; unset, that depends on the device.
+    A body has `body_timeout_s`, the work after it `timeout_s`; bodies and answers go at `min_rate_kb` KiB a second at
+    least. Of `max_connections`, those between two requests make room; a request's head has `head_timeout_s`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,12 +55,21 @@ class Settings(BaseModel):
     max_aspect: Annotated[float, Field(ge=1)] = 100.0
     body_timeout_s: Seconds = 15.0
     timeout_s: Seconds = 15.0
+    min_rate_kb: Annotated[float, Field(gt=0)] = 16.0
+    max_connections: Positive = 512
+    head_timeout_s: Seconds = 10.0
+    idle_timeout_s: Seconds = 75.0
     token: Annotated[SecretStr, Field(min_length=1)] | None = None
 
     @property
     def max_body(self) -> int:
         """Largest request body in bytes."""
         return int(self.max_body_mb * (1 << 20))
+
+    @property
+    def min_rate(self) -> float:
+        """Slowest body or answer in bytes a second."""
+        return self.min_rate_kb * (1 << 10)
 
     @property
     def max_bodies(self) -> int:

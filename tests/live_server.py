@@ -115,7 +115,14 @@ def start(settings: dict[str, str], command: list[str] | None = None) -> Server:
 @functools.cache
 def shared() -> Server:
     """The server most tests talk to: no token, small limits."""
-    return start({"MARGINALIA_MAX_BODY_MB": "2", "MARGINALIA_MAX_PIXELS": "2000000", "MARGINALIA_POLL_S": "0.1"})
+    return start(
+        {
+            "MARGINALIA_MAX_BODY_MB": "2",
+            "MARGINALIA_MAX_PIXELS": "2000000",
+            "MARGINALIA_POLL_S": "0.1",
+            "MARGINALIA_HEAD_TIMEOUT_S": "2",
+        }
+    )
 
 
 @functools.cache

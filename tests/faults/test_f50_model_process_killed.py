@@ -1,0 +1,39 @@
+"""F50: the process that holds the model is killed. Nobody says ready meanwhile, and another takes its place."""
+
+import os
+import signal
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from tests.live_server import Server, until
+from tests.pictures import save
+
+PICTURE = save(Image.fromarray(np.random.default_rng(50).integers(0, 256, (24, 32, 3), dtype=np.uint8)))
+
+
+def test_f50_a_killed_worker_is_replaced(server: Server) -> None:
+    with server.client() as http:
+        want = http.post("/v1/segment", content=PICTURE, headers={"Content-Type": "image/png"}).content
+        assert http.get("/readyz").status_code == http.get("/livez").status_code == 200
+    workers = server.workers()
+    os.kill(workers[-1], signal.SIGKILL)
+    answered: list[int] = []
+
+    def probe() -> bool:
+        """As an orchestrator asks: on a connection of its own, and not for long."""
+        for path in ("/readyz", "/livez"):
+            try:
+                answered.append(httpx.get(server.url + path, timeout=0.5, trust_env=False).status_code)
+            except httpx.TransportError:
+                return False
+        return answered[-2:] == [200, 200]
+
+    assert not probe()
+    assert answered == []  # nobody lives there, and nobody says so
+    until(probe, 120)
+    assert server.workers()[-1] not in workers
+    with server.client() as http:
+        again = http.post("/v1/segment", content=PICTURE, headers={"Content-Type": "image/png"})
+        assert (again.status_code, again.content) == (200, want)
