@@ -138,7 +138,7 @@ class Desk:
         self.admission = Admission(settings)
         self._line = asyncio.Semaphore(settings.concurrency)
         self._workers = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="worker")
-        self._batcher = Batcher(lambda runtime: largest_batch(runtime, settings))
+        self._batcher = Batcher(lambda runtime: largest_batch(runtime, settings), observe.batched)
 
     async def answer(self, request: Request) -> Response:
         """POST /v1/segment. Raises Problem."""
@@ -180,6 +180,8 @@ class Desk:
 
         def finish() -> Answered:
             found = restored(ran.label_HW, ran.confidence_HW, prepared.plan)
+            if shadow := self.slot.shadow:
+                shadow.offer(prepared.image_HWC, found.label_HW, bundle.manifest)
             return render(kind, prepared, found, bundle, timings)
 
         return await job.step(self._workers.submit, finish)
@@ -206,7 +208,7 @@ class Desk:
 
     def _respond(self, done: Answered, kind: answers.Kind) -> Response:
         observe.answered(kind.view, 200, done.timings)
-        observe.segmented(done.shares, done.confidence)
+        observe.segmented(done.shares, done.confidence, done.bundle)
         headers = {
             "X-Bundle-Id": done.bundle,
             "Server-Timing": answers.server_timing(done.timings),

@@ -33,6 +33,11 @@ class Settings(BaseModel):
     `concurrency` requests are at work at once, `queue` more may wait, the rest get 503; so do those whose pixels or
     bytes would be more than `max_pixels_at_once` or `max_bodies_mb` under way. `max_batch` images of one size run
     together where they wait together; unset, that depends on the device.
+
+    A candidate may be `max_slowdown` times as slow as the model it replaces, and have other classes only with
+    `allow_class_change`; POST /v1/models/load takes one from below `bundles` (default: the folder that holds
+    `champions/`) and gives up after `load_timeout_s`. `shadow`, a bundle below that folder, is run beside the champion on
+    a `shadow_share` of the images. `statistics` is a folder for prediction statistics, written every `statistics_every_s`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +58,14 @@ class Settings(BaseModel):
     max_aspect: Annotated[float, Field(ge=1)] = 100.0
     body_timeout_s: Seconds = 15.0
     timeout_s: Seconds = 15.0
+    bundles: Path | None = None
+    load_timeout_s: Seconds = 20.0
+    allow_class_change: bool = False
+    max_slowdown: Annotated[float, Field(ge=1)] = 3.0
+    shadow: str | None = None
+    shadow_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    statistics: Path | None = None
+    statistics_every_s: Seconds = 60.0
     token: Annotated[SecretStr, Field(min_length=1)] | None = None
 
     @property
