@@ -188,6 +188,9 @@ class Slot:
         the reason may pass (a folder still being copied, no free file handle). The same failure is told once, and what
         the trial refused is not tried again before the pointer changes.
         """
+        if self._pointer() == self._settled:  # mostly; the turn is not taken from somebody for that
+            self._failing = None
+            return
         try:
             with self._changing():
                 self._follow()
@@ -197,7 +200,6 @@ class Slot:
     def _follow(self) -> None:
         pointer = self._pointer()
         if pointer == self._settled:
-            self._failing = None
             return
         if pointer != self._failing:
             self._failing, self._failures, self._said = pointer, 0, ""
