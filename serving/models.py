@@ -107,7 +107,7 @@ def describe(slot: Slot, settings: Settings) -> ModelsAnswer:
     return ModelsAnswer(
         current=current,
         previous=previous,
-        candidate=Trial(**trying) if trying else None,
+        candidate=Trial(**trying | {"path": pointer.shown(settings, trying["path"])}) if trying else None,
         shadow=ShadowCard(**card(shadow.opened.result(), settings), **shadow.report()) if shadow else None,
         events=list(slot.events),
     )

@@ -76,7 +76,7 @@ class Slot:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.runtime: Runtime | None = None
         self.previous: Runtime | None = None
-        self.candidate: dict[str, Any] | None = None  # what is on trial now: where it comes from, since when
+        self.candidate: dict[str, Any] | None = None  # what is on trial now: who asked, where it lies, since when
         self.shadow: Shadow | None = None
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self._settings = settings
@@ -123,7 +123,7 @@ class Slot:
             try:
                 self._install("load", folder, self._settings.allow_class_change or allow_class_change, claim)
             except Exception as error:
-                self._refused(error, source="load", folder=folder)
+                self._refused(error)
                 raise
             self._settled = settled
 
@@ -153,17 +153,15 @@ class Slot:
             if folder is None:
                 return
             fresh = Shadow(lambda: open_runtime(self._settings, folder, threads=1), self._settings.shadow_share)
-            self.candidate = self._on_trial("shadow", folder)
+            self._on_trial("shadow", folder)
             try:
                 opened = fresh.opened.result()
                 if claim is not None and not claim.take():
-                    raise trial.Refused("late", "was not ready in time")
+                    raise trial.Refused("late", "was not ready in time; raise MARGINALIA_LOAD_TIMEOUT_S")
             except Exception as error:
                 fresh.close()
-                self._refused(error, source="shadow", folder=folder)
+                self._refused(error)
                 raise
-            finally:
-                self.candidate = None
             self.shadow = fresh
             self._publish()
             self._tell("shadow-started", bundle=opened.bundle.manifest.id)
@@ -208,6 +206,8 @@ class Slot:
         try:
             self._install("pointer", None, self._settings.allow_class_change)
         except Exception as error:  # the watcher must outlive any bad candidate
+            if not isinstance(error, PointerError):  # a pointer that cannot be read for a moment is no change of mind
+                self._settled = None
             self._failed(error)
             return
         self._settled, self._failing = pointer, None
@@ -225,22 +225,21 @@ class Slot:
         try:
             yield
         finally:
+            self.candidate = None
             self._turn.release()
 
     def _install(self, source: str, folder: Path | None, allow_class_change: bool, claim: Claim | None = None) -> None:
-        self.candidate = self._on_trial(source, folder)
-        try:
-            fresh = open_runtime(self._settings, folder) if folder else open_runtime(self._settings)
-            old = self.runtime
-            if old is not None and old.bundle.manifest == fresh.bundle.manifest:
-                observe.swapped("same")
-                self._tell("bundle-same", bundle=fresh.bundle.manifest.id, source=source)
-                return
-            trial.judge(fresh, old, trial.Rules(self._settings.max_slowdown, allow_class_change))
-            if claim is not None and not claim.take():
-                raise trial.Refused("late", "was not ready in time; raise MARGINALIA_LOAD_TIMEOUT_S")
-        finally:
-            self.candidate = None
+        self._on_trial(source, folder)
+        folder = folder or bundle_folder(self._settings)
+        self._on_trial(source, folder)
+        fresh, old = open_runtime(self._settings, folder), self.runtime
+        if old is not None and old.bundle.manifest == fresh.bundle.manifest:
+            observe.swapped("same")
+            self._tell("bundle-same", bundle=fresh.bundle.manifest.id, source=source)
+            return
+        trial.judge(fresh, old, trial.Rules(self._settings.max_slowdown, allow_class_change))
+        if claim is not None and not claim.take():
+            raise trial.Refused("late", "was not ready in time; raise MARGINALIA_LOAD_TIMEOUT_S")
         self._exchange(fresh)
         observe.swapped("loaded")
         observe.ready(True)
@@ -276,9 +275,9 @@ class Slot:
         held = {"current": self.runtime, "previous": self.previous, "shadow": shadow}
         observe.models({slot: (r.bundle.manifest.id, r.provider, r.precision) for slot, r in held.items() if r})
 
-    def _on_trial(self, source: str, folder: Path | None) -> dict[str, Any]:
-        where = shown(self._settings, folder) if folder else "the champion"
-        return {"source": source, "path": where, "since": round(time.time(), 3)}
+    def _on_trial(self, source: str, folder: Path | None) -> None:
+        path = folder or self._settings.champions
+        self.candidate = {"source": source, "path": str(path), "since": round(time.time(), 3)}
 
     def _failed(self, error: Exception) -> None:
         final = isinstance(error, trial.Refused)
@@ -289,12 +288,17 @@ class Slot:
         if said == self._said:
             return
         self._said = said
-        self._refused(error, source="pointer", retry_s=None if final else pause)
+        self._refused(error, retry_s=None if final else pause)
 
     def _refused(self, error: Exception, **facts: object) -> None:
-        why = cause(error)
+        why, trying = cause(error), self.candidate or {}
         observe.swapped("refused", why)
-        facts |= {"cause": why, "still_serving": self.runtime.bundle.manifest.id if self.runtime else None}
+        facts |= {
+            "source": trying.get("source"),
+            "path": trying.get("path"),
+            "cause": why,
+            "still_serving": self.runtime.bundle.manifest.id if self.runtime else None,
+        }
         if why != "failed":
             self._tell("bundle-refused", error=str(error), **facts)
         else:

@@ -190,9 +190,9 @@ def test_a_passing_failure_does_not_lose_a_champion(
     opened = slots.open_runtime
     tries: list[float] = []
 
-    def counting(these: settings.Settings) -> Runtime:
+    def counting(these: settings.Settings, folder: Path) -> Runtime:
         tries.append(now[0])
-        return opened(these)
+        return opened(these, folder)
 
     monkeypatch.setattr(slots, "open_runtime", counting)
     while now[0] < 250:

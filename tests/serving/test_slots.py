@@ -249,12 +249,28 @@ def test_the_watcher_leaves_a_pointer_alone_that_was_rolled_back_from(home: Path
     for _ in range(3):
         slot.refresh()
         assert name(slot) == "a"
+    pointer_file = home / "champion.json"
+    away = pointer_file.rename(home / "away.json")  # a file system that is gone for a moment
+    slot.refresh()
+    away.rename(pointer_file)
+    slot.refresh()
+    assert (name(slot), slot.events[-1]["cause"]) == ("a", "pointer")
     live_server.point(home, home / "c")
     slot.refresh()
     assert name(slot) == "c"
     live_server.point(home, home / "b")  # the one that was rolled back from, promoted anew
     slot.refresh()
     assert name(slot) == "b"
+
+
+def test_back_to_a_pointer_that_was_overruled_is_a_new_choice(home: Path) -> None:
+    slot = make(home)
+    slot.load(home / "b")
+    live_server.point(home, home / "absent")
+    slot.refresh()
+    live_server.point(home, home / "a")
+    slot.refresh()
+    assert name(slot) == "a"
 
 
 def test_a_load_by_hand_holds_against_a_pointer_that_failed_before(home: Path) -> None:
