@@ -16,9 +16,11 @@ test in `pipeline.drift`, with the window as the group, since neighbours in time
 hold every image. Kept are the newest 96 windows of the 4 bundles that answered last.
 """
 
+import bisect
 import json
 import os
 import platform
+import random
 import threading
 import time
 from collections import deque
@@ -40,9 +42,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
-def bins(values: Any, edges: tuple[float, ...]) -> Any:
-    """Index of the bin of each value, int64; values beyond the edges go into the first or last bin."""
-    return np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+# Searched without its ends, an edge's index is its bin's, and what lies beyond falls into the first or last.
+_AREA, _CONFIDENCE = np.array(AREA_EDGES[1:-1]), CONFIDENCE_EDGES[1:-1]
 
 
 class Window:
@@ -50,23 +51,23 @@ class Window:
 
     def __init__(self, start: int, classes: int) -> None:
         self.start, self.images = start, 0
-        self._area_sum = np.zeros(classes)
+        self._rows, self._area_sum = np.arange(classes), np.zeros(classes)
         self._area_counts = np.zeros((classes, len(AREA_EDGES) - 1), np.int64)
         self._confidence_sum = 0.0
         self._confidence_counts = np.zeros(len(CONFIDENCE_EDGES) - 1, np.int64)
         self._sample = np.zeros((SAMPLE, classes + 1), np.float32)
-        self._rng = np.random.default_rng(start)
+        self._draw = random.Random(start)
 
     def add(self, area_K: Any, confidence: float) -> None:
         # Vitter, "Random sampling with a reservoir" (ACM TOMS 1985), algorithm R: each image stays with the same chance.
-        place = self.images if self.images < SAMPLE else int(self._rng.integers(self.images + 1))
+        place = self.images if self.images < SAMPLE else self._draw.randrange(self.images + 1)
         if place < SAMPLE:
-            self._sample[place] = [*area_K, confidence]
+            self._sample[place, :-1], self._sample[place, -1] = area_K, confidence
         self.images += 1
         self._area_sum += area_K
-        self._area_counts[np.arange(len(area_K)), bins(area_K, AREA_EDGES)] += 1
+        self._area_counts[self._rows, np.searchsorted(_AREA, area_K, side="right")] += 1
         self._confidence_sum += confidence
-        self._confidence_counts[bins(confidence, CONFIDENCE_EDGES)] += 1
+        self._confidence_counts[bisect.bisect_right(_CONFIDENCE, confidence)] += 1
 
     def as_dict(self) -> dict[str, Any]:
         sample = self._sample[: min(self.images, SAMPLE)].astype(np.float64).round(5)
