@@ -155,6 +155,34 @@ def in_thread(work: Callable[[], None]) -> "Future[None]":
     return future
 
 
+def operations(errors: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI paths of this file; `errors` describes the error answers of given statuses."""
+
+    def operation(id: str, summary: str, answer: str, failures: str, asked: str | None = None) -> dict[str, Any]:
+        def content(name: str) -> dict[str, Any]:
+            schema = {"$ref": f"#/components/schemas/{name}"} if name else {"type": "object"}
+            return {"application/json": {"schema": schema}}
+
+        body = {"requestBody": {"required": True, "content": content(asked)}} if asked else {}
+        good = {"200": {"description": summary, "content": content(answer)}}
+        return {"operationId": id, "summary": summary, **body, "responses": good | errors(*failures.split())}
+
+    change = "400 401 403 404 405 408 409 413 415 422 504"
+    return {
+        "/v1/models": {"get": operation("models", "Which models are held", "ModelsAnswer", "400 401 405")},
+        "/v1/models/load": {
+            "post": operation("load", "Put another bundle in place, if it passes", "ModelsAnswer", change, "LoadRequest")
+        },
+        "/v1/models/rollback": {"post": operation("rollback", "Back to the previous model", "ModelsAnswer",
+                                                  "400 401 403 405 409")},
+        "/v1/models/shadow": {
+            "post": operation("shadow", "Compare another bundle in the shadow", "ModelsAnswer", change, "ShadowRequest")
+        },
+        "/v1/statistics": {"get": operation("statistics", "What was seen, by bundle and window of time", "",
+                                            "400 401 405")},
+    }  # fmt: skip
+
+
 class Models:
     """The handlers."""
 
