@@ -56,6 +56,8 @@ def test_metrics_count_what_happened(server: Server) -> None:
     for phase in ("queue", "decode", "run", "encode"):
         assert grown("marginalia_phase_seconds_count", phase=phase) == 4
     assert grown("marginalia_confidence_count") == 4
+    assert grown("marginalia_batch_size_sum") == 4
+    assert value("marginalia_queue_length") == 0
     shares = [grown("marginalia_class_area_share_total", class_name=c["name"]) for c in tiny_onnx.CLASSES]
     assert sum(shares) == pytest.approx(4)
     assert value("marginalia_ready") == 1
