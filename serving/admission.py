@@ -43,6 +43,7 @@ class Admission:
         self.requests += requests
         self.pixels += pixels
         observe.load(self.requests)
+        observe.queued(max(0, self.requests - self._settings.concurrency))
 
     @contextmanager
     def body(self) -> Iterator[Callable[[int], None]]:

@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving import answers, limits, observe, openapi
+from serving import answers, limits, observe, openapi, spans
 from serving.desk import Desk
 from serving.limits import Problem
+from serving.models import Models
 from serving.settings import Settings
 from serving.slots import Slot
 
@@ -44,7 +45,7 @@ async def _dispatch(request: Request, routes: Mapping[str, tuple[str, Handler]])
 
 async def _answer(request: Request, routes: Mapping[str, tuple[str, Handler]]) -> Response:
     """Every answer gets its request id and a log line; every failure the one error shape."""
-    start = time.perf_counter()
+    start, began = time.perf_counter(), time.time_ns()
     path = request.scope["path"]
     request_id = observe.request_id(request.headers.get("x-request-id"))
     request.state.answer = "none"
@@ -78,12 +79,15 @@ async def _answer(request: Request, routes: Mapping[str, tuple[str, Handler]]) -
         bundle=response.headers.get("x-bundle-id"),
         ms=round((time.perf_counter() - start) * 1e3, 2),
     )
+    if record := spans.recorder():
+        record(request, response, path if path in routes else "unknown", code, began, time.time_ns())
     return response
 
 
 def build(settings: Settings, slot: Slot) -> tuple[ASGIApp, Desk]:
     """The ASGI application (HTTP only) over a slot, and the desk to close when it ends."""
     desk = Desk(settings, slot)
+    models = Models(settings, slot)
     page = PAGE.read_bytes()
     description = JSONResponse(openapi.document(settings)).body
 
@@ -100,6 +104,11 @@ def build(settings: Settings, slot: Slot) -> tuple[ASGIApp, Desk]:
     routes: dict[str, tuple[str, Handler]] = {
         "/v1/segment": ("POST", desk.answer),
         "/v1/model": ("GET", desk.model),
+        "/v1/models": ("GET", models.show),
+        "/v1/models/load": ("POST", models.load),
+        "/v1/models/rollback": ("POST", models.rollback),
+        "/v1/models/shadow": ("POST", models.shadow),
+        "/v1/statistics": ("GET", models.statistics),
         "/v1/openapi.json": ("GET", show_openapi),
         "/metrics": ("GET", show_metrics),
         "/": ("GET", show_page),

@@ -187,6 +187,8 @@ class Desk:
         job.check()
         found = restored(ran.label_HW, ran.confidence_HW, prepared.plan)
         timings = {"queue": queue_s + ran.waited_s, "decode": prepared.spent_s, "run": ran.ran_s}
+        if shadow := self.slot.shadow:
+            shadow.offer(prepared.image_HWC, found.label_HW, runtime.bundle.manifest)
         return render(kind, prepared, found, runtime.bundle, timings)
 
     def _ended(self, job: Job, work: "Future[Answered]", pixels: int) -> None:
@@ -236,7 +238,7 @@ class Desk:
 
     def _respond(self, done: Answered, kind: answers.Kind) -> Response:
         observe.answered(kind.view, 200, done.timings)
-        observe.segmented(done.shares, done.confidence)
+        observe.segmented(done.shares, done.confidence, done.bundle)
         headers = {
             "X-Bundle-Id": done.bundle,
             "Server-Timing": answers.server_timing(done.timings),

@@ -10,6 +10,7 @@ from export.runtime import Runtime
 from export.schema import ClassInfo, InputPolicy
 from pipeline.images import FORMATS
 from serving.answers import VIEWS, ErrorAnswer, SegmentAnswer
+from serving.models import LoadRequest, ModelsAnswer, ShadowRequest, operations
 from serving.settings import Settings
 
 
@@ -40,14 +41,17 @@ def model_answer(runtime: Runtime) -> ModelAnswer:
 
 
 _ERRORS = {
-    "400": "empty, not-an-image, truncated, corrupt, bad-multipart, bad-query, bad-accept",
+    "400": "empty, not-an-image, truncated, corrupt, bad-multipart, bad-query, bad-accept, bad-json, bad-bundle-path",
     "401": "unauthorized: this service has a token",
+    "403": "no-token: this service has none, so nobody may change its models",
+    "404": "no-bundle: no such folder",
     "405": "method",
     "406": "not-acceptable: no such answer",
     "408": "slow-body: the body did not arrive in time",
+    "409": "busy: another model is being loaded; no-previous",
     "413": "body-too-large",
     "415": "unsupported-type (Content-Type), unsupported-format, unsupported-depth, animated (content)",
-    "422": "too-many-pixels, bad-aspect",
+    "422": "too-many-pixels, bad-aspect, bundle-refused",
     "503": "overloaded, no-model; Retry-After says when to come again",
     "504": "deadline: not done in time",
 }
@@ -56,7 +60,14 @@ _ERRORS = {
 def document(settings: Settings) -> dict[str, Any]:
     """The whole OpenAPI document, with this service's limits in words."""
     _, schemas = models_json_schema(
-        [(SegmentAnswer, "serialization"), (ErrorAnswer, "serialization"), (ModelAnswer, "serialization")],
+        [
+            (SegmentAnswer, "serialization"),
+            (ErrorAnswer, "serialization"),
+            (ModelAnswer, "serialization"),
+            (ModelsAnswer, "serialization"),
+            (LoadRequest, "validation"),
+            (ShadowRequest, "validation"),
+        ],
         ref_template="#/components/schemas/{model}",
     )
 
@@ -120,7 +131,7 @@ def document(settings: Settings) -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Marginalia", "version": release, "license": {"name": "Apache-2.0"}},
-        "paths": {"/v1/segment": {"post": segment}, "/v1/model": {"get": model}},
+        "paths": {"/v1/segment": {"post": segment}, "/v1/model": {"get": model}, **operations(errors)},
         "components": {
             "schemas": schemas["$defs"],
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},

@@ -9,6 +9,7 @@ from typing import NoReturn
 from export.bundle import BundleError
 from export.runtime import ProviderError
 from serving import slots
+from serving.pointer import PointerError
 from serving.settings import PREFIX, Settings, SettingsError, from_environment
 
 
@@ -29,7 +30,7 @@ def prepare(bundle: Path | None = None) -> Settings:
             update["bundle"] = (bundle or settings.bundle or Path()).absolute()
         settings = settings.model_copy(update=update)
         slots.open_runtime(settings)
-    except (SettingsError, slots.PointerError, BundleError, ProviderError) as error:
+    except (SettingsError, PointerError, BundleError, ProviderError) as error:
         raise StartError(str(error)) from error
     return settings
 

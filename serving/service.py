@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from export.bundle import BundleError
 from export.runtime import ProviderError
-from serving import app, connections, observe, settings, slots
+from serving import app, connections, observe, settings, slots, spans, statistics
+from serving.pointer import PointerError
 
 _settings = settings.from_environment()
 
@@ -31,7 +32,7 @@ def _refuse_absent_provider() -> None:
         slots.open_runtime(_settings)
     except ProviderError as error:
         raise SystemExit(f"marginalia: {error}") from error
-    except (slots.PointerError, BundleError, OSError):
+    except (PointerError, BundleError, OSError):
         return
 
 
@@ -45,6 +46,13 @@ def _leave() -> None:
     """End this worker: BentoML's watcher looks every 10 s and starts another, which opens the card anew."""
     os.kill(os.getpid(), signal.SIGTERM)
 
+
+_dump = statistics.Dump(
+    observe.STATISTICS,
+    _settings.statistics,
+    _settings.statistics_every_s,
+    lambda error: observe.event("statistics-failed", error=str(error)),
+)
 
 _PROBES = ("/livez", "/readyz", "/healthz")
 
@@ -69,7 +77,7 @@ class Front:
 @bentoml.service(
     name="marginalia",
     workers=1,
-    traffic={"timeout": _settings.body_timeout_s + _settings.timeout_s + 5},
+    traffic={"timeout": _settings.body_timeout_s + max(_settings.timeout_s, _settings.load_timeout_s) + 5},
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
 )
@@ -86,16 +94,19 @@ class Marginalia:
         if others := settings.ignored():
             observe.event("variables-ignored", names=others, reason="set by Kubernetes for a service of this name")
         _desk.on_lost = _leave
+        spans.recorder()
         _slot.start()
+        _dump.start()
         gc.collect()
         gc.freeze()
         gc.set_threshold(5000, 10, 100_000)
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def stop(self) -> None:
-        """End the watcher and let the running work finish."""
+        """End the watcher, let the running work finish, write what it saw."""
         _slot.stop()
         _desk.close()
+        _dump.stop()
 
     def __is_ready__(self) -> bool:
         """True once a warmed-up model answers."""

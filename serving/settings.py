@@ -35,6 +35,11 @@ class Settings(BaseModel):
     together where they wait together; unset, that depends on the device.
     A body has `body_timeout_s`, the work after it `timeout_s`; bodies and answers go at `min_rate_kb` KiB a second at
     least. Of `max_connections`, those between two requests make room; a request's head has `head_timeout_s`.
+
+    A candidate may be `max_slowdown` times as slow as the model it replaces, and have other classes only with
+    `allow_class_change`; POST /v1/models/load takes one from below `bundles` (default: the folder that holds
+    `champions/`) and gives up after `load_timeout_s`. `shadow`, a bundle below that folder, is run beside the champion on
+    a `shadow_share` of the images. `statistics` is a folder for prediction statistics, written every `statistics_every_s`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +64,14 @@ class Settings(BaseModel):
     max_connections: Positive = 512
     head_timeout_s: Seconds = 10.0
     idle_timeout_s: Seconds = 75.0
+    bundles: Path | None = None
+    load_timeout_s: Seconds = 20.0
+    allow_class_change: bool = False
+    max_slowdown: Annotated[float, Field(ge=1)] = 3.0
+    shadow: str | None = None
+    shadow_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    statistics: Path | None = None
+    statistics_every_s: Seconds = 60.0
     token: Annotated[SecretStr, Field(min_length=1)] | None = None
 
     @property

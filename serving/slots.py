@@ -1,67 +1,91 @@
-"""The model that is being served, and the watcher that puts the next champion in its place."""
+"""The models of the service: the current one, the previous one, one on trial, one in the shadow; and what changes them.
 
+One change at a time: the watcher that follows the champion pointer, a load or a rollback that somebody asks for. A
+candidate is opened, verified, warmed up and judged (`serving.trial`) beside the current model, and only then takes its
+place; whatever is wrong with it, the current model serves on. At most three models are in memory while that happens (and
+the shadow's), two afterwards; an older one is freed when the last request that started with it ends.
+
+An operator's choice (load, rollback) holds until the pointer next changes, or the service starts anew.
+"""
+
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from export.bundle import BundleError, open_bundle
 from export.runtime import ProviderError, Runtime
-from pipeline import files
-from serving import observe
+from serving import observe, trial
+from serving.pointer import PathError, PointerError, bundle_folder, named, shown
 from serving.settings import Settings
+from serving.shadow import Shadow
 
 RETRY_S = 60.0  # the longest pause between two attempts at a champion that would not load
+EVENTS = 20
 
 
-class PointerError(ValueError):
-    """The champion pointer cannot be followed; the message names the file."""
+class Busy(RuntimeError):
+    """Another change is under way."""
 
 
-def bundle_folder(settings: Settings) -> Path:
-    """The folder to serve: the pinned bundle, else the one that the champion pointer names.
+class NoPrevious(RuntimeError):
+    """There is no model to go back to."""
 
-    The pointer's paths are relative to the folder that holds `champions/`, wherever the service was started.
 
-    Raises:
-        PointerError: no pointer, or one that is not ours.
+def open_runtime(settings: Settings, folder: Path | None = None, threads: int | None = None) -> Runtime:
+    """Find (the champion, unless `folder` is given), verify, load and warm up.
+
+    Raises PointerError, BundleError or ProviderError.
     """
-    if settings.bundle is not None:
-        return settings.bundle
-    pointer = settings.champions
-    if not pointer.is_file():
-        raise PointerError(
-            f"{pointer}: no champion yet; run `dvc repro`, or `dvc repro -f -s gate` where that says nothing has "
-            "changed, or name a bundle in MARGINALIA_BUNDLE"
-        )
-    try:
-        named = Path(files.read_json(pointer)["bundle"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        advice = "move it away and run `dvc repro -f -s gate`"
-        raise PointerError(f"{pointer}: not a champion pointer ({error!r}); {advice}") from error
-    return named if named.is_absolute() else pointer.absolute().parent.parent / named
-
-
-def open_runtime(settings: Settings) -> Runtime:
-    """Find, verify, load and warm up. Raises PointerError, BundleError or ProviderError."""
     runtime = Runtime(
-        open_bundle(bundle_folder(settings)),
+        open_bundle(folder or bundle_folder(settings)),
         provider=settings.provider,
         precision=settings.precision,
-        threads=settings.threads,
+        threads=threads or settings.threads,
     )
     runtime.warm_up()
     return runtime
 
 
+def cause(error: Exception) -> str:
+    """Why a candidate was refused, one of `observe.CAUSES`."""
+    if isinstance(error, trial.Refused):
+        return error.cause
+    kinds = {PointerError: "pointer", BundleError: "bundle", ProviderError: "provider"}
+    return next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
+
+
+class Claim:
+    """What one of two sides takes first: the loader at the moment of the swap, or its caller when the time is up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """True for the first who asks."""
+        return self._lock.acquire(blocking=False)
+
+
 class Slot:
-    """Holds the current `Runtime`. Reading `runtime` is atomic: a request keeps the one that it started with."""
+    """Holds the models. Reading `runtime`, the current one, is atomic: a request keeps the one that it started with."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.runtime: Runtime | None = None
+        self.previous: Runtime | None = None
+        self.candidate: dict[str, Any] | None = None  # what is on trial now: who asked, where it lies, since when
+        self.shadow: Shadow | None = None
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self._settings = settings
         self._clock = clock
-        self._loaded: bytes | None = None  # the pointer whose bundle is served
+        self._turn = threading.Lock()  # held by whoever changes the models
+        self._held = (
+            threading.Lock()
+        )  # held for the moment of an exchange, so that both names are seen to change at once
+        self._settled: bytes | None = None  # the pointer that needs no more doing: its bundle is served, or overruled
         self._failing: bytes | None = None  # the pointer that would not load, how often, what was said, and when next
         self._failures = 0
         self._said = ""
@@ -74,14 +98,84 @@ class Slot:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the watcher."""
+        """End the watcher and the shadow."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+        if self.shadow is not None:
+            self.shadow.close(wait=True)
+
+    def models(self) -> tuple[Runtime | None, Runtime | None]:
+        """(current, previous), of one moment."""
+        with self._held:
+            return self.runtime, self.previous
+
+    def load(self, folder: Path, *, allow_class_change: bool = False, claim: Claim | None = None) -> None:
+        """Put the bundle in `folder` in the current one's place if it passes; what is served already stays.
+
+        Without its `claim` the swap does not happen.
+
+        Raises:
+            Busy; trial.Refused, BundleError, ProviderError, or what else the candidate's runtime fails with.
+        """
+        with self._changing():
+            settled = self._pointer()
+            try:
+                self._install("load", folder, self._settings.allow_class_change or allow_class_change, claim)
+            except Exception as error:
+                self._refused(error)
+                raise
+            self._settled = settled
+
+    def rollback(self) -> None:
+        """Exchange the current and the previous model; the pointer as it stands is not followed again.
+
+        Raises:
+            Busy, NoPrevious.
+        """
+        with self._changing():
+            if self.previous is None or self.runtime is None:
+                raise NoPrevious("there is no previous model; load one by POST /v1/models/load")
+            self._settled, self._failing = self._pointer(), None
+            before = self.runtime.bundle.manifest.id
+            self._exchange(self.previous)
+            observe.swapped("rolled-back")
+            self._tell("rolled-back", bundle=self.runtime.bundle.manifest.id, before=before)
+
+    def set_shadow(self, folder: Path | None, claim: Claim | None = None) -> None:
+        """Run the bundle in `folder` in the shadow of the current one; None ends that.
+
+        Raises:
+            Busy; PathError, trial.Refused (too late), BundleError, ProviderError.
+        """
+        with self._changing():
+            self._end_shadow()
+            if folder is None:
+                return
+            fresh = Shadow(lambda: open_runtime(self._settings, folder, threads=1), self._settings.shadow_share)
+            self._on_trial("shadow", folder)
+            try:
+                opened = fresh.opened.result()
+                if claim is not None and not claim.take():
+                    raise trial.Refused("late", "was not ready in time; raise MARGINALIA_LOAD_TIMEOUT_S")
+            except Exception as error:
+                fresh.close()
+                self._refused(error)
+                raise
+            self.shadow = fresh
+            self._publish()
+            self._tell("shadow-started", bundle=opened.bundle.manifest.id)
 
     def _watch(self) -> None:
         observe.ready(False)
         self.refresh()
+        if self._settings.shadow:
+            try:
+                self.set_shadow(named(self._settings, self._settings.shadow))
+            except (PathError, FileNotFoundError) as error:
+                self._tell("shadow-refused", error=f"MARGINALIA_SHADOW: {error}")
+            except Exception:
+                pass  # told already, and the service does not need it
         while not self._stop.wait(self._settings.poll_s):
             self.refresh()
 
@@ -89,49 +183,132 @@ class Slot:
         """Look once. What is served already is passed over; a bad bundle leaves the old model serving, with an event.
 
         A pointer counts as done only when its bundle answers: one that fails is tried again after 1, 2, 4 ... 60 s, since
-        the reason may pass (a folder still being copied, no free file handle). The same failure is told once.
+        the reason may pass (a folder still being copied, no free file handle). The same failure is told once, and what
+        the trial refused is not tried again before the pointer changes.
         """
-        try:
-            pointer = b"" if self._settings.bundle else self._settings.champions.read_bytes()
-        except OSError:
-            pointer = b"absent"
-        if pointer == self._loaded:
+        if self._pointer() == self._settled:  # mostly; the turn is not taken from somebody for that
             self._failing = None
+            return
+        try:
+            with self._changing():
+                self._follow()
+        except Busy:
+            return  # whoever is at it settles the pointer, or the next round does
+
+    def _follow(self) -> None:
+        pointer = self._pointer()
+        if pointer == self._settled:
             return
         if pointer != self._failing:
             self._failing, self._failures, self._said = pointer, 0, ""
         elif self._clock() < self._again_at:
             return
         try:
-            fresh = open_runtime(self._settings)
+            self._install("pointer", None, self._settings.allow_class_change)
         except Exception as error:  # the watcher must outlive any bad candidate
+            if not isinstance(error, PointerError):  # a pointer that cannot be read for a moment is no change of mind
+                self._settled = None
             self._failed(error)
             return
-        old, self.runtime = self.runtime, fresh
-        self._loaded, self._failing = pointer, None
+        self._settled, self._failing = pointer, None
+
+    def _pointer(self) -> bytes:
+        try:
+            return b"" if self._settings.bundle else self._settings.champions.read_bytes()
+        except OSError:
+            return b"absent"
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        if not self._turn.acquire(blocking=False):
+            raise Busy("another model is being loaded; try again when it is done")
+        try:
+            yield
+        finally:
+            self.candidate = None
+            self._turn.release()
+
+    def _install(self, source: str, folder: Path | None, allow_class_change: bool, claim: Claim | None = None) -> None:
+        self._on_trial(source, folder)
+        folder = folder or bundle_folder(self._settings)
+        self._on_trial(source, folder)
+        fresh, old = open_runtime(self._settings, folder), self.runtime
+        if old is not None and old.bundle.manifest == fresh.bundle.manifest:
+            observe.swapped("same")
+            self._tell("bundle-same", bundle=fresh.bundle.manifest.id, source=source)
+            return
+        trial.judge(fresh, old, trial.Rules(self._settings.max_slowdown, allow_class_change))
+        if claim is not None and not claim.take():
+            raise trial.Refused("late", "was not ready in time; raise MARGINALIA_LOAD_TIMEOUT_S")
+        self._exchange(fresh)
         observe.swapped("loaded")
         observe.ready(True)
-        observe.event(
+        self._tell(
             "bundle-loaded",
             bundle=fresh.bundle.manifest.id,
             before=old.bundle.manifest.id if old else None,
+            source=source,
             provider=fresh.provider,
             precision=fresh.precision,
             passed_over=fresh.passed_over or None,
             threads=fresh.threads,
         )
 
+    def _exchange(self, fresh: Runtime) -> None:
+        with self._held:
+            self.runtime, self.previous = fresh, self.runtime
+        if self.shadow is not None and self.shadow.opened.result().bundle.manifest.id == fresh.bundle.manifest.id:
+            self._end_shadow()  # it would be compared with itself
+        self._publish()
+
+    def _end_shadow(self) -> None:
+        if self.shadow is None:
+            return
+        ended, self.shadow = self.shadow, None
+        ended.close()
+        observe.agreed(None, {})
+        self._publish()
+        self._tell("shadow-ended", bundle=ended.opened.result().bundle.manifest.id)
+
+    def _publish(self) -> None:
+        shadow = self.shadow.opened.result() if self.shadow else None
+        held = {"current": self.runtime, "previous": self.previous, "shadow": shadow}
+        observe.models({slot: (r.bundle.manifest.id, r.provider, r.precision) for slot, r in held.items() if r})
+
+    def _on_trial(self, source: str, folder: Path | None) -> None:
+        path = folder or self._settings.champions
+        self.candidate = {"source": source, "path": str(path), "since": round(time.time(), 3)}
+
     def _failed(self, error: Exception) -> None:
-        pause = min(RETRY_S, 2.0 ** min(self._failures, 10))
+        final = isinstance(error, trial.Refused)
+        pause = math.inf if final else min(RETRY_S, 2.0 ** min(self._failures, 10))
         self._failures += 1
         self._again_at = self._clock() + pause
         said = repr(error)
         if said == self._said:
             return
         self._said = said
-        observe.swapped("refused")
-        serving = self.runtime.bundle.manifest.id if self.runtime else None
-        if isinstance(error, PointerError | BundleError | ProviderError):
-            observe.event("bundle-refused", error=str(error), still_serving=serving, retry_s=pause)
+        self._refused(error, retry_s=None if final else pause)
+
+    def _refused(self, error: Exception, **facts: object) -> None:
+        why, trying = cause(error), self.candidate or {}
+        observe.swapped("refused", why)
+        facts |= {
+            "source": trying.get("source"),
+            "path": trying.get("path"),
+            "cause": why,
+            "still_serving": self.runtime.bundle.manifest.id if self.runtime else None,
+        }
+        if why != "failed":
+            self._tell("bundle-refused", error=str(error), **facts)
         else:
-            observe.failure("bundle-refused", error, still_serving=serving, retry_s=pause)
+            observe.failure("bundle-refused", error, **facts)
+            self._remember("bundle-refused", error=repr(error), **facts)
+
+    def _tell(self, kind: str, **facts: object) -> None:
+        observe.event(kind, **facts)
+        self._remember(kind, **facts)
+
+    def _remember(self, kind: str, **facts: object) -> None:
+        plain = {k: shown(self._settings, v) if isinstance(v, str | Path) else v for k, v in facts.items()}
+        self.events.append({"time": round(time.time(), 3), "event": kind, **plain})

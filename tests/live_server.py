@@ -89,7 +89,7 @@ def point(champions: Path, bundle_folder: Path) -> None:
 
 
 def start(settings: dict[str, str], command: list[str] | None = None) -> Server:
-    """A server over a fresh folder whose champion is the tiny model."""
+    """A server over a fresh folder whose champion is the tiny model; "{folder}" in a setting is that folder."""
     folder = Path(tempfile.mkdtemp(prefix="marginalia-server-"))
     made = tiny_onnx.write(folder / "champions" / "first" / "bundle")
     point(folder / "champions", made.folder)
@@ -99,6 +99,7 @@ def start(settings: dict[str, str], command: list[str] | None = None) -> Server:
     plain |= {"BENTOML_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
     launch = [sys.executable, *(command or ["-c", START, str(port)])]
     launch = [part.replace("{port}", str(port)) for part in launch]
+    settings = {name: value.replace("{folder}", str(folder)) for name, value in settings.items()}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(launch, cwd=ROOT, env=plain | settings, stdout=log, stderr=log)
     server = Server(f"http://127.0.0.1:{port}", port, folder, process)
@@ -136,6 +137,20 @@ def guarded() -> Server:
             "MARGINALIA_BODY_TIMEOUT_S": "2",
             "MARGINALIA_MAX_BODY_MB": "4",
             "MARGINALIA_MAX_BODIES_MB": "8",
+        }
+    )
+
+
+@functools.cache
+def kept() -> Server:
+    """One whose keeper has a token and changes models: a quick watcher, a shadow of every image, statistics below it."""
+    return start(
+        {
+            "MARGINALIA_TOKEN": TOKEN,
+            "MARGINALIA_POLL_S": "0.1",
+            "MARGINALIA_SHADOW_SHARE": "1",
+            "MARGINALIA_STATISTICS": "{folder}/statistics",
+            "MARGINALIA_STATISTICS_EVERY_S": "0.2",
         }
     )
 

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import socket
+from typing import get_args
 
 import httpx
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from export.schema import Precision, Provider
 from serving import observe
 from tests import live_server, tiny_onnx
 from tests.live_server import TOKEN, Server, error, until
@@ -78,6 +80,8 @@ def test_f52_neither_token_nor_image_reaches_the_log(server: Server, http: httpx
     http.post("/v1/segment", files={"image": (MARK.decode(), MARK)}, headers={"Authorization": f"Bearer {TOKEN}"})
     http.get(f"/v1/model?token={TOKEN}")
     http.get("/v1/model", headers={"Authorization": f"Basic {TOKEN}"})
+    for body in ({"bundle": TOKEN}, {"bundle": MARK.decode(), "token": TOKEN}):
+        http.post("/v1/models/load", json=body, headers={"Authorization": f"Bearer {TOKEN}"})
     until(lambda: "last-one" in server.log())
     log = server.log()
     encoded = base64.b64encode(MARK).decode()[:16]
@@ -92,13 +96,19 @@ def test_f54_labels_come_from_fixed_sets(server: Server, http: httpx.Client) -> 
         http.request("BREW", "/v1/segment", headers={"X-Request-Id": "a", "User-Agent": hostile.encode().hex()})
         http.post("/v1/segment", content=PICTURE, headers=RAW | {"Accept": "image/" + hostile.encode().hex()})
         http.post("/v1/segment", files={hostile.encode().hex(): ("a", PICTURE)}, headers={"Authorization": TOKEN})
+        http.post("/v1/models/load", json={"bundle": hostile}, headers=GOOD | {"Content-Type": "application/json"})
     allowed = {
         "answer": set(observe.ANSWERS),
         "status": {"2xx", "4xx", "5xx"},
         "phase": set(observe.PHASES),
         "reason": set(observe.REASONS),
         "class_name": {item["name"] for item in tiny_onnx.CLASSES},
-        "result": {"loaded", "refused"},
+        "result": {*observe.SWAPS, *observe.SHADOWED},
+        "cause": set(observe.CAUSES),
+        "slot": set(observe.SLOTS),
+        "bundle": {http.get("/v1/model", headers=GOOD).json()["bundle"]},
+        "provider": set(get_args(Provider)),
+        "precision": set(get_args(Precision)),
     }
     for family in text_string_to_metric_families(http.get("/metrics").text):
         assert family.name.startswith("marginalia_")

@@ -56,6 +56,8 @@ def test_metrics_count_what_happened(server: Server) -> None:
     for phase in ("queue", "decode", "run", "encode"):
         assert grown("marginalia_phase_seconds_count", phase=phase) == 4
     assert grown("marginalia_confidence_count") == 4
+    assert grown("marginalia_batch_size_sum") == 4
+    assert value("marginalia_queue_length") == 0
     shares = [grown("marginalia_class_area_share_total", class_name=c["name"]) for c in tiny_onnx.CLASSES]
     assert sum(shares) == pytest.approx(4)
     assert value("marginalia_ready") == 1
@@ -132,12 +134,21 @@ def test_a_bad_champion_never_replaces_a_good_one(server: Server, first_again: P
 def test_started_by_hand_tracks_nothing_and_ends_on_sigterm() -> None:
     """`bentoml serve` typed by a person. The debug variable makes BentoML print what it would send."""
     server = live_server.start(
-        {"__BENTOML_DEBUG_USAGE": "true", "MARGINALIA_POLL_S": "0.1"},
+        {
+            "__BENTOML_DEBUG_USAGE": "true",
+            "MARGINALIA_POLL_S": "0.1",
+            "MARGINALIA_STATISTICS": "{folder}/statistics",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",  # nobody there: the service must not mind
+        },
         ["-m", "bentoml", "serve", "serving.service:Marginalia", "--host", "127.0.0.1", "--port", "{port}"],
     )
     workers = server.workers()
     assert workers
+    with server.client() as http:
+        assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 200
     assert server.stop() == 0
+    (dump,) = (server.folder / "statistics").iterdir()
+    assert files.read_json(dump)["images"] == 1
     for pid in workers:
         until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
     with pytest.raises(httpx.ConnectError):
@@ -190,9 +201,9 @@ def test_a_passing_failure_does_not_lose_a_champion(
     opened = slots.open_runtime
     tries: list[float] = []
 
-    def counting(these: settings.Settings) -> Runtime:
+    def counting(these: settings.Settings, folder: Path) -> Runtime:
         tries.append(now[0])
-        return opened(these)
+        return opened(these, folder)
 
     monkeypatch.setattr(slots, "open_runtime", counting)
     while now[0] < 250:

@@ -29,6 +29,8 @@ def test_defaults_and_values() -> None:
         ("MARGINALIA_CONCURRENCY", "0", "MARGINALIA_CONCURRENCY"),
         ("MARGINALIA_TIMEOUT_S", "hush", "MARGINALIA_TIMEOUT_S"),
         ("MARGINALIA_TOKEN", "", "MARGINALIA_TOKEN"),
+        ("MARGINALIA_MAX_SLOWDOWN", "0.9", "MARGINALIA_MAX_SLOWDOWN"),
+        ("MARGINALIA_SHADOW_SHARE", "1.1", "MARGINALIA_SHADOW_SHARE"),
     ],
 )
 def test_wrong_variables_are_named(name: str, value: str, said: str) -> None:
