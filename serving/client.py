@@ -268,8 +268,7 @@ def _read_line(line: str, sent: Sequence[int], left: dict[int, bytes], head: htt
         facts = json.loads(line)
         index = sent[facts["index"]]
         del left[index]
-        if "error" in facts:
-            detail = facts["error"]
+        if detail := facts.get("error"):
             return BatchItem(index, None, ServiceError(detail["code"], detail["message"], request_id))
         return BatchItem(index, read_segmentation(facts["answer"], request_id, {}), None)
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:

@@ -314,8 +314,8 @@ def lines(*rows: dict[str, Any]) -> bytes:
 
 
 def test_a_batch_that_breaks_goes_on_with_what_is_left(pauses: list[float]) -> None:
-    refused = {"index": 1, "error": {"code": "corrupt", "message": "m", "request_id": "r"}}
-    first = lines({"index": 2, "answer": facts(7)}, refused)
+    refused = {"index": 1, "file": "1", "error": {"code": "corrupt", "message": "m"}, "answer": None}
+    first = lines({"index": 2, "file": "2", "error": None, "answer": facts(7)}, refused)
     second = lines({"index": 1, "answer": facts(9)}, {"index": 0, "answer": facts(8)})
     with Scripted(
         FULL, (200, {"Content-Length": "9999"}, first), (200, {}, second)
