@@ -185,34 +185,22 @@ def test_token() -> None:
 
 
 def test_a_full_service_is_asked_again_until_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for one, taken by a caller whose body does not come; that one leaves when the client has been told to wait."""
-    server = live_server.guarded()
+    """Ten at once where there is room for one: all are answered in the end, and those refused were told to wait."""
     pauses, sleep = [], client.anyio.sleep
-    with socket.create_connection(("127.0.0.1", server.port)) as slow, Client(
-        server.url, live_server.TOKEN, trust_env=False
-    ) as service:  # fmt: skip
-        head = f"POST /v1/segment HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {live_server.TOKEN}\r\n"
-        slow.sendall(f"{head}Content-Type: image/png\r\nContent-Length: 9\r\n\r\n1234".encode())
-        live_server.until(lambda: "marginalia_in_flight" in (text := metrics(server)) and in_flight(text) == 1)
+    picture = save(Image.fromarray(PICTURE).resize((1200, 900)))
 
-        async def and_then_there_is_room(seconds: float) -> None:
-            pauses.append(seconds)
-            slow.close()
-            await sleep(0.01)
+    async def shorter(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(seconds / 100)
 
-        monkeypatch.setattr(client.anyio, "sleep", and_then_there_is_room)
-        assert service.segment(PICTURE).mask_HW.shape == PICTURE.shape[:2]
-    assert pauses
+    async def at_once() -> list[client.Segmentation]:
+        async with AsyncClient(live_server.guarded().url, live_server.TOKEN, trust_env=False) as service:
+            return await asyncio.gather(*(service.segment(picture) for _ in range(10)))
+
+    monkeypatch.setattr(client.anyio, "sleep", shorter)
+    assert {found.mask_HW.shape for found in asyncio.run(at_once())} == {(900, 1200)}
+    assert len(pauses) >= 5
     assert min(pauses) > 1.0  # the service's Retry-After
-
-
-def metrics(server: Server) -> str:
-    with server.client() as http:
-        return http.get("/metrics").text
-
-
-def in_flight(text: str) -> float:
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("marginalia_in_flight"))
 
 
 def test_retry_after_is_the_least_pause_and_pauses_grow(pauses: list[float]) -> None:
@@ -298,6 +286,32 @@ def test_mask_and_confidence_are_of_one_bundle() -> None:
     assert [path for path, _ in server.seen] == [
         f"/v1/segment?classes=x&min_confidence=0.5&view={view}" for view in ("json", "confidence") * 2
     ]
+
+
+def test_a_real_confidence_map(server: Server, service: Client, here: runtime.Runtime) -> None:
+    with server.client() as http:
+        if '"geojson"' not in http.get("/v1/openapi.json").text:
+            pytest.skip("this service has no confidence answer yet")
+    found, want = service.segment(PICTURE, confidence=True, min_confidence=0.5, classes="red,2"), here.segment(PICTURE)
+    np.testing.assert_array_equal(found.confidence_HW, want.confidence_HW)
+    kept = np.isin(want.label_HW, (1, 2)) & (want.confidence_HW >= 128)
+    np.testing.assert_array_equal(found.mask_HW, np.where(kept, want.label_HW, client.IGNORE))
+
+
+def test_a_real_batch(server: Server, service: Client, here: runtime.Runtime) -> None:
+    with server.client() as http:
+        if http.post("/v1/segment/batch").status_code == 404:
+            pytest.skip("this service takes one image a call")
+    pictures = [np.roll(PICTURE, 7 * i, axis=1)[: 30 + i] for i in range(20)]
+    items = list(service.batch([*pictures[:5], b"words", *pictures[5:]]))
+    assert sorted(item.index for item in items) == list(range(21))
+    results = {item.index: item.result for item in items}
+    assert [(item.index, item.error.code) for item in items if item.error] == [(5, "not-an-image")]
+    for index, picture in zip((i for i in range(21) if i != 5), pictures, strict=True):
+        found = results[index]
+        assert found is not None
+        np.testing.assert_array_equal(found.mask_HW, here.segment(picture).label_HW)
+        assert found.bundle == here.bundle.manifest.id
 
 
 def test_pixels_of_no_class_are_255() -> None:

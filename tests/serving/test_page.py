@@ -178,7 +178,7 @@ def test_confidence(page: Browser, http: httpx.Client, photo: Path) -> None:
     assert len(np.unique(heat.reshape(-1, 4), axis=0)) > 50
     page.get("stage").send_keys(LEFT)
     name, sure, x, y = page.text("spoken").split(", ")
-    assert sure == f"{round(100 * confidence[int(y), int(x)] / 255)} % sure"
+    assert sure == f"{round(100 * int(confidence[int(y), int(x)]) / 255)} % sure"
     assert name in NAMES
     box = page.all("#legend input")[0]
     box.click()
