@@ -1,9 +1,14 @@
-"""A real browser: Chromium without a window, driven by selenium. Tests skip where either is absent."""
+"""A real browser: Chromium without a window, driven by selenium. Tests skip where either is absent.
+
+By hand, with a service that runs: python -m tests.browser http://127.0.0.1:3000 image.png page.png [dark] [WIDTH]
+takes a picture of the page with its answer to an image, as docs/page.png was taken.
+"""
 
 import base64
 import io
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,5 +127,22 @@ def start() -> Iterator[Browser]:
             driver.quit()
 
 
+def picture(url: str, image: Path, out: Path, *options: str) -> None:
+    """The whole page with its answer to an image, as PNG."""
+    width = next((int(option) for option in options if option.isdigit()), 1180)
+    with start() as browser:
+        browser.size(width, dark="dark" in options)
+        browser.open(url)
+        browser.choose(image)
+        height = browser.js("return document.documentElement.scrollHeight")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        shot = browser.cdp("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        out.write_bytes(base64.b64decode(shot["data"]))
+
+
 def png(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
+
+
+if __name__ == "__main__":
+    picture(sys.argv[1], Path(sys.argv[2]).absolute(), Path(sys.argv[3]), *sys.argv[4:])

@@ -193,6 +193,16 @@ def test_only_what_the_service_offers_is_offered(page: Browser, http: httpx.Clie
     assert page.get("views").is_displayed() == ("confidence" in offered(http))
 
 
+def test_what_every_version_offers_is_offered_without_a_description(page: Browser, server: Server) -> None:
+    page.cdp("Network.enable")
+    page.cdp("Network.setBlockedURLs", urls=["*/v1/openapi.json"])
+    try:
+        page.open(server.url)
+        assert [box.get_attribute("value") for box in page.all("[name=kind]")] == ["mask", "overlay", "json"]
+    finally:
+        page.cdp("Network.setBlockedURLs", urls=[])
+
+
 def test_downloads_are_the_services_bytes(page: Browser, http: httpx.Client, photo: Path) -> None:
     page.choose(photo)
     for view, ending in (("mask", "mask.png"), ("overlay", "overlay.png"), ("json", "json"), ("geojson", "geojson")):
