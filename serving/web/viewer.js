@@ -9,6 +9,7 @@ const stage = $("stage"), picture = $("picture"), cover = $("cover"), cross = $(
 let shown = null;
 let place = null;  // {x, y} in shown pixels
 let whenPointed = () => {};
+const GAP = 12;  // between a place and its words
 
 export const onPointed = action => { whenPointed = action; };
 
@@ -66,10 +67,11 @@ export function point(to, aloud = false) {
   const swatch = Object.assign(document.createElement("i"), { className: "swatch" });
   swatch.style.background = one ? `rgb(${one.color})` : "transparent";
   tip.replaceChildren(swatch, words.join(" · "));
-  const [left, top] = [(x + .5) / size.width, (y + .5) / size.height];
-  for (const one of [cross, tip]) Object.assign(one.style, { left: `${100 * left}%`, top: `${100 * top}%` });
-  tip.classList.toggle("leftward", left > .5);
-  tip.classList.toggle("upward", top > .5);
+  const [left, top] = [(x + .5) / size.width * stage.clientWidth, (y + .5) / size.height * stage.clientHeight];
+  Object.assign(cross.style, { left: `${left}px`, top: `${top}px` });
+  const room = stage.clientWidth - tip.offsetWidth, above = top - GAP - tip.offsetHeight;
+  const beside = left + GAP <= room ? left + GAP : Math.max(0, Math.min(room, left - GAP - tip.offsetWidth));
+  Object.assign(tip.style, { left: `${beside}px`, top: `${above < 0 ? top + GAP : above}px` });
   if (aloud) $("spoken").textContent = words.join(", ");
 }
 

@@ -21,7 +21,8 @@ from tests.pictures import exif, save
 
 PALETTE = np.array([[*item["color"], 255] for item in tiny_onnx.CLASSES], np.uint8)
 NAMES = [item["name"] for item in tiny_onnx.CLASSES]
-ENTER, SPACE, TAB, LEFT, DOWN, HOME, END = "\ue007", " ", "\ue004", "\ue012", "\ue015", "\ue011", "\ue010"
+ENTER, SPACE, TAB, HOME, END = "\ue007", " ", "\ue004", "\ue011", "\ue010"
+LEFT, RIGHT, DOWN = "\ue012", "\ue014", "\ue015"
 
 
 def blobs(height: int, width: int) -> np.ndarray:
