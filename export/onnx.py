@@ -217,13 +217,15 @@ def run(params: config.Params, console: Console) -> None:
     with console.status("making its cheaper forms"):
         forms, failed = others(model, graph, metadata, params, policy, bool(gpu.cards))
     metrics = {key: scores[key] for key in ("miou", "miou_all", "miou_ci", "pixel_accuracy", "boundary_iou", "ece")}
+    for key, of in (("per_class", "iou"), ("per_class_ci", "ci")):
+        metrics[key] = {name: row[of] for name, row in scores["per_class"].items()}
     made = bundle.create(
         DRAFT,
         graph.data,
         classes=meta["classes"],
         long_side=policy.long_side,
         stride=policy.stride,
-        metrics=metrics | {"per_class": {name: row["iou"] for name, row in scores["per_class"].items()}},
+        metrics=metrics,
         card=Path("reports/model_card.md").read_text(encoding="utf-8"),
         opset=graph.opset,
         ir_version=graph.ir_version,
