@@ -273,21 +273,26 @@ def test_back_to_a_pointer_that_was_overruled_is_a_new_choice(home: Path) -> Non
     assert name(slot) == "a"
 
 
-def test_a_load_by_hand_holds_against_a_pointer_that_failed_before(home: Path) -> None:
+@pytest.mark.parametrize("by_hand", ["load", "rollback"])
+def test_what_is_done_by_hand_holds_against_a_pointer_that_failed_before(home: Path, by_hand: str) -> None:
     now = [0.0]
     slot = make(home, lambda: now[0])
+    slot.load(home / "c")
     away = (home / "b").rename(home / "away")
     live_server.point(home, home / "b")
     slot.refresh()
     assert slot.events[-1]["cause"] == "bundle"
-    slot.load(home / "c")
+    if by_hand == "load":
+        slot.load(home / "a")
+    else:
+        slot.rollback()
     away.rename(home / "b")
     now[0] = 1000.0
     slot.refresh()
-    assert name(slot) == "c"
-    live_server.point(home, home / "a")
-    slot.refresh()
     assert name(slot) == "a"
+    live_server.point(home, home / "c")
+    slot.refresh()
+    assert name(slot) == "c"
 
 
 def test_one_previous_is_kept_and_an_older_model_goes_with_its_last_request(home: Path) -> None:
@@ -301,6 +306,7 @@ def test_one_previous_is_kept_and_an_older_model_goes_with_its_last_request(home
             slot.load(home / other)
             second_thing = second_thing or weakref.ref(slot.runtime)
         assert name(slot) == "c"
+        assert slot.previous is not None
         assert slot.previous is second_thing()
         assert first() is not None
         del request

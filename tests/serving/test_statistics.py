@@ -40,6 +40,8 @@ def test_counts_by_window_and_bundle() -> None:
         bundle, one, confidence = f"id{i % 3 // 2}", shares(rng), float(rng.random())
         if i == 0:
             one, confidence = {"road": 0.0, "tree": 1.0, "sky": 0.0}, 1.0  # the ends of the range
+        if i == 2:
+            one, confidence = {"road": 0.1, "tree": 0.3, "sky": 0.6}, 0.5  # on the edges themselves
         images.append((bundle, int(now[0]) // WINDOW_S * WINDOW_S, one, confidence))
         seen.add(bundle, one, confidence)
         now[0] += 20
