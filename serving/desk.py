@@ -160,10 +160,9 @@ class Desk:
         except images.Refused as error:
             raise _problem(error) from error
         self.admission.enter(pixels)
-        job, loop = Job(), asyncio.get_running_loop()
+        job = Job()
         work = self._workers.submit(self._work, job, data, kind, runtime, time.perf_counter())
-        work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended, job, work, pixels))
-        return await self._wait(job, work, gone)
+        return await self._wait(job, work, pixels, gone)
 
     async def _pixels(self, data: bytes) -> int:
         """Width times height by the header. Raises images.Refused."""
@@ -191,15 +190,9 @@ class Desk:
             shadow.offer(prepared.image_HWC, found.label_HW, runtime.bundle.manifest)
         return render(kind, prepared, found, runtime.bundle, timings)
 
-    def _ended(self, job: Job, work: "Future[Answered]", pixels: int) -> None:
-        """Only now is the place free: not when somebody stopped waiting, but when the work has ended."""
-        self.admission.leave(pixels)
-        error = None if work.cancelled() else work.exception()
-        if job.dropped and error is not None and not isinstance(error, Dropped):
-            observe.failure("late-error", error)  # the caller has had its 504
-
-    async def _wait(self, job: Job, work: "Future[Answered]", gone: Gone | None) -> Answered:
-        answer = asyncio.wrap_future(work)
+    async def _wait(self, job: Job, work: "Future[Answered]", pixels: int, gone: Gone | None) -> Answered:
+        """The place is free when the work has ended, not when somebody has stopped waiting for it."""
+        loop, answer = asyncio.get_running_loop(), asyncio.wrap_future(work)
         watcher = asyncio.ensure_future(gone()) if gone else None
         waiting: set[asyncio.Future[Any]] = {answer, watcher} if watcher else {answer}
         try:
@@ -211,12 +204,21 @@ class Desk:
         finally:
             if watcher:
                 watcher.cancel()
-            if not answer.done() and not work.cancel():
-                answer.cancel()
+            if answer.done():
+                self.admission.leave(pixels)
+            else:
+                answer.cancel()  # and with it the work, if that has not begun
                 self._batcher.drop(job)
+                work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._late, work, pixels))
         if done:
             raise Problem(499, "disconnected", "the connection was closed before the answer was there")
         raise Problem(504, "deadline", f"not done within {self.settings.timeout_s:g} seconds; try again")
+
+    def _late(self, work: "Future[Answered]", pixels: int) -> None:
+        self.admission.leave(pixels)
+        error = None if work.cancelled() else work.exception()
+        if error is not None and not isinstance(error, Dropped):
+            observe.failure("late-error", error)  # the caller has had another answer
 
     def _doubt(self, runtime: Runtime) -> None:
         """A run failed: was it that image, or is the model gone? `on_lost` is called in the second case."""
