@@ -172,7 +172,7 @@ def _zip(path: Path, limits: Limits, seen: Callable[[float], None]) -> Iterator[
                     )
                 if not item.is_dir():
                     yield Member(
-                        name, item.file_size, _zip_data(archive, item) if item.file_size <= limits.file_bytes else None
+                        name, item.file_size, unzip(archive, item) if item.file_size <= limits.file_bytes else None
                     )
                 seen(number / len(items))
     except DumpRefused:
@@ -181,7 +181,7 @@ def _zip(path: Path, limits: Limits, seen: Callable[[float], None]) -> Iterator[
         raise DumpRefused(f"{path}: damaged or unreadable zip ({error}); deliver it again") from error
 
 
-def _zip_data(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> bytes:
+def unzip(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> bytes:
     """At most the declared size. ZipFile.read() unpacks the whole member before it cuts it, and with other methods than
     deflate so does every read: a member that lies about its size would fill the memory."""
     with archive.open(item) as file:

@@ -59,7 +59,7 @@ def apply(image_HWC: NDArray[np.uint8], fit: Fit) -> NDArray[np.uint8]:
 def apply_mask(mask_HW: NDArray[Ids], fit: Fit, ignore: int = 255) -> NDArray[Ids]:
     """Class ids H x W -> padded_height x padded_width: nearest, padding filled with `ignore`."""
     _check(mask_HW.shape, (fit.height, fit.width), "mask")
-    scaled = _nearest(mask_HW, fit.scaled_height, fit.scaled_width)
+    scaled = nearest(mask_HW, fit.scaled_height, fit.scaled_width)
     padded = np.full((fit.padded_height, fit.padded_width), ignore, dtype=mask_HW.dtype)
     padded[: fit.scaled_height, : fit.scaled_width] = scaled
     return padded
@@ -68,10 +68,10 @@ def apply_mask(mask_HW: NDArray[Ids], fit: Fit, ignore: int = 255) -> NDArray[Id
 def restore(answer_hw: NDArray[Ids], fit: Fit) -> NDArray[Ids]:
     """padded_height x padded_width (labels or confidence) -> H x W of the image as it came: crop, then nearest."""
     _check(answer_hw.shape, (fit.padded_height, fit.padded_width), "answer")
-    return _nearest(answer_hw[: fit.scaled_height, : fit.scaled_width], fit.height, fit.width)
+    return nearest(answer_hw[: fit.scaled_height, : fit.scaled_width], fit.height, fit.width)
 
 
-def _nearest(values_hw: NDArray[Ids], height: int, width: int) -> NDArray[Ids]:
+def nearest(values_hw: NDArray[Ids], height: int, width: int) -> NDArray[Ids]:
     """Value at the centre of each target pixel: source index = floor((2 i + 1) * source / (2 * target))."""
     if values_hw.shape == (height, width):
         return np.ascontiguousarray(values_hw)

@@ -1,8 +1,9 @@
-"""What goes out: which answer an Accept header asks for, and a segmentation rendered as that answer."""
+"""What goes out: a segmentation, narrowed to what was asked for, rendered as one of the answers on offer."""
 
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,29 +12,17 @@ from pydantic import BaseModel
 
 from export.runtime import Segmentation
 from export.schema import Manifest
-from pipeline import masks
-from serving.limits import Problem
+from pipeline import fit, masks, polygons
+from serving import geojson
+from serving.negotiate import Kind
+from serving.query import Query, lowest_byte, select
 
 OVERLAY_ALPHA = 0.5
 JPEG_QUALITY = 90
+MOST_AREAS = 64  # in the X-Class-Areas header: proxies refuse long headers
+_CHUNK = 1 << 20
 
-
-@dataclass(frozen=True)
-class Kind:
-    """One answer on offer: its name in `view`, its media type."""
-
-    view: str
-    media_type: str
-
-
-# In order of preference: what */* gets first.
-KINDS = (
-    Kind("mask", "image/png"),
-    Kind("json", "application/json"),
-    Kind("overlay", "image/png"),
-    Kind("overlay", "image/jpeg"),
-)
-VIEWS = ("mask", "json", "overlay")
+Bytes_HW = NDArray[np.uint8]
 
 
 class Rle(BaseModel):
@@ -56,12 +45,16 @@ class ClassAnswer(BaseModel):
 
 
 class SegmentAnswer(BaseModel):
-    """The JSON answer of POST /v1/segment: all classes in id order, also those not seen."""
+    """The JSON answer of POST /v1/segment: all classes in id order, also those not seen or not asked for.
+
+    `confidence` is the mean over the pixels of these classes (0 where there are none), `ignored` counts the other pixels.
+    """
 
     bundle: str
     width: int
     height: int
     confidence: float
+    ignored: int
     classes: list[ClassAnswer]
 
 
@@ -77,72 +70,116 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
-def _ranges(accept: str) -> list[tuple[str, str, str | None, float]]:
-    """(type, subtype, view or None, quality) of each media range; malformed ones are passed over (RFC 9110, 12.5.1)."""
-    found = []
-    for part in accept.split(","):
-        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        kind, slash, subkind = media.partition("/")
-        if not slash or not kind or not subkind:
-            continue
-        view, quality = None, 1.0
-        for parameter in parameters:
-            name, _, value = parameter.partition("=")
-            if name.strip() == "view":
-                view = value.strip().strip('"')
-            elif name.strip() == "q":
-                try:
-                    quality = min(1.0, max(0.0, float(value)))
-                except ValueError:
-                    quality = 0.0
-        found.append((kind, subkind, view, quality))
-    return found
+class ImageError(BaseModel):
+    """Why one image has no answer: the code and the message of POST /v1/segment."""
+
+    code: str
+    message: str
 
 
-def negotiate(accept: str | None, view: str | None = None) -> Kind:
-    """The answer to give: `view` narrows the offers, then the most specific media range sets each offer's quality.
+class Line(BaseModel):
+    """One image of a call of many, as a line of JSON: either an error, or the answer or the zip's `member` with it.
+
+    `file` is the name as sent, `bundle` the model that answered or, for an error, the current one (null without any).
+    `areas` are shares of the image by class name.
+    """
+
+    index: int
+    file: str
+    bundle: str | None
+    error: ImageError | None = None
+    answer: SegmentAnswer | geojson.FeatureCollection | None = None
+    member: str | None = None
+    areas: dict[str, float] | None = None
+    confidence: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """By class id: share of the image and, where it is seen, mean confidence 0..1; and the mean over all of these pixels
+    (0 where there are none)."""
+
+    shares: dict[int, float]
+    means: dict[int, float]
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The body of an answer; what the model saw, and what of it was asked for."""
+
+    body: bytes
+    seen: Summary
+    asked: Summary
+
+
+def tally(label_hw: Bytes_HW, confidence_hw: Bytes_HW) -> NDArray[np.int64]:
+    """256 x 256 counts of pixels by class id and confidence byte: every area and mean, filtered or not, follows."""
+    total = np.zeros(1 << 16, np.int64)
+    step = max(1, _CHUNK // label_hw.shape[1])  # bincount makes eight bytes of each pixel
+    for top in range(0, len(label_hw), step):
+        pair = label_hw[top : top + step].astype(np.uint16) << 8 | confidence_hw[top : top + step]
+        total += np.bincount(pair.ravel(), minlength=1 << 16)
+    return total.reshape(256, 256)
+
+
+def summarise(count: NDArray[np.int64], manifest: Manifest, ids: frozenset[int] | None, floor: int = 0) -> Summary:
+    """The summary of a tally, of the classes `ids` (None: all) from the confidence byte `floor` on."""
+    known = [item.id for item in manifest.classes]
+    kept = [i for i in known if ids is None or i in ids]
+    pixels = count[:, floor:].sum(axis=1)
+    sums = count[:, floor:] @ np.arange(floor, 256) / 255
+    all_pixels, all_kept = int(count.sum()), int(pixels[kept].sum())
+    return Summary(
+        {i: float(pixels[i] / all_pixels) if i in kept else 0.0 for i in known},
+        {i: float(sums[i] / pixels[i]) for i in kept if pixels[i]},
+        float(sums[kept].sum() / all_kept) if all_kept else 0.0,
+    )
+
+
+def _resized(found: Segmentation, query: Query) -> tuple[Bytes_HW, Bytes_HW]:
+    """(label, confidence) at the size asked for. Nearest: the one of labels that invents none."""
+    if query.size == "model":
+        return found.scaled_label_hw, found.scaled_confidence_hw
+    if (size := query.pixels()) is None:
+        return found.label_HW, found.confidence_HW
+    return fit.nearest(found.label_HW, *size), fit.nearest(found.confidence_HW, *size)
+
+
+def render(
+    kind: Kind, image_HWC: NDArray[np.uint8], found: Segmentation, manifest: Manifest, query: Query | None = None
+) -> Rendered:
+    """The answer `kind` for an image and what was found in it.
+
+    The areas and means of the summaries are those at the model's resolution, which is cheap.
 
     Raises:
-        Problem: 406 when nothing on offer is acceptable.
+        Problem: 400, `query` names a class that this model lacks.
+        pipeline.images.Refused: "too-detailed", for more polygon points than can be answered.
     """
-    if accept is not None and len(accept) > 1000:
-        raise Problem(400, "bad-accept", "the Accept header is longer than 1000 characters; name what you want only")
-    ranges = _ranges(accept) if accept and accept.strip() else [("*", "*", None, 1.0)]
-    best: tuple[float, Kind] | None = None
-    for offer in KINDS:
-        if view is not None and offer.view != view:
-            continue
-        kind, subkind = offer.media_type.split("/")
-        matches = [
-            (wanted_view is not None, wanted_sub != "*", wanted != "*", quality)
-            for wanted, wanted_sub, wanted_view, quality in ranges
-            if wanted in (kind, "*") and wanted_sub in (subkind, "*") and wanted_view in (offer.view, None)
-        ]
-        quality = max(matches)[3] if matches else 0.0
-        if quality > 0 and (best is None or quality > best[0]):
-            best = quality, offer
-    if best is None:
-        offers = "image/png, application/json, image/png;view=overlay, image/jpeg (an overlay)"
-        raise Problem(406, "not-acceptable", f"nothing here fits that Accept header and view; on offer: {offers}")
-    return best[1]
+    query = query or Query()
+    ids, floor = query.class_ids(manifest), lowest_byte(query.min_confidence)
+    count = tally(found.scaled_label_hw, found.scaled_confidence_hw)
+    asked = summarise(count, manifest, ids, floor)
+    label_HW, confidence_HW = _resized(found, query)
+    label_HW = select(label_HW, confidence_HW, ids, query.min_confidence, manifest.ignore)
+    if kind.view == "json":
+        body = _json(label_HW, asked, manifest)
+    elif kind.view == "geojson":
+        body = _geojson(label_HW, confidence_HW, manifest, query.tolerance)
+    elif kind.view == "overlay":
+        body = _overlay(image_HWC, label_HW, manifest, kind.media_type)
+    elif kind.view == "confidence":
+        body = masks.encode_png(np.ascontiguousarray(confidence_HW))
+    else:
+        body = masks.encode_png(label_HW, manifest.palette)
+    return Rendered(body, summarise(count, manifest, None), asked)
 
 
-def statistics(found: Segmentation, manifest: Manifest) -> tuple[dict[int, float], dict[int, float], float]:
-    """(share by class id, mean confidence 0..1 by seen class id, mean confidence), at the model's resolution: cheap."""
-    label, confidence = found.scaled_label_hw.ravel(), found.scaled_confidence_hw.ravel()
-    pixels = np.bincount(label, minlength=256)
-    sums = np.bincount(label, weights=confidence, minlength=256)
-    ids = [item.id for item in manifest.classes]
-    shares = {i: float(pixels[i] / label.size) for i in ids}
-    means = {i: float(sums[i] / pixels[i] / 255) for i in ids if pixels[i]}
-    return shares, means, float(sums.sum() / label.size / 255)
-
-
-def to_json(found: Segmentation, manifest: Manifest) -> bytes:
-    """`SegmentAnswer` as JSON; areas and run lengths are exact at the image's own size."""
-    height, width = found.label_HW.shape
-    runs = masks.class_rles(found.label_HW, compressed=False)
-    _, means, confidence = statistics(found, manifest)
+def _json(label_HW: Bytes_HW, asked: Summary, manifest: Manifest) -> bytes:
+    """`SegmentAnswer` as JSON; areas and run lengths are exact at the answer's own size."""
+    height, width = label_HW.shape
+    runs = masks.class_rles(label_HW, compressed=False)
     classes = []
     for item in manifest.classes:
         run = runs.get(item.id, {"size": [height, width], "counts": [height * width]})
@@ -154,16 +191,27 @@ def to_json(found: Segmentation, manifest: Manifest) -> bytes:
                 color=item.color,
                 pixels=pixels,
                 share=pixels / (height * width),
-                confidence=means.get(item.id),
+                confidence=asked.means.get(item.id),
                 rle=Rle(size=(height, width), counts=masks.pack_counts(run["counts"])),
             )
         )
-    answer = SegmentAnswer(bundle=manifest.id, width=width, height=height, confidence=confidence, classes=classes)
-    return answer.model_dump_json().encode()
+    ignored = height * width - sum(item.pixels for item in classes)
+    facts = {"bundle": manifest.id, "width": width, "height": height, "confidence": asked.confidence}
+    return SegmentAnswer(**facts, ignored=ignored, classes=classes).model_dump_json().encode()
 
 
-def _to_overlay(image_HWC: NDArray[np.uint8], found: Segmentation, manifest: Manifest, media_type: str) -> bytes:
-    blended = Image.fromarray(masks.overlay(image_HWC, found.label_HW, manifest.palette, OVERLAY_ALPHA))
+def _geojson(label_HW: Bytes_HW, confidence_HW: Bytes_HW, manifest: Manifest, tolerance: float) -> bytes:
+    found = polygons.trace(label_HW, tolerance=tolerance, confidence_HW=confidence_HW, ignore=manifest.ignore)
+    height, width = label_HW.shape
+    return geojson.encode(found, height, width, manifest)
+
+
+def _overlay(image_HWC: NDArray[np.uint8], label_HW: Bytes_HW, manifest: Manifest, media_type: str) -> bytes:
+    height, width = label_HW.shape
+    if image_HWC.shape[:2] != label_HW.shape:
+        resized = Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BILINEAR)
+        image_HWC = np.asarray(resized)
+    blended = Image.fromarray(masks.overlay(image_HWC, label_HW, manifest.palette, OVERLAY_ALPHA))
     buffer = io.BytesIO()
     if media_type == "image/jpeg":
         blended.save(buffer, "JPEG", quality=JPEG_QUALITY)
@@ -172,15 +220,12 @@ def _to_overlay(image_HWC: NDArray[np.uint8], found: Segmentation, manifest: Man
     return buffer.getvalue()
 
 
-def render(kind: Kind, image_HWC: NDArray[np.uint8], found: Segmentation, manifest: Manifest) -> bytes:
-    """The body of the answer `kind` for an image and what was found in it."""
-    if kind.view == "json":
-        return to_json(found, manifest)
-    if kind.view == "overlay":
-        return _to_overlay(image_HWC, found, manifest, kind.media_type)
-    return masks.encode_png(found.label_HW, manifest.palette)
-
-
 def server_timing(timings: Mapping[str, float]) -> str:
     """Server-Timing header: milliseconds by phase."""
     return ", ".join(f"{name};dur={seconds * 1e3:.2f}" for name, seconds in timings.items())
+
+
+def class_areas(shares: Mapping[str, float]) -> str:
+    """X-Class-Areas header: `name=0.1234, ...`, the largest first, URL-quoted; classes below 0.00005 are left out."""
+    seen = sorted(((share, name) for name, share in shares.items() if share >= 0.00005), key=lambda pair: -pair[0])
+    return ", ".join(f"{quote(name, safe='')}={share:.4f}" for share, name in seen[:MOST_AREAS])

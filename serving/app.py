@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving import answers, limits, observe, openapi, spans
 from serving.desk import Desk
 from serving.limits import Problem
+from serving.many import Many
 from serving.models import Models
 from serving.settings import Settings
 from serving.slots import Slot
@@ -110,6 +111,7 @@ def build(settings: Settings, slot: Slot) -> tuple[ASGIApp, Desk]:
 
     routes: dict[str, tuple[str, Handler]] = {
         "/v1/segment": ("POST", desk.answer),
+        "/v1/segment/batch": ("POST", Many(desk).answer),
         "/v1/model": ("GET", desk.model),
         "/v1/models": ("GET", models.show),
         "/v1/models/load": ("POST", models.load),

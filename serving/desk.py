@@ -26,6 +26,8 @@ from serving import answers, limits, observe, openapi
 from serving.admission import RETRY_AFTER_S, Admission
 from serving.batcher import Batcher, Dropped, Job
 from serving.limits import Problem
+from serving.negotiate import Kind, negotiate
+from serving.query import Query, parse
 from serving.settings import Settings
 from serving.slots import Slot
 
@@ -35,6 +37,7 @@ _STATUS = {
     "animated": 415,
     "too-many-pixels": 422,
     "bad-aspect": 422,
+    "too-detailed": 422,
 }
 _PROBE_INLINE = 1 << 20  # a header check reads all of a PNG, about 1 ms for each MiB: larger ones go to a thread
 
@@ -43,13 +46,16 @@ Gone = Callable[[], Coroutine[Any, Any, None]]
 
 @dataclass(frozen=True)
 class Answered:
-    """A rendered answer: body, bundle id, seconds by phase, and what the metrics want to know."""
+    """A rendered answer: body, bundle id, seconds by phase; shares of the image by class name and mean confidence, of all
+    that the model saw (what the metrics want to know) and of what was asked for (what the headers say)."""
 
     body: bytes
     bundle: str
     timings: dict[str, float]
     shares: dict[str, float]
     confidence: float
+    asked_shares: dict[str, float]
+    asked_confidence: float
 
 
 @dataclass(frozen=True)
@@ -71,18 +77,20 @@ def prepare(data: bytes, bundle: Bundle, settings: Settings) -> Prepared:
 
 
 def render(
-    kind: answers.Kind, prepared: Prepared, found: Segmentation, bundle: Bundle, timings: Mapping[str, float]
+    kind: Kind, query: Query, prepared: Prepared, found: Segmentation, bundle: Bundle, timings: Mapping[str, float]
 ) -> Answered:
     """The last phase: what was found to the body of the answer."""
     start, manifest = time.perf_counter(), bundle.manifest
-    body = answers.render(kind, prepared.image_HWC, found, manifest)
-    shares, _, confidence = answers.statistics(found, manifest)
-    named = {item.name: shares[item.id] for item in manifest.classes}
+    done = answers.render(kind, prepared.image_HWC, found, manifest, query)
+    seen, asked = ({c.name: part.shares[c.id] for c in manifest.classes} for part in (done.seen, done.asked))
     timings = {**timings, "encode": time.perf_counter() - start}
-    return Answered(body, manifest.id, {name: timings[name] for name in observe.PHASES}, named, confidence)
+    timings = {name: timings[name] for name in observe.PHASES}
+    return Answered(done.body, manifest.id, timings, seen, done.seen.confidence, asked, done.asked.confidence)
 
 
-def segment(data: bytes, kind: answers.Kind, runtime: Runtime, settings: Settings, submitted: float) -> Answered:
+def segment(
+    data: bytes, kind: Kind, runtime: Runtime, settings: Settings, submitted: float, query: Query | None = None
+) -> Answered:
     """All three phases in the caller's thread, what the endpoint is measured against; `submitted` by perf_counter.
 
     Raises:
@@ -93,7 +101,14 @@ def segment(data: bytes, kind: answers.Kind, runtime: Runtime, settings: Setting
     start = time.perf_counter()
     label_NHW, confidence_NHW = runtime.run(prepared.fitted_HWC[None])
     timings = {"queue": queued, "decode": prepared.spent_s, "run": time.perf_counter() - start}
-    return render(kind, prepared, restored(label_NHW[0], confidence_NHW[0], prepared.plan), runtime.bundle, timings)
+    found = restored(label_NHW[0], confidence_NHW[0], prepared.plan)
+    return render(kind, query or Query(), prepared, found, runtime.bundle, timings)
+
+
+def note(done: Answered, kind: Kind) -> None:
+    """Count an answer that goes out."""
+    observe.answered(kind.view, 200, done.timings)
+    observe.segmented(done.shares, done.confidence, done.bundle)
 
 
 def largest_batch(runtime: Runtime, settings: Settings) -> int:
@@ -130,23 +145,21 @@ class Desk:
     async def answer(self, request: Request) -> Response:
         """POST /v1/segment. Raises Problem."""
         limits.check_token(request, self.settings)
-        query = limits.check_query(request, {"view": answers.VIEWS})
-        kind = answers.negotiate(request.headers.get("accept"), query.get("view"))
+        query = parse(request.query_params.multi_items(), self.settings)
+        kind = negotiate(request.headers.get("accept"), query.view)
         request.state.answer = kind.view
         body_kind = limits.body_kind(request)
-        self._current()
+        self.check(query)
         self.admission.check()
         with self.admission.body() as hold:
             data = await limits.read_body(request, self.settings, body_kind, hold)
             return self._respond(await self.process(data, kind, query, functools.partial(limits.gone, request)), kind)
 
-    async def process(
-        self,
-        data: bytes,
-        kind: answers.Kind,
-        query: Mapping[str, str],
-        gone: Gone | None = None,
-    ) -> Answered:
+    def check(self, query: Query) -> None:
+        """Refuse what the current model cannot answer, before the body is read. Raises Problem."""
+        query.class_ids(self._current().bundle.manifest)
+
+    async def process(self, data: bytes, kind: Kind, query: Query, gone: Gone | None = None) -> Answered:
         """One image's bytes -> its answer, admitted and limited like every request.
 
         `gone()` returns when nobody waits any more; then, as after the deadline, no further phase is begun.
@@ -161,7 +174,7 @@ class Desk:
             raise _problem(error) from error
         self.admission.enter(pixels)
         job = Job()
-        work = self._workers.submit(self._work, job, data, kind, runtime, time.perf_counter())
+        work = self._workers.submit(self._work, job, data, kind, query, runtime, time.perf_counter())
         return await self._wait(job, work, pixels, gone)
 
     async def _pixels(self, data: bytes) -> int:
@@ -170,7 +183,7 @@ class Desk:
         _, header = await asyncio.to_thread(look) if len(data) > _PROBE_INLINE else look()
         return header.size[0] * header.size[1]
 
-    def _work(self, job: Job, data: bytes, kind: answers.Kind, runtime: Runtime, queued: float) -> Answered:
+    def _work(self, job: Job, data: bytes, kind: Kind, query: Query, runtime: Runtime, queued: float) -> Answered:
         """The three phases in a worker thread; `queued` is when the request was admitted (perf_counter)."""
         queue_s = time.perf_counter() - queued
         job.check()
@@ -188,7 +201,7 @@ class Desk:
         timings = {"queue": queue_s + ran.waited_s, "decode": prepared.spent_s, "run": ran.ran_s}
         if shadow := self.slot.shadow:
             shadow.offer(prepared.image_HWC, found.label_HW, runtime.bundle.manifest)
-        return render(kind, prepared, found, runtime.bundle, timings)
+        return render(kind, query, prepared, found, runtime.bundle, timings)
 
     async def _wait(self, job: Job, work: "Future[Answered]", pixels: int, gone: Gone | None) -> Answered:
         """The place is free when the work has ended, not when somebody has stopped waiting for it."""
@@ -238,11 +251,12 @@ class Desk:
         finally:
             self._testing = False
 
-    def _respond(self, done: Answered, kind: answers.Kind) -> Response:
-        observe.answered(kind.view, 200, done.timings)
-        observe.segmented(done.shares, done.confidence, done.bundle)
+    def _respond(self, done: Answered, kind: Kind) -> Response:
+        note(done, kind)
         headers = {
             "X-Bundle-Id": done.bundle,
+            "X-Class-Areas": answers.class_areas(done.asked_shares),
+            "X-Confidence": f"{done.asked_confidence:.4f}",
             "Server-Timing": answers.server_timing(done.timings),
             "Vary": "Accept",
         }

@@ -127,7 +127,7 @@ async def read_body(
         raise Problem(400, "truncated", "the connection was closed before the whole body arrived") from error
     if len(body) > limit:
         raise too_large
-    image = await _file_field(request, bytes(body)) if kind == "multipart" else bytes(body)
+    image = (await form_files(request, bytes(body)))[0][1] if kind == "multipart" else bytes(body)
     if len(image) > settings.max_body:
         raise too_large
     if not image:
@@ -154,8 +154,12 @@ async def drain(request: Request) -> None:
         return
 
 
-async def _file_field(request: Request, body: bytes) -> bytes:
-    """The one part of a multipart body, a file field called 'image'."""
+async def form_files(request: Request, body: bytes, most: int = 1) -> list[tuple[str, bytes]]:
+    """(file name, bytes) of the parts of a multipart body: 1 to `most` file fields called 'image', nothing else.
+
+    Raises:
+        Problem: 400 "bad-multipart".
+    """
 
     async def pieces() -> AsyncGenerator[bytes, None]:
         yield body
@@ -163,23 +167,28 @@ async def _file_field(request: Request, body: bytes) -> bytes:
     class InMemory(MultiPartParser):
         spool_max_size = len(body) + 1  # never to disk
 
-    wrong = Problem(400, "bad-multipart", "the form needs exactly one file field called 'image'")
+    count = "exactly one file field" if most == 1 else f"1 to {most} file fields, all"
+    wrong = Problem(400, "bad-multipart", f"the form needs {count} called 'image'")
     header = Message()
     header["content-type"] = request.headers["content-type"]
     boundary = header.get_boundary()
     if not boundary or not 1 <= len(boundary) <= 70:  # RFC 2046, 5.1.1
         raise Problem(400, "bad-multipart", "the multipart Content-Type needs a boundary of 1 to 70 characters")
     try:
-        form = await InMemory(request.headers, pieces(), max_files=1, max_fields=0).parse()
+        form = await InMemory(request.headers, pieces(), max_files=most, max_fields=0).parse()
     except (MultiPartException, ValueError, KeyError) as error:
         raise wrong from error
-    items = form.multi_items()
-    if len(items) != 1 or items[0][0] != "image" or not isinstance(items[0][1], UploadFile):
+    found = []
+    for field, file in form.multi_items():
+        if field != "image" or not isinstance(file, UploadFile):
+            raise wrong
+        name = file.filename or ""
+        if ".." in name or _CONTROL.search(name):
+            raise Problem(400, "bad-multipart", "the file name has '..' or control characters; send a plain one")
+        found.append((name, await file.read()))
+    if not found:
         raise wrong
-    name = items[0][1].filename or ""
-    if ".." in name or _CONTROL.search(name):
-        raise Problem(400, "bad-multipart", "the file name has '..' or control characters; send a plain one")
-    return await items[0][1].read()
+    return found
 
 
 async def gone(request: Request) -> None:

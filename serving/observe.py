@@ -18,14 +18,15 @@ from prometheus_client.registry import Collector
 from serving.statistics import Statistics
 
 PHASES = ("queue", "decode", "run", "encode")
-ANSWERS = ("mask", "json", "overlay", "none")
+ANSWERS = ("mask", "json", "geojson", "overlay", "confidence", "none")
 REASONS = frozenset(
     {
-        "animated", "bad-accept", "bad-aspect", "bad-bundle-path", "bad-json", "bad-multipart", "bad-query",
-        "body-too-large", "bundle-refused", "busy", "connections", "corrupt", "deadline", "disconnected", "empty",
-        "internal", "method", "no-bundle", "no-model", "no-previous", "no-token", "not-acceptable", "not-an-image",
-        "not-found", "overloaded", "slow-body", "slow-head", "slow-reader", "too-many-pixels", "truncated",
-        "unauthorized", "unsupported-depth", "unsupported-format", "unsupported-type",
+        "animated", "bad-accept", "bad-archive", "bad-aspect", "bad-bundle-path", "bad-json", "bad-multipart",
+        "bad-query", "body-too-large", "bundle-refused", "busy", "connections", "corrupt", "deadline", "disconnected",
+        "empty", "internal", "method", "no-bundle", "no-model", "no-previous", "no-token", "not-acceptable",
+        "not-an-image", "not-found", "overloaded", "slow-body", "slow-head", "slow-reader", "too-detailed",
+        "too-many-images", "too-many-pixels", "truncated", "unauthorized", "unsupported-depth", "unsupported-format",
+        "unsupported-type",
     }
 )  # fmt: skip
 SWAPS = ("loaded", "refused", "rolled-back", "same")

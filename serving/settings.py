@@ -40,6 +40,7 @@ class Settings(BaseModel):
     `allow_class_change`; POST /v1/models/load takes one from below `bundles` (default: the folder that holds
     `champions/`) and gives up after `load_timeout_s`. `shadow`, a bundle below that folder, is run beside the champion on
     a `shadow_share` of the images. `statistics` is a folder for prediction statistics, written every `statistics_every_s`.
+    A call of many images takes `many_images` of them and a body of `many_mb`; `many_calls` may be under way.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +59,9 @@ class Settings(BaseModel):
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
     max_pixels: Positive = 50_000_000
     max_aspect: Annotated[float, Field(ge=1)] = 100.0
+    many_images: Positive = 256
+    many_mb: Annotated[float, Field(gt=0)] = 64.0
+    many_calls: Positive = 2
     body_timeout_s: Seconds = 15.0
     timeout_s: Seconds = 15.0
     min_rate_kb: Annotated[float, Field(gt=0)] = 16.0

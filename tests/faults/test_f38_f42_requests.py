@@ -205,8 +205,9 @@ def test_f42_query_parameters(http: httpx.Client, query: str) -> None:
 
 
 def test_f42_an_unknown_parameter_is_named(http: httpx.Client) -> None:
-    response = http.post("/v1/segment?size=3", content=PICTURE, headers=RAW)
-    assert "unknown query parameter 'size'; known: view" in response.json()["error"]["message"]
+    for query, said in (("sizes=3", "'sizes'; did you mean 'size'?"), ("x%1b=3", r"'x\x1b'; known: view, classes")):
+        response = http.post("/v1/segment?" + query, content=PICTURE, headers=RAW)
+        assert f"unknown query parameter {said}" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

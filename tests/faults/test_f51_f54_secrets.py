@@ -37,6 +37,7 @@ def test_f51_wrong_tokens(http: httpx.Client, given: str | None) -> None:
     header = {} if given is None else {"Authorization": given.encode("latin-1")}
     for response in (
         http.post("/v1/segment", content=PICTURE, headers=RAW | header),
+        http.post("/v1/segment/batch", content=PICTURE, headers=header),
         http.get("/v1/model", headers=header),
     ):
         assert (response.status_code, error(response)) == (401, "unauthorized")

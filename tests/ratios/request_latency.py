@@ -29,7 +29,7 @@ import rows as table
 from alternating import alternate
 
 from export import bundle, runtime
-from serving import answers, desk
+from serving import desk, negotiate
 from serving.settings import Settings
 from tests import tiny_onnx
 from tests.live_server import START, free_port, until
@@ -55,7 +55,7 @@ def rate(one: Callable[[], object], requests: int, callers: int) -> float:
 
 def measure_all(server: str, opened: runtime.Runtime, settings: Settings, rounds: int) -> list[dict]:
     """Rows for each image size: latency of a single caller, then time of a burst by several callers."""
-    kind, rows = answers.KINDS[0], []
+    kind, rows = negotiate.KINDS[0], []
     with httpx.Client(base_url=server, trust_env=False, timeout=60) as http:
         for height, width in ((360, 480), (1080, 1920)):
             data = photograph(height, width)

@@ -7,6 +7,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -18,12 +19,14 @@ from pipeline import images
 from serving import answers, limits, settings
 from serving.desk import Desk, largest_batch, segment
 from serving.limits import Problem
+from serving.negotiate import KINDS, Kind
+from serving.query import Query
 from tests.live_server import error, until
 from tests.own_server import LONGEST, RAW, Held, serving, slot_of, told
 from tests.pictures import save
 
 RNG = np.random.default_rng(8)
-MASK = answers.KINDS[0]
+MASK = KINDS[0]
 
 
 def picture(height: int, width: int) -> bytes:
@@ -42,14 +45,14 @@ def test_every_answer_is_its_own_whatever_runs_together(model: Held) -> None:
     """Mixed sizes and views under concurrency, batches allowed: byte for byte what this process answers."""
     here = settings.Settings(concurrency=8, max_batch=8)
     bodies = [picture(*[(40, 64), (64, 40), (64, 64), (200, 100), (17, 5)][i % 5]) for i in range(60)]
-    kinds = [answers.KINDS[i % 2] for i in range(60)]
+    kinds = [KINDS[i % 2] for i in range(60)]
     with (
         serving(model, concurrency=8, max_batch=8, queue=60) as own,
         own.client() as http,
         ThreadPoolExecutor(16) as pool,
     ):
 
-        def ask(body: bytes, kind: answers.Kind) -> httpx.Response:
+        def ask(body: bytes, kind: Kind) -> httpx.Response:
             return http.post("/v1/segment", content=body, headers=RAW | {"Accept": kind.media_type})
 
         model.gate.clear()
@@ -116,7 +119,13 @@ def test_a_client_that_has_gone_is_dropped_from_the_line(model: Held, caplog: py
 def test_a_dropped_request_skips_the_phases_that_have_not_begun(model: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone while in the model: it is not rendered. `process` is what other routes call for each of their images."""
     rendered = []
-    monkeypatch.setattr(answers, "render", lambda *arguments: rendered.append(arguments) or b"")
+    original = answers.render
+
+    def render(*arguments: Any) -> answers.Rendered:
+        rendered.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(answers, "render", render)
     desk = Desk(settings.Settings(concurrency=1), slot_of(model))
 
     async def story() -> None:
@@ -126,7 +135,7 @@ def test_a_dropped_request_skips_the_phases_that_have_not_begun(model: Held, mon
             await gone.wait()
 
         model.gate.clear()
-        work = asyncio.create_task(desk.process(PICTURE, MASK, {}, leave))
+        work = asyncio.create_task(desk.process(PICTURE, MASK, Query(), leave))
         await asyncio.to_thread(until, lambda: model.shapes)
         gone.set()
         with pytest.raises(Problem, match="closed") as caught:
@@ -136,7 +145,7 @@ def test_a_dropped_request_skips_the_phases_that_have_not_begun(model: Held, mon
         model.gate.set()
         await asyncio.to_thread(until, lambda: desk.admission.requests == 0)
         assert rendered == []
-        assert (await desk.process(PICTURE, MASK, {}, leave_never)).body == b""
+        assert (await desk.process(PICTURE, MASK, Query(), leave_never)).body.startswith(b"\x89PNG")
         assert len(rendered) == 1
 
     async def leave_never() -> None:
@@ -171,7 +180,7 @@ def test_bad_images_are_refused_before_they_take_a_place(model: Held) -> None:
     desk.admission.enter(1)
     for body, code in ((b"nothing", "not-an-image"), (PICTURE, "too-many-pixels"), (picture(20, 20), "overloaded")):
         with pytest.raises(Problem) as caught:
-            asyncio.run(desk.process(body, MASK, {}))
+            asyncio.run(desk.process(body, MASK, Query()))
         assert caught.value.code == code
     assert desk.admission.requests == 1
     desk.close()

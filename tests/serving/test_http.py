@@ -3,7 +3,6 @@
 import io
 import shutil
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -196,24 +195,13 @@ def test_model(http: httpx.Client, here: runtime.Runtime) -> None:
 
 def test_openapi_describes_what_is_answered(http: httpx.Client) -> None:
     document = http.get("/v1/openapi.json").json()
-    assert document["openapi"] == "3.1.0"
-    operation = document["paths"]["/v1/segment"]["post"]
-    assert set(operation["responses"]["200"]["content"]) >= {kind.media_type for kind in answers.KINDS}
     schemas = document["components"]["schemas"]
-
-    def references(value: object) -> Iterator[str]:
-        if isinstance(value, dict):
-            yield from (v for k, v in value.items() if k == "$ref")
-            for inner in value.values():
-                yield from references(inner)
-        elif isinstance(value, list):
-            for inner in value:
-                yield from references(inner)
-
-    assert {ref.rpartition("/")[2] for ref in references(document)} <= set(schemas)
     answer = post(http, PHOTO, "application/json").json()
     assert set(answer) == set(schemas["SegmentAnswer"]["properties"])
     assert set(answer["classes"][0]) == set(schemas["ClassAnswer"]["properties"])
+    shape = post(http, PHOTO, "application/geo+json").json()
+    assert set(shape) == set(schemas["FeatureCollection"]["properties"])
+    assert set(shape["features"][0]["properties"]) == set(schemas["PieceProperties"]["properties"])
     assert set(http.get("/v1/model").json()) == set(schemas["ModelAnswer"]["properties"])
 
 
