@@ -92,11 +92,9 @@ class Batcher:
         """
         entry = _Entry(runtime, image_HWC, job)
         with self._change:
+            job.check()
             self._waiting.append(entry)
             while entry.found is None:
-                if entry in self._waiting and job.dropped:
-                    self._waiting.remove(entry)
-                    raise Dropped
                 if entry in self._waiting and self._free:
                     self._lead()
                 else:
@@ -109,16 +107,15 @@ class Batcher:
         """Mark a job as dropped, and let its thread go if its image waits here."""
         with self._change:
             job.dropped = True
+            for entry in [entry for entry in self._waiting if entry.job is job]:
+                self._waiting.remove(entry)
+                entry.found = Dropped()
             self._change.notify_all()
 
     def _lead(self) -> None:
         """Run the oldest image and others like it, with the lock let go meanwhile."""
         first = self._waiting[0]
-        like = [entry for entry in self._waiting if entry.fits(first) and not entry.job.dropped]
-        if not like:  # the oldest was dropped, and its thread has yet to see it
-            self._waiting.remove(first)
-            first.found = Dropped()
-            return
+        like = [entry for entry in self._waiting if entry.fits(first)]
         most = min(len(like), max(1, self._limit(first.runtime)))
         taken = like[: next(size for size in BATCHES if size <= most)]
         self._waiting = [entry for entry in self._waiting if entry not in taken]
