@@ -173,7 +173,8 @@ def render(
         body = masks.encode_png(np.ascontiguousarray(confidence_HW))
     else:
         body = masks.encode_png(label_HW, manifest.palette)
-    return Rendered(body, summarise(count, manifest, None), asked)
+    seen = summarise(count, manifest, None) if ids is not None or floor else asked
+    return Rendered(body, seen, asked)
 
 
 def _json(label_HW: Bytes_HW, asked: Summary, manifest: Manifest) -> bytes:
