@@ -58,7 +58,7 @@ class Deployed(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         # Cast before transpose: TensorRT's parser refuses a transpose of uint8.
         precision = next(self.model.parameters()).dtype
-        return infer.answer(self.model(image.to(torch.float32).permute(0, 3, 1, 2).to(precision)))
+        return infer.answer(self.model(image.to(torch.float32).permute(0, 3, 1, 2).contiguous().to(precision)))
 
 
 @dataclass(frozen=True)
