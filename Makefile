@@ -60,4 +60,6 @@ compare: setup
 bench: setup
 	for name in r03_mask_png r10_metric_share r11_metric_speed r12_noop step_time; do \
 	  $(BIN)/python tests/ratios/$$name.py --out benchmarks/results/$$name.json || exit 1; done
-	$(BIN)/python tests/ratios/request_latency.py $$(test -d bundle && echo --bundle bundle) --out benchmarks/results/request_latency.json
+	for name in r02_in_process request_latency; do \
+	  $(BIN)/python tests/ratios/$$name.py $$(test -d bundle && echo --bundle bundle) \
+	    --out benchmarks/results/$$name.json || exit 1; done

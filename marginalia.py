@@ -92,6 +92,30 @@ def predict(
 
 
 @app.command()
+def onnx(
+    bundle: Annotated[Path, typer.Argument(help="a bundle folder")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")],
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH: for one image of this size, all shapes fixed")] = None,
+    core: Annotated[
+        bool, typer.Option("--core", help="the bundle's own graph: no scaling to and from its size")
+    ] = False,
+) -> None:
+    """Write one graph that takes images of any size and answers at that size, for ONNX Runtime in any language.
+
+    TensorRT refuses its antialiased Resize and OpenVINO leaves the antialias out: give those --core.
+    """
+    try:
+        from export import whole as job
+
+        made = job.write(bundle, output, size=job.parse_size(size) if size else None, core=core)
+    except ModuleNotFoundError as error:
+        raise _fail(RuntimeError(f"{error.name} is not installed; `pip install 'marginalia[train]'`")) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _fail(error) from error
+    typer.echo(f"{made.path}: image {' x '.join(map(str, made.shape))}, {made.nodes} nodes, {made.size / 1e6:.1f} MB")
+
+
+@app.command()
 def bench(
     bundle: Annotated[Path, typer.Argument(help="a bundle folder")],
     sizes: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT, comma-separated or repeated")] = None,

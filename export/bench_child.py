@@ -89,7 +89,7 @@ def converse(open_works: Callable[[dict[str, Any]], tuple[Mapping[str, Callable[
         say({"seconds": seconds})
 
 
-def _open(task: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+def prepare(task: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
     """Work "run": the opened model on a ready tensor. "stream", at batch 1: `images` JPEGs to PNGs as predict does it."""
     from export import bundle, predict, runtime
     from export.overlap import overlapped
@@ -125,4 +125,4 @@ def _open(task: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], dict[s
 
 
 if __name__ == "__main__":
-    converse(_open)
+    converse(prepare)

@@ -56,9 +56,10 @@ class Deployed(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        # Cast before transpose: TensorRT's parser refuses a transpose of uint8.
+        # Cast before transpose: TensorRT's parser refuses a transpose of uint8. Contiguous: with channels last in memory
+        # the trace of a global average pooling ends in index arithmetic about strides (as_strided), which ONNX lacks.
         precision = next(self.model.parameters()).dtype
-        return infer.answer(self.model(image.to(torch.float32).permute(0, 3, 1, 2).to(precision)))
+        return infer.answer(self.model(image.to(torch.float32).permute(0, 3, 1, 2).contiguous().to(precision)))
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,11 @@ def check(proto: onnx.ModelProto, stride: int) -> None:
 
 
 def describe(meta: dict[str, Any], scores: dict[str, Any]) -> dict[str, str]:
-    """The metadata that travels inside model.onnx: classes and palette, input policy, hashes, commit, method."""
+    """The metadata that travels inside model.onnx: classes and palette, input policy, hashes, commit, method.
+
+    The bundle's id is not among it, being a hash over these very bytes: `weights` names the network here, and
+    `export.whole` adds the id to what it makes of the finished bundle.
+    """
     policy = {"layout": "NHWC", "dtype": "uint8", "channels": "RGB", **meta["params"]["input"]}
     values = {
         "classes": [c["name"] for c in meta["classes"]],

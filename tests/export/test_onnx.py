@@ -64,6 +64,24 @@ def test_two_exports_are_byte_identical_and_tell_no_path(data: bytes) -> None:
     assert not any(node.metadata_props or node.doc_string for node in proto.graph.node)
 
 
+class Pooled(torch.nn.Module):
+    """Global average pooling, as DeepLab and squeeze-and-excitation have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 1)
+
+    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        value = self.conv(image_BCHW)
+        return value * torch.nn.functional.adaptive_avg_pool2d(value, 1)
+
+
+def test_a_global_pooling_leaves_no_index_arithmetic() -> None:
+    kinds = {node.op_type for node in onnx.load_from_string(exporter.trace(Pooled(), STRIDE, {}).data).graph.node}
+    assert "ReduceMean" in kinds
+    assert not kinds & {"Gather", "Range", "Shape", "Reshape", "Unsqueeze"}
+
+
 def test_another_opset_or_signature_is_refused(data: bytes) -> None:
     proto = onnx.load_from_string(data)
     next(e for e in proto.opset_import if e.domain == "").version = 19
