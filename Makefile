@@ -8,6 +8,7 @@ STAMP    = $(VENV)/.installed-$(FLAVOUR)
 export UV_FIND_LINKS ?= $(shell $(PY) -m pip config get global.find-links 2>/dev/null)
 export BENTOML_DO_NOT_TRACK = true
 export DVC_NO_ANALYTICS = 1
+export ORT_DISABLE_TELEMETRY = 1
 export HF_HUB_OFFLINE = 1
 # The virtual environment's tools must be first on PATH: dvc.yaml calls `python`.
 export PATH := $(abspath $(BIN)):$(PATH)

@@ -117,6 +117,18 @@ def bench(
 
 
 @app.command()
+def bento(bundle: Annotated[Path, typer.Argument(help="a bundle folder")]) -> None:
+    """Build a bento that holds the bundle; `bentoml serve marginalia:latest` then serves it from anywhere."""
+    from serving import bento as job
+
+    try:
+        tag, folder = job.build(bundle)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _fail(error) from error
+    typer.echo(f"{tag}: in {folder}; start it by `bentoml serve {tag}`")
+
+
+@app.command()
 def report() -> None:
     """One table of the last run: scores, parity, verdict, and where bundle and pictures are."""
     from pipeline import story
