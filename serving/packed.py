@@ -9,6 +9,6 @@ from serving.settings import PREFIX
 # with different working directories.
 os.environ[PREFIX + "BUNDLE"] = str(Path(__file__).absolute().parents[1] / "bundle")
 
-from serving.service import Marginalia  # noqa: E402
+from serving.service import Marginalia
 
 __all__ = ["Marginalia"]
