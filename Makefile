@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 # The virtual environment's tools must be first on PATH: dvc.yaml calls `python`.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test lint demo serve compare bench lock
+.PHONY: setup test lint demo serve compare bench soak lock
 
 setup: $(STAMP)
 
@@ -61,4 +61,13 @@ compare: setup
 bench: setup
 	for name in r03_mask_png r10_metric_share r11_metric_speed r12_noop step_time; do \
 	  $(BIN)/python tests/ratios/$$name.py --out benchmarks/results/$$name.json || exit 1; done
-	$(BIN)/python tests/ratios/request_latency.py $$(test -d bundle && echo --bundle bundle) --out benchmarks/results/request_latency.json
+	for name in request_latency r14_overload r15_swap r20_cold_start; do \
+	  $(BIN)/python tests/ratios/$$name.py $(SERVED) --out benchmarks/results/$$name.json || exit 1; done
+
+# The served ratios take the bundle of the last run, where there is one.
+SERVED = $$(test -d bundle && echo --bundle bundle)
+MINUTES ?= 30
+
+# Mixed load with faults and swaps: what was sent, answered, turned away and failed, and the memory at start and end.
+soak: setup
+	$(BIN)/python tests/ratios/soak.py --minutes $(MINUTES) $(SERVED) --out benchmarks/results/soak.json
