@@ -8,11 +8,12 @@ STAMP    = $(VENV)/.installed-$(FLAVOUR)
 export UV_FIND_LINKS ?= $(shell $(PY) -m pip config get global.find-links 2>/dev/null)
 export BENTOML_DO_NOT_TRACK = true
 export DVC_NO_ANALYTICS = 1
+export ORT_DISABLE_TELEMETRY = 1
 export HF_HUB_OFFLINE = 1
 # The virtual environment's tools must be first on PATH: dvc.yaml calls `python`.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test lint demo serve compare bench lock
+.PHONY: setup test lint demo serve compare bench soak lock
 
 setup: $(STAMP)
 
@@ -60,6 +61,13 @@ compare: setup
 bench: setup
 	for name in r03_mask_png r10_metric_share r11_metric_speed r12_noop step_time; do \
 	  $(BIN)/python tests/ratios/$$name.py --out benchmarks/results/$$name.json || exit 1; done
-	for name in r02_in_process request_latency; do \
-	  $(BIN)/python tests/ratios/$$name.py $$(test -d bundle && echo --bundle bundle) \
-	    --out benchmarks/results/$$name.json || exit 1; done
+	for name in r02_in_process request_latency r14_overload r15_swap r20_cold_start; do \
+	  $(BIN)/python tests/ratios/$$name.py $(SERVED) --out benchmarks/results/$$name.json || exit 1; done
+
+# The served ratios take the bundle of the last run, where there is one.
+SERVED = $$(test -d bundle && echo --bundle bundle)
+MINUTES ?= 30
+
+# Mixed load with faults and swaps: what was sent, answered, turned away and failed, and the memory at start and end.
+soak: setup
+	$(BIN)/python tests/ratios/soak.py --minutes $(MINUTES) $(SERVED) --out benchmarks/results/soak.json

@@ -141,6 +141,42 @@ def bench(
 
 
 @app.command()
+def bento(bundle: Annotated[Path, typer.Argument(help="a bundle folder")]) -> None:
+    """Build a bento that holds the bundle; `bentoml serve marginalia:latest` then serves it from anywhere."""
+    from serving import bento as job
+
+    try:
+        tag, folder = job.build(bundle)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _fail(error) from error
+    typer.echo(f"{tag}: in {folder}; start it by `bentoml serve {tag}`")
+
+
+@app.command()
+def triton(
+    bundle: Annotated[Path, typer.Argument(help="a bundle folder")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the model repository; other models in it stay")],
+    name: Annotated[str, typer.Option(help="the model's name in it")] = "marginalia",
+    device: Annotated[str, typer.Option(help="cpu or cuda: for which the model is picked")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8; default: fp32")] = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, help="images that may run together")] = 8,
+    delay_us: Annotated[int, typer.Option(min=0, help="how long a request may wait for company")] = 0,
+    instances: Annotated[str, typer.Option(help="copies of the model, as in cpu:2; default: Triton's choice")] = "",
+) -> None:
+    """Write a Triton model repository from a bundle: ONNX Runtime backend, dynamic batching."""
+    from export import triton as job
+
+    try:
+        folder = job.write(
+            bundle, output, name=name, device=device, precision=precision, max_batch=max_batch, delay_us=delay_us,
+            instances=instances,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _fail(error) from error
+    typer.echo(f"{folder}: serve it by `tritonserver --model-repository {output}`")
+
+
+@app.command()
 def report() -> None:
     """One table of the last run: scores, parity, verdict, and where bundle and pictures are."""
     from pipeline import story

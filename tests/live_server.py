@@ -88,7 +88,7 @@ def point(champions: Path, bundle_folder: Path) -> None:
     files.write_json(champions / "champion.json", {"id": bundle_folder.parent.name, "bundle": named})
 
 
-def start(settings: dict[str, str], command: list[str] | None = None) -> Server:
+def start(settings: dict[str, str], command: list[str] | None = None, cwd: Path = ROOT) -> Server:
     """A server over a fresh folder whose champion is the tiny model; "{folder}" in a setting is that folder."""
     folder = Path(tempfile.mkdtemp(prefix="marginalia-server-"))
     made = tiny_onnx.write(folder / "champions" / "first" / "bundle")
@@ -101,7 +101,7 @@ def start(settings: dict[str, str], command: list[str] | None = None) -> Server:
     launch = [part.replace("{port}", str(port)) for part in launch]
     settings = {name: value.replace("{folder}", str(folder)) for name, value in settings.items()}
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(launch, cwd=ROOT, env=plain | settings, stdout=log, stderr=log)
+        process = subprocess.Popen(launch, cwd=cwd, env=plain | settings, stdout=log, stderr=log)
     server = Server(f"http://127.0.0.1:{port}", port, folder, process)
     atexit.register(server.stop)
 
