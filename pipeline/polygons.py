@@ -6,7 +6,8 @@ and no others. A polygon is one 4-connected piece: pieces that meet only at a co
 never passes one point twice (it is cut there into an outline and a hole that touch).
 
 Simplified, pieces that meet still share one border, without gap or overlap: points where three meet stay, and between
-them a border becomes the same line seen from either side. What `pipeline.simplify` does not promise holds here too.
+them a border becomes the same line seen from either side. What `pipeline.simplify` does not promise holds here too; and a
+piece thinner than the tolerance may turn inside out: it is dropped, and a sliver of its size is nobody's, or two pieces'.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -111,21 +111,27 @@ def test_simplify_stops_splitting_and_then_keeps_everything(monkeypatch: pytest.
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.8, 1.0, 2.5]))
+@example(2244, 2.5)
+@example(3, 1.0)
 @settings(max_examples=40, deadline=None)
 def test_simplified_neighbours_keep_one_border(seed: int, tolerance: float) -> None:
-    """Each step of a border is there once in each direction: no gap, no overlap. The image's frame has one side."""
+    """Each step of a border is there as often in one direction as in the other: no gap, no overlap. (Twice where a piece
+    is so thin that both its sides become one line.) Only an edge from frame to frame may have one side: the image's end."""
     label_HW = regions(40, 55, 4, seed=seed)
-    steps = Counter[tuple[int, int, int, int]]()
+    steps, frame = Counter[tuple[int, int, int, int]](), set()
     for polygon in polygons.trace(label_HW, tolerance=tolerance):
         for ring in polygon.rings:
             for (x0, y0), (x1, y1) in itertools.pairwise(ring.tolist()):
                 parts = math.gcd(x1 - x0, y1 - y0)  # two collinear edges on one side may be one edge on the other
                 dx, dy = (x1 - x0) // parts, (y1 - y0) // parts
-                steps.update((x0 + i * dx, y0 + i * dy, dx, dy) for i in range(parts))
-    for (x, y, dx, dy), count in steps.items():
-        assert count == 1
-        other_side = steps[x + dx, y + dy, -dx, -dy]
-        assert other_side == 1 or all(a in (0, 55) or b in (0, 40) for a, b in ((x, y), (x + dx, y + dy)))
+                these = [(x0 + i * dx, y0 + i * dy, dx, dy) for i in range(parts)]
+                steps.update(these)
+                if all(x in (0, 55) or y in (0, 40) for x, y in ((x0, y0), (x1, y1))):
+                    frame.update(these)
+    inside = [step for step in steps if step not in frame]
+    assert len(inside) > 20
+    for x, y, dx, dy in inside:
+        assert steps[x + dx, y + dy, -dx, -dy] == steps[x, y, dx, dy]
 
 
 @pytest.mark.parametrize("tolerance", [0.5, 1.0, 4.0])
