@@ -105,6 +105,7 @@ def main() -> None:
         "swaps": lambda r: str(r["swaps"]),
         "sent": lambda r: str(r["tally"]["sent"]),
         "failed or 503": lambda r: str(r["failed"]),
+        "candidates refused": lambda r: str(r["refused"]),
     }
     title = f"Hot swaps ({options.rounds} rounds of {options.seconds:g} s each, {row['rate_per_s']:.1f} requests/s)"
     table.report(title, [row], columns, options.out)

@@ -15,7 +15,7 @@ from request_latency import photograph
 
 from export import bundle, machine, runtime
 from export.schema import MODEL
-from serving import answers, desk
+from serving import desk, negotiate
 from serving.settings import Settings
 from tests import live_server, tiny_onnx
 from tests.live_server import Server
@@ -78,7 +78,7 @@ def serve(given: Path | None, **settings: str) -> Iterator[Served]:
 
 def in_process(opened: bundle.Bundle, data: bytes) -> Callable[[], object]:
     """One request's decode, run and encode in this process, warmed up."""
-    here, settings, kind = runtime.Runtime(opened), Settings(), answers.KINDS[0]
+    here, settings, kind = runtime.Runtime(opened), Settings(), negotiate.KINDS[0]
     here.warm_up()
     return lambda: desk.segment(data, kind, here, settings, time.perf_counter())
 

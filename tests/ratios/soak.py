@@ -27,6 +27,7 @@ import soak_mix
 from r15_swap import PAUSE_S
 from wire import Wire, request
 
+from export import bundle
 from pipeline import files
 from serving.settings import Settings
 from tests import tiny_onnx
@@ -88,17 +89,33 @@ async def current(wire: Wire) -> str:
 
 
 async def changes(run: served.Served, pause_s: float) -> AsyncIterator[str]:
-    """Good and bad champions in turn: what came of each. A bad one must be refused and leave the one before serving."""
+    """Good and bad champions in turn, by pointer and by request: what came of each.
+
+    A bad one must be refused and leave the one before serving; a loaded one serves until it is rolled back.
+    """
     wire, bad = Wire(run.server.url), itertools.cycle(bad_champions(run))
-    for wanted in itertools.cycle((run.second, run.first)):
+
+    async def post(path: str, **fields: str) -> int:
+        body = json.dumps(fields).encode()
+        return (await wire.ask(request("POST", path, body, content_type="application/json", **_AUTHORISED))).status
+
+    async def becomes(wanted: bundle.Bundle, what: str) -> str:
+        return what if await until(lambda: current(wire), lambda now: now == wanted.manifest.id) else "stuck"
+
+    for wanted, other in itertools.cycle(((run.second, run.first), (run.first, run.second))):
         run.point(wanted)
-        yield "swapped" if await until(lambda: current(wire), lambda now, w=wanted: now == w.manifest.id) else "stuck"
+        yield await becomes(wanted, "swapped")
         await asyncio.sleep(pause_s)
         before = await refusals(wire)
         next(bad)()
         told = await until(lambda: refusals(wire), lambda now, b=before: now > b)
         yield "refused" if told and await current(wire) == wanted.manifest.id else "wrong"
         await asyncio.sleep(pause_s)
+        path = str(other.folder.relative_to(run.champions.parent))
+        for address, fields, after in (("load", {"bundle": path}, other), ("rollback", {}, wanted)):
+            done = await until(lambda a=address, f=fields: post(f"/v1/models/{a}", **f), lambda status: status == 200)
+            yield await becomes(after, address) if done else "stuck"
+            await asyncio.sleep(pause_s)
 
 
 async def until(look: Callable[[], Any], right: Callable[[Any], bool]) -> bool:
@@ -143,7 +160,7 @@ async def soak(run: served.Served, seconds: float, rate: float) -> dict[str, Any
     wire.close()
     return {
         "outcomes": outcomes, "rate": rate, "batch": batch, "views": sorted(views), "memory_mb": memory,
-        "changes": {what: told.count(what) for what in ("swapped", "refused", "stuck", "wrong")},
+        "changes": {what: told.count(what) for what in ("swapped", "refused", "load", "rollback", "stuck", "wrong")},
         "restarts": int(run.server.workers() != workers), "broken": [repr(error) for error in broken],
         "internal": len(run.server.events("internal-error")) + run.server.log().count("Traceback (most recent"),
     }  # fmt: skip

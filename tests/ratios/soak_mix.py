@@ -70,6 +70,9 @@ def mix(token: str, max_body: int, max_pixels: int, views: Mapping[str, str], ba
         for name, data, weight in (("small", small, 6.0), ("middle", middle, 6.0), ("large", large, 0.5)):
             add(weight / len(views), f"{view} {name}", post(data, f"/v1/segment?view={view}", accept=media))
     add(1.0, "form", post(form(middle), content_type=multipart))
+    asked = ("classes=0&min_confidence=0.5", "size=100x80", "size=model&view=json", "resolution=full")
+    for query in asked:
+        add(0.5, f"?{query}", post(middle, f"/v1/segment?{query}"))
     if batch:
         two = post(form(small, middle), "/v1/segment/batch", content_type=multipart, accept="application/jsonl")
         one_bad = post(form(small, b"no image"), "/v1/segment/batch", content_type=multipart, accept="application/zip")

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -218,8 +219,9 @@ def test_goodput_and_percentiles() -> None:
 def test_the_mix_is_what_the_server_says_it_is(server: Any) -> None:
     """Every call of the soak, once, against the real server: each gets one of the statuses that it names."""
     limits = (2 << 20, 2_000_000)  # the shared server's
-    views = {"mask": "image/png", "json": "application/json", "overlay": "image/jpeg"}
-    calls = [item.call for item in soak_mix.mix("unused", *limits, views, batch=False)]
+    views = {"mask": "image/png", "json": "application/json", "overlay": "image/jpeg", "confidence": "image/png",
+             "geojson": "application/geo+json"}  # fmt: skip
+    calls = [item.call for item in soak_mix.mix("unused", *limits, views, batch=True)]
     calls = [call for call in calls if "token" not in call.kind and call.kind.split()[-1] != "large"]
 
     async def run() -> list[load.Outcome]:
@@ -231,6 +233,15 @@ def test_the_mix_is_what_the_server_says_it_is(server: Any) -> None:
     wrong = [(o.kind, o.status) for o in asyncio.run(run()) if o.verdict not in ("answered", "refused", "cut")]
     assert wrong == []
     assert len({call.kind for call in calls}) == len(calls) > 20
-    picks = soak_mix.picker(soak_mix.mix("unused", *limits, views, batch=False), 5)
-    drawn = [picks(i).kind for i in range(4000)]
-    assert 0.6 < sum(kind.split()[0] in views for kind in drawn) / len(drawn) < 0.9
+
+
+def test_calls_are_drawn_by_weight() -> None:
+    calls = soak_mix.mix("unused", 1, 1, {"mask": "image/png"}, batch=True)
+    pick, count = soak_mix.picker(calls, 5), 20_000
+    drawn = Counter(pick(i).kind for i in range(count))
+    total = sum(item.weight for item in calls)
+    for item in calls:
+        expected = count * item.weight / total
+        assert abs(drawn[item.call.kind] - expected) < 5 * expected**0.5
+    answered = sum(item.weight for item in calls if 200 in item.call.fine and item.call.cut is None)
+    assert 0.7 < answered / total < 0.85
