@@ -90,8 +90,10 @@ class Settings(BaseModel):
 
     @property
     def max_bodies(self) -> int:
-        """Largest sum of the bodies under way in bytes; one body of the largest size always has room."""
-        return max(int(self.max_bodies_mb * (1 << 20)), 2 * self.max_body)
+        """Largest sum of the bodies under way in bytes; one body of the largest size always has room beside another."""
+        return max(
+            int(self.max_bodies_mb * (1 << 20)), 2 * self.max_body, self.max_body + int(self.many_mb * (1 << 20))
+        )
 
 
 def ignored(environment: Mapping[str, str] | None = None) -> list[str]:

@@ -136,7 +136,6 @@ def guarded() -> Server:
             "MARGINALIA_QUEUE": "0",
             "MARGINALIA_BODY_TIMEOUT_S": "2",
             "MARGINALIA_MAX_BODY_MB": "4",
-            "MARGINALIA_MAX_BODIES_MB": "8",
         }
     )
 

@@ -86,7 +86,7 @@ def test_bodies_are_counted_as_they_come(model: Held) -> None:
     """2 MiB of room: a body of which 1.5 MiB came leaves room for a small one only, and gives it back when it goes."""
     head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
     large = PICTURE + bytes(900_000)
-    with serving(model, max_body_mb=1, max_bodies_mb=2) as own, own.client() as http:
+    with serving(model, max_body_mb=1, max_bodies_mb=2, many_mb=1) as own, own.client() as http:
         with contextlib.ExitStack() as stack:
             for _ in range(2):
                 slow = stack.enter_context(socket.create_connection(("127.0.0.1", own.port), LONGEST))
