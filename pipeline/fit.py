@@ -72,12 +72,16 @@ def restore(answer_hw: NDArray[Ids], fit: Fit) -> NDArray[Ids]:
 
 
 def nearest(values_hw: NDArray[Ids], height: int, width: int) -> NDArray[Ids]:
-    """Value at the centre of each target pixel: source index = floor((2 i + 1) * source / (2 * target))."""
+    """h x w -> height x width: the value at the centre of each target pixel."""
     if values_hw.shape == (height, width):
         return np.ascontiguousarray(values_hw)
-    rows = (2 * np.arange(height) + 1) * values_hw.shape[0] // (2 * height)
-    columns = (2 * np.arange(width) + 1) * values_hw.shape[1] // (2 * width)
+    rows, columns = places(values_hw.shape[0], height), places(values_hw.shape[1], width)
     return np.ascontiguousarray(values_hw[:, columns][rows])
+
+
+def places(source: int, target: int) -> NDArray[np.int64]:
+    """Where `nearest` looks on an axis: source index = floor((2 i + 1) * source / (2 * target)) for i < target."""
+    return (2 * np.arange(target) + 1) * source // (2 * target)
 
 
 def _check(got: tuple[int, ...], want: tuple[int, int], what: str) -> None:

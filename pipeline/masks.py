@@ -5,7 +5,7 @@ A mask is read as stored: no EXIF turning (Pillow turns TIFF by itself), no resa
 """
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,29 +134,42 @@ def to_rle(mask_HW: NDArray[np.bool_], *, compressed: bool = True) -> dict[str, 
     `compressed` gives COCO's text form (what `pycocotools.mask.decode` takes), otherwise the list of run lengths.
     """
     return class_rles(mask_HW.astype(np.uint8), compressed=compressed).get(1) or _rle(
-        [mask_HW.size], mask_HW, compressed
+        [mask_HW.size], mask_HW.shape, compressed
     )
 
 
 def class_rles(label_HW: NDArray[np.uint8], *, compressed: bool = True) -> dict[int, dict[str, Any]]:
     """Run lengths of every id present, as `to_rle(label_HW == id)` gives them, in one pass over the pixels."""
-    flat = label_HW.ravel(order="F")
-    starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
-    ends = np.append(starts[1:], flat.size)
-    owner = flat[starts]
+    return column_rles([label_HW], *label_HW.shape, compressed=compressed)
+
+
+def column_rles(
+    bands: Iterable[NDArray[np.uint8]], height: int, width: int, *, compressed: bool = True
+) -> dict[int, dict[str, Any]]:
+    """`class_rles` of a label map that comes in bands of columns, each `height` x n, from the left."""
+    pieces, owners, done, last = [], [], 0, -1
+    for band_HW in bands:
+        flat = band_HW.ravel(order="F")
+        begins = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
+        begins = begins[1:] if flat[0] == last else begins  # the run of the band before goes on
+        pieces.append(begins + done)
+        owners.append(flat[begins])
+        done, last = done + flat.size, int(flat[-1])
+    starts, owner = np.concatenate(pieces), np.concatenate(owners)
+    ends = np.append(starts[1:], height * width)
     answer = {}
     for value in np.unique(owner):
         mine = owner == value
         edges = np.stack([starts[mine], ends[mine]], axis=1).ravel()  # inside runs are never adjacent to each other
         counts = np.diff(edges, prepend=0)
-        if edges[-1] < flat.size:
-            counts = np.append(counts, flat.size - edges[-1])
-        answer[int(value)] = _rle(counts.tolist(), label_HW, compressed)
+        if edges[-1] < height * width:
+            counts = np.append(counts, height * width - edges[-1])
+        answer[int(value)] = _rle(counts.tolist(), (height, width), compressed)
     return answer
 
 
-def _rle(counts: list[int], mask_HW: NDArray[Any], compressed: bool) -> dict[str, Any]:
-    return {"size": list(mask_HW.shape), "counts": pack_counts(counts) if compressed else counts}
+def _rle(counts: list[int], shape: tuple[int, ...], compressed: bool) -> dict[str, Any]:
+    return {"size": list(shape), "counts": pack_counts(counts) if compressed else counts}
 
 
 def pack_counts(counts: list[int]) -> str:

@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngImageFile
 from pipeline.images import Image_HWC, Refused, exif_orientation, to_rgb
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_BAND_BYTES = 4 << 20
+_BAND_BYTES = 1 << 20  # of pixels as the decoder holds them, 4 bytes each; copies on the way take some ten times that
 _PIECE = 1 << 16
 # An encoder writes chunks of 8 KiB and more; a file that is all chunk headers would only cost time.
 _MOST_CHUNKS, _LARGEST_KEPT = 1 << 18, 1 << 20
@@ -123,7 +123,7 @@ def bands(file: BinaryIO, found: Layout) -> Iterator[Image_HWC]:
         Refused: "truncated" or "corrupt", also for a wrong checksum anywhere in the file, at the latest after the last
         band; "unsupported-depth" is not possible here.
     """
-    rows = max(1, _BAND_BYTES // (found.row_bytes + 1))
+    rows = max(1, _BAND_BYTES // max(found.row_bytes, 4 * found.width))
     above: NDArray[np.uint8] = np.zeros(found.row_bytes, np.uint8)
     pieces = _inflated(file, found, rows)
     for filtered in pieces:

@@ -3,8 +3,10 @@
 What needs how much memory, for w x h pixels reduced to a width of s:
 
 - PNG (not interlaced, not 16-bit colour) and TIFF (strips or tiles of their own, one plane): a band of rows, and h x s
-  pixels while reducing. The result is bit-equal to decoding the whole image and `pipeline.fit.apply`, because Pillow's
-  resize is a horizontal pass of row by row and then a vertical pass of column by column.
+  pixels while reducing. Pillow's resize is a pass along the rows and a pass along the columns, rounded to 8 bits between
+  them; here the rows come first. Where Pillow begins with the rows too (it chooses by the shape: landscape and moderate
+  portrait, in Pillow 13), the result is bit-equal to decoding the whole image and `pipeline.fit.apply`; elsewhere, and for
+  images turned by their orientation, it is within one grey level.
 - JPEG of one scan, reduced at least 4 times: libjpeg decodes at 1/2, 1/4 or 1/8 of the size (its DCT scaling, through
   Pillow's `draft`), and the rest is resized. That is another filter than the whole decode's: see `_SPARE`.
 - Everything else is decoded whole, 7 bytes a pixel at the peak, and has a limit of its own: progressive and
@@ -27,7 +29,7 @@ from pipeline.images import Image_HWC, Refused
 
 # A JPEG is scaled by its decoder to no less than so many times the wanted size, the larger where that is at most
 # _SPARE_PIXELS; the resize does the rest. Against decoding all of it, on 81 photographs in one of 4320 x 3240 reduced to
-# 512 (tests/ratios/draft_difference.py): 0.24 grey levels in the mean and at most 6 with 4; 0.70 and 13 with 2; 2.4 and 42
+# 512 (tests/ratios/draft_difference.py): 0.23 grey levels in the mean and at most 7 with 4; 0.69 and 11 with 2; 2.4 and 47
 # with 1.
 _SPARE, _SPARE_PIXELS = (4, 2), 8_000_000
 _COLUMNS = 64
@@ -172,7 +174,7 @@ def _resize(image_HWC: Image_HWC, height: int, width: int) -> Image_HWC:
 
 
 def _shrink_bands(bands: Iterator[Image_HWC], source: tuple[int, int], target: tuple[int, int]) -> Image_HWC:
-    """`_resize` of the bands put together: each row to the width as it comes, then slices of columns to the height."""
+    """The bands put together and resized: each row to the width as it comes, then slices of columns to the height."""
     middle_HWC, top = np.empty((source[0], target[1], 3), np.uint8), 0
     for band_HWC in bands:
         middle_HWC[top : top + len(band_HWC)] = _resize(band_HWC, len(band_HWC), target[1])

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -163,24 +164,41 @@ def render(
     asked = summarise(count, manifest, ids, floor)
     label_HW, confidence_HW = _resized(found, query)
     label_HW = select(label_HW, confidence_HW, ids, query.min_confidence, manifest.ignore)
-    if kind.view == "json":
-        body = _json(label_HW, asked, manifest)
-    elif kind.view == "geojson":
-        body = _geojson(label_HW, confidence_HW, manifest, query.tolerance)
-    elif kind.view == "overlay":
-        body = _overlay(image_HWC, label_HW, manifest, kind.media_type)
-    elif kind.view == "confidence":
-        body = masks.encode_png(np.ascontiguousarray(confidence_HW))
-    else:
-        body = masks.encode_png(label_HW, manifest.palette)
+    body = encode(kind, image_HWC, label_HW, confidence_HW, asked, manifest, query.tolerance)
     seen = summarise(count, manifest, None) if ids is not None or floor else asked
     return Rendered(body, seen, asked)
 
 
-def _json(label_HW: Bytes_HW, asked: Summary, manifest: Manifest) -> bytes:
-    """`SegmentAnswer` as JSON; areas and run lengths are exact at the answer's own size."""
-    height, width = label_HW.shape
-    runs = masks.class_rles(label_HW, compressed=False)
+def encode(
+    kind: Kind,
+    image_HWC: NDArray[np.uint8],
+    label_HW: Bytes_HW,
+    confidence_HW: Bytes_HW,
+    asked: Summary,
+    manifest: Manifest,
+    tolerance: float,
+) -> bytes:
+    """The body of the answer `kind`, from maps of its size; only an overlay looks at the image, which may be larger.
+
+    Raises:
+        pipeline.images.Refused: "too-detailed".
+    """
+    if kind.view == "json":
+        height, width = label_HW.shape
+        return encode_runs(masks.class_rles(label_HW, compressed=False), height, width, asked, manifest)
+    if kind.view == "geojson":
+        return _geojson(label_HW, confidence_HW, manifest, tolerance)
+    if kind.view == "overlay":
+        return _overlay(image_HWC, label_HW, manifest, kind.media_type)
+    if kind.view == "confidence":
+        return masks.encode_png(np.ascontiguousarray(confidence_HW))
+    return masks.encode_png(label_HW, manifest.palette)
+
+
+def encode_runs(
+    runs: Mapping[int, Mapping[str, Any]], height: int, width: int, asked: Summary, manifest: Manifest
+) -> bytes:
+    """`SegmentAnswer` as JSON from run lengths (`masks.class_rles`, not compressed): exact at the answer's own size."""
     classes = []
     for item in manifest.classes:
         run = runs.get(item.id, {"size": [height, width], "counts": [height * width]})
@@ -197,8 +215,10 @@ def _json(label_HW: Bytes_HW, asked: Summary, manifest: Manifest) -> bytes:
             )
         )
     ignored = height * width - sum(item.pixels for item in classes)
-    facts = {"bundle": manifest.id, "width": width, "height": height, "confidence": asked.confidence}
-    return SegmentAnswer(**facts, ignored=ignored, classes=classes).model_dump_json().encode()
+    answer = SegmentAnswer(
+        bundle=manifest.id, width=width, height=height, confidence=asked.confidence, ignored=ignored, classes=classes
+    )
+    return answer.model_dump_json().encode()
 
 
 def _geojson(label_HW: Bytes_HW, confidence_HW: Bytes_HW, manifest: Manifest, tolerance: float) -> bytes:

@@ -7,12 +7,13 @@ are decoded and encoded. The rest wait in line, and who has stopped waiting is d
 import asyncio
 import contextlib
 import functools
+import io
 import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +22,10 @@ from starlette.responses import Response
 
 from export.bundle import Bundle, BundleError
 from export.runtime import Runtime, Segmentation, restored
-from pipeline import fit, images
-from serving import answers, limits, observe, openapi
+from pipeline import fit, images, windows
+from serving import answers, large, limits, observe, openapi, spool
 from serving.admission import RETRY_AFTER_S, Admission
-from serving.batcher import Batcher, Dropped, Job
+from serving.batcher import Batcher, Dropped, Job, Ran
 from serving.limits import Problem
 from serving.negotiate import Kind, negotiate
 from serving.query import Query, parse
@@ -38,6 +39,7 @@ _STATUS = {
     "too-many-pixels": 422,
     "bad-aspect": 422,
     "too-detailed": 422,
+    "body-too-large": 413,
 }
 _PROBE_INLINE = 1 << 20  # a header check reads all of a PNG, about 1 ms for each MiB: larger ones go to a thread
 
@@ -71,7 +73,7 @@ class Prepared:
 def prepare(data: bytes, bundle: Bundle, settings: Settings) -> Prepared:
     """The first phase: bytes to what the model takes. Raises images.Refused: the bytes are no image that we take."""
     start = time.perf_counter()
-    image_HWC = images.decode(data, max_pixels=settings.max_pixels, max_aspect=settings.max_aspect)
+    image_HWC = images.decode(data, max_pixels=settings.max_whole_pixels, max_aspect=settings.max_aspect)
     plan = bundle.fit(*image_HWC.shape[:2])
     return Prepared(image_HWC, plan, fit.apply(image_HWC, plan), time.perf_counter() - start)
 
@@ -80,10 +82,15 @@ def render(
     kind: Kind, query: Query, prepared: Prepared, found: Segmentation, bundle: Bundle, timings: Mapping[str, float]
 ) -> Answered:
     """The last phase: what was found to the body of the answer."""
-    start, manifest = time.perf_counter(), bundle.manifest
-    done = answers.render(kind, prepared.image_HWC, found, manifest, query)
+    start = time.perf_counter()
+    done = answers.render(kind, prepared.image_HWC, found, bundle.manifest, query)
+    return answered(done, {**timings, "encode": time.perf_counter() - start}, bundle)
+
+
+def answered(done: answers.Rendered, timings: Mapping[str, float], bundle: Bundle) -> Answered:
+    """What goes out and what is counted, by class names."""
+    manifest = bundle.manifest
     seen, asked = ({c.name: part.shares[c.id] for c in manifest.classes} for part in (done.seen, done.asked))
-    timings = {**timings, "encode": time.perf_counter() - start}
     timings = {name: timings[name] for name in observe.PHASES}
     return Answered(done.body, manifest.id, timings, seen, done.seen.confidence, asked, done.asked.confidence)
 
@@ -152,14 +159,14 @@ class Desk:
         self.check(query)
         self.admission.check()
         with self.admission.body() as hold:
-            data = await limits.read_body(request, self.settings, body_kind, hold)
+            data = await spool.read_body(request, self.settings, body_kind, hold)
             return self._respond(await self.process(data, kind, query, functools.partial(limits.gone, request)), kind)
 
     def check(self, query: Query) -> None:
         """Refuse what the current model cannot answer, before the body is read. Raises Problem."""
         query.class_ids(self._current().bundle.manifest)
 
-    async def process(self, data: bytes, kind: Kind, query: Query, gone: Gone | None = None) -> Answered:
+    async def process(self, data: bytes | BinaryIO, kind: Kind, query: Query, gone: Gone | None = None) -> Answered:
         """One image's bytes -> its answer, admitted and limited like every request.
 
         `gone()` returns when nobody waits any more; then, as after the deadline, no further phase is begun.
@@ -172,30 +179,32 @@ class Desk:
             pixels = await self._pixels(data)
         except images.Refused as error:
             raise _problem(error) from error
+        in_bands = large.takes(pixels, query, self.settings)
+        pixels = min(pixels, self.settings.large_pixels)  # a huge image is never held
         self.admission.enter(pixels)
-        job = Job()
-        work = self._workers.submit(self._work, job, data, kind, query, runtime, time.perf_counter())
-        return await self._wait(job, work, pixels, gone)
+        job, phases = Job(), self._work_in_bands if in_bands else self._work
+        work = self._workers.submit(phases, job, data, kind, query, runtime, time.perf_counter())
+        timeout_s = self.settings.large_timeout_s if in_bands else self.settings.timeout_s
+        return await self._wait(job, work, pixels, gone, timeout_s)
 
-    async def _pixels(self, data: bytes) -> int:
+    async def _pixels(self, data: bytes | BinaryIO) -> int:
         """Width times height by the header. Raises images.Refused."""
+        if not isinstance(data, bytes):
+            return (await asyncio.to_thread(windows.open_picture, data, large.image_limits(self.settings))).pixels
         look = functools.partial(images.open_header, data, self.settings.max_pixels)
         _, header = await asyncio.to_thread(look) if len(data) > _PROBE_INLINE else look()
         return header.size[0] * header.size[1]
 
-    def _work(self, job: Job, data: bytes, kind: Kind, query: Query, runtime: Runtime, queued: float) -> Answered:
+    def _work(
+        self, job: Job, data: bytes | BinaryIO, kind: Kind, query: Query, runtime: Runtime, queued: float
+    ) -> Answered:
         """The three phases in a worker thread; `queued` is when the request was admitted (perf_counter)."""
         queue_s = time.perf_counter() - queued
         job.check()
-        prepared = prepare(data, runtime.bundle, self.settings)
+        whole = data if isinstance(data, bytes) else spool.read_whole(data, self.settings)
+        prepared = prepare(whole, runtime.bundle, self.settings)
         job.check()
-        try:
-            ran = self._batcher.run(runtime, prepared.fitted_HWC, job)
-        except Dropped:
-            raise
-        except Exception:
-            self._doubt(runtime)
-            raise
+        ran = self._run(runtime, prepared.fitted_HWC, job)
         job.check()
         found = restored(ran.label_HW, ran.confidence_HW, prepared.plan)
         timings = {"queue": queue_s + ran.waited_s, "decode": prepared.spent_s, "run": ran.ran_s}
@@ -203,13 +212,38 @@ class Desk:
             shadow.offer(prepared.image_HWC, found.label_HW, runtime.bundle.manifest)
         return render(kind, query, prepared, found, runtime.bundle, timings)
 
-    async def _wait(self, job: Job, work: "Future[Answered]", pixels: int, gone: Gone | None) -> Answered:
+    def _work_in_bands(
+        self, job: Job, data: bytes | BinaryIO, kind: Kind, query: Query, runtime: Runtime, queued: float
+    ) -> Answered:
+        """As `_work`, for what `serving.large` takes; its windows meet other images at the model."""
+        queue_s = time.perf_counter() - queued
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+
+        def run(image_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+            ran = self._run(runtime, image_HWC, job)
+            return ran.label_HW, ran.confidence_HW
+
+        done, timings = large.segment(file, kind, query, runtime.bundle, run, self.settings, job.check)
+        return answered(done, {"queue": queue_s, **timings}, runtime.bundle)
+
+    def _run(self, runtime: Runtime, image_HWC: NDArray[np.uint8], job: Job) -> Ran:
+        try:
+            return self._batcher.run(runtime, image_HWC, job)
+        except Dropped:
+            raise
+        except Exception:
+            self._doubt(runtime)
+            raise
+
+    async def _wait(
+        self, job: Job, work: "Future[Answered]", pixels: int, gone: Gone | None, timeout_s: float
+    ) -> Answered:
         """The place is free when the work has ended, not when somebody has stopped waiting for it."""
         loop, answer = asyncio.get_running_loop(), asyncio.wrap_future(work)
         watcher = asyncio.ensure_future(gone()) if gone else None
         waiting: set[asyncio.Future[Any]] = {answer, watcher} if watcher else {answer}
         try:
-            done, _ = await asyncio.wait(waiting, timeout=self.settings.timeout_s, return_when=FIRST_COMPLETED)
+            done, _ = await asyncio.wait(waiting, timeout=timeout_s, return_when=FIRST_COMPLETED)
             if answer in done:
                 return answer.result()
         except images.Refused as error:
@@ -225,7 +259,7 @@ class Desk:
                 work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._late, work, pixels))
         if done:
             raise Problem(499, "disconnected", "the connection was closed before the answer was there")
-        raise Problem(504, "deadline", f"not done within {self.settings.timeout_s:g} seconds; try again")
+        raise Problem(504, "deadline", f"not done within {timeout_s:g} seconds; try again")
 
     def _late(self, work: "Future[Answered]", pixels: int) -> None:
         self.admission.leave(pixels)

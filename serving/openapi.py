@@ -56,7 +56,8 @@ _ERRORS = {
     "409": "busy: another model is being loaded; no-previous",
     "413": "body-too-large",
     "415": "unsupported-type (Content-Type), unsupported-format, unsupported-depth, animated (content)",
-    "422": "too-many-pixels, bad-aspect, too-detailed (more polygon points than are answered), too-many-images, "
+    "422": "too-many-pixels, bad-aspect, too-large-for-view (a huge answer is a mask, a confidence map or run lengths), "
+    "too-detailed (more polygon points than are answered), too-many-images, "
     "bundle-refused",
     "503": "overloaded, no-model; Retry-After says when to come again",
     "504": "deadline: not done in time",
@@ -181,7 +182,10 @@ def document(settings: Settings) -> dict[str, Any]:
     )
     limits = (
         f"At most {settings.max_body} bytes, {settings.max_pixels} pixels, and a longer side of "
-        f"{settings.max_aspect:g} times the shorter. Read are {', '.join(FORMATS)}: "
+        f"{settings.max_aspect:g} times the shorter. Above {settings.large_pixels} pixels, and for resolution=full, PNG, "
+        f"TIFF and JPEG are read in bands, one huge image at a time, as a body of up to {settings.max_large_body} bytes "
+        f"(not a form); what must be decoded as a whole has at most {settings.max_whole_pixels} pixels. "
+        f"Read are {', '.join(FORMATS)}: "
         "the content decides, not the Content-Type."
     )
     paths: dict[str, Any] = {

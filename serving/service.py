@@ -3,6 +3,7 @@
 Start it by `marginalia serve`, or by hand with `bentoml serve serving.service:Marginalia`.
 """
 
+import contextlib
 import gc
 import os
 import signal
@@ -57,6 +58,16 @@ _dump = statistics.Dump(
 _PROBES = ("/livez", "/readyz", "/healthz")
 
 
+async def _end_timer(send: Send) -> None:
+    """Let a request outlive BentoML's timer, as a huge image may (`large_timeout_s`); our own deadlines end it.
+
+    The timer asks nothing more once the application has sent something, and it looks before the server does: a message
+    that the server refuses, as no ASGI message has this type, is enough.
+    """
+    with contextlib.suppress(RuntimeError):
+        await send({"type": "marginalia.has-its-own-deadlines"})
+
+
 class Front:
     """Hands everything but the probes to our application.
 
@@ -68,6 +79,8 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         mine = scope["type"] == "http" and scope["path"] not in _PROBES
+        if mine and scope["method"] == "POST":
+            await _end_timer(send)
         await (self._ours if mine else self._bentoml)(scope, receive, send)
 
 

@@ -40,6 +40,9 @@ class Settings(BaseModel):
     `allow_class_change`; POST /v1/models/load takes one from below `bundles` (default: the folder that holds
     `champions/`) and gives up after `load_timeout_s`. `shadow`, a bundle below that folder, is run beside the champion on
     a `shadow_share` of the images. `statistics` is a folder for prediction statistics, written every `statistics_every_s`.
+    Above `large_pixels`, and for resolution=full, an image is read, run and encoded in bands (`serving.large`) within
+    `large_timeout_s`; up to `max_pixels`, but `max_whole_pixels` for kinds that must be decoded whole. Its body may have
+    `max_large_body_mb`; what is over `max_body_mb` lies in a temporary file.
     A call of many images takes `many_images` of them and a body of `many_mb`; `many_calls` may be under way.
     """
 
@@ -57,7 +60,11 @@ class Settings(BaseModel):
     max_pixels_at_once: Positive = 100_000_000
     max_bodies_mb: Annotated[float, Field(gt=0)] = 256.0
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
-    max_pixels: Positive = 50_000_000
+    max_pixels: Positive = 250_000_000
+    max_whole_pixels: Positive = 50_000_000
+    large_pixels: Positive = 16_000_000
+    max_large_body_mb: Annotated[float, Field(gt=0)] = 512.0
+    large_timeout_s: Seconds = 300.0
     max_aspect: Annotated[float, Field(ge=1)] = 100.0
     many_images: Positive = 256
     many_mb: Annotated[float, Field(gt=0)] = 64.0
@@ -87,6 +94,11 @@ class Settings(BaseModel):
     def min_rate(self) -> float:
         """Slowest body or answer in bytes a second."""
         return self.min_rate_kb * (1 << 10)
+
+    @property
+    def max_large_body(self) -> int:
+        """Largest body of an image that is read in bands, in bytes."""
+        return max(int(self.max_large_body_mb * (1 << 20)), self.max_body)
 
     @property
     def max_bodies(self) -> int:

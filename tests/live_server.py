@@ -76,6 +76,14 @@ class Server:
         page = os.sysconf("SC_PAGE_SIZE") / (1 << 20)
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in self.workers())
 
+    def peak_mb(self) -> float:
+        """Largest memory that any of its worker processes ever had, MiB (VmHWM)."""
+        found = []
+        for pid in self.workers():
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            found += [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")]
+        return max(found)
+
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -119,6 +127,7 @@ def shared() -> Server:
     return start(
         {
             "MARGINALIA_MAX_BODY_MB": "2",
+            "MARGINALIA_MAX_LARGE_BODY_MB": "2",
             "MARGINALIA_MAX_PIXELS": "2000000",
             "MARGINALIA_POLL_S": "0.1",
             "MARGINALIA_HEAD_TIMEOUT_S": "2",
@@ -136,6 +145,7 @@ def guarded() -> Server:
             "MARGINALIA_QUEUE": "0",
             "MARGINALIA_BODY_TIMEOUT_S": "2",
             "MARGINALIA_MAX_BODY_MB": "4",
+            "MARGINALIA_MAX_LARGE_BODY_MB": "4",
         }
     )
 

@@ -267,3 +267,11 @@ def test_tiff_masks_whose_ids_the_decoder_changes_are_refused() -> None:
     indexed = Image.frombytes("P", (4, 2), ids)
     indexed.putpalette([value for colour in PALETTE * 2 for value in colour])
     np.testing.assert_array_equal(masks.decode_mask(save(indexed, "TIFF"), max_pixels=LIMIT), plain)
+
+
+@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 9)), elements=st.integers(0, 2)), st.data())
+def test_run_lengths_of_columns_in_bands(label: np.ndarray, data: st.DataObject) -> None:
+    height, width = label.shape
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, width - 1)).filter(lambda x: x < width))))
+    got = masks.column_rles(np.split(label, cuts, axis=1), height, width)
+    assert got == {int(value): masks.to_rle(label == value) for value in np.unique(label)}
