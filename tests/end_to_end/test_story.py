@@ -18,6 +18,8 @@ from export import bundle
 from export.runtime import Runtime
 from pipeline.config import Params
 
+pytestmark = pytest.mark.timeout(900)  # a whole pipeline in a fixture: minutes where two cores are shared
+
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "model": {"architecture": "FPN", "encoder": "resnet10t", "weights": None},
