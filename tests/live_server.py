@@ -121,7 +121,7 @@ def shared() -> Server:
             "MARGINALIA_MAX_BODY_MB": "2",
             "MARGINALIA_MAX_PIXELS": "2000000",
             "MARGINALIA_POLL_S": "0.1",
-            "MARGINALIA_HEAD_TIMEOUT_S": "2",
+            "MARGINALIA_HEAD_TIMEOUT_S": "5",
         }
     )
 
@@ -134,7 +134,7 @@ def guarded() -> Server:
             "MARGINALIA_TOKEN": TOKEN,
             "MARGINALIA_CONCURRENCY": "1",
             "MARGINALIA_QUEUE": "0",
-            "MARGINALIA_BODY_TIMEOUT_S": "2",
+            "MARGINALIA_BODY_TIMEOUT_S": "6",
             "MARGINALIA_MAX_BODY_MB": "4",
             "MARGINALIA_MAX_BODIES_MB": "8",
         }
