@@ -6,6 +6,7 @@ import io
 import json
 import select
 import socket
+import struct
 import threading
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from export.bundle import open_bundle
-from serving import answers, geojson, slots
+from serving import answers, geojson, slots, unpack
 from serving.desk import Desk
 from serving.limits import Problem
 from serving.many import Many
@@ -226,6 +227,49 @@ def test_a_hostile_zip_is_refused_whole(http: httpx.Client, name: str) -> None:
 def test_too_many_members(http: httpx.Client) -> None:
     response = post_zip(http, packed({f"{i}.png": b"x" for i in range(257)}))
     assert (response.status_code, error(response)) == (422, "too-many-images")
+
+
+def zip64() -> bytes:
+    """The end record says nothing out of the ordinary; the zip64 one before it, which zipfile believes, does."""
+    body = packed({"a.png": b"x"})
+    end, at = body[-22:], body.index(b"PK\x01\x02")
+    size = len(body) - 22 - at
+    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, size, at)
+    return body[:-22] + record + struct.pack("<4sLQL", b"PK\x06\x07", 0, len(body) - 22, 1) + end
+
+
+def forged(at: int, value: bytes, comment: bytes = b"") -> bytes:
+    """A zip whose end record has `value` at byte `at`."""
+    body = bytearray(packed({"a.png": b"x"}))
+    body[len(body) - 22 + at : len(body) - 22 + at + len(value)] = value
+    body[-2:] = len(comment).to_bytes(2, "little")
+    return bytes(body) + comment
+
+
+VAST = {
+    "entries": packed({str(i): b"" for i in range(14_000)}),
+    "zip64": zip64(),
+    "zip64 entries": forged(10, b"\xff\xff"),
+    "zip64 size": forged(12, b"\xff\xff\xff\xff"),
+    "zip64 place": forged(16, b"\xff\xff\xff\xff"),
+    "size": forged(12, (256 * 2048 + 65536 + 1).to_bytes(4, "little")),
+    "size before a comment": forged(12, (256 * 2048 + 65536 + 1).to_bytes(4, "little"), bytes(65_000)),
+}
+
+
+@pytest.mark.parametrize("name", VAST)
+def test_a_vast_directory_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(Problem, match="directory") as caught:
+        unpack.open_zip(VAST[name], Settings())
+    assert caught.value.code == "too-many-images"
+
+
+def test_many_images_in_folders_with_long_names_and_a_comment_are_taken() -> None:
+    buffer = io.BytesIO(packed({f"{i % 40:0200}/" + name: b"x" for i in range(256) for name in ("", f"{i:0200}.png")}))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = b"PK\x05\x07" * 16_000
+    assert len(unpack.open_zip(buffer.getvalue(), Settings())) == 256
 
 
 def test_a_damaged_member_is_one_line(http: httpx.Client) -> None:
