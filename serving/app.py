@@ -50,6 +50,7 @@ async def _answer(request: Request, routes: Mapping[str, tuple[str, Handler]]) -
     start, began = time.perf_counter(), time.time_ns()
     path = request.scope["path"]
     request_id = observe.request_id(request.headers.get("x-request-id"))
+    observe.REQUEST.set(request_id)
     request.state.answer = "none"
     code = None
     try:
@@ -59,7 +60,7 @@ async def _answer(request: Request, routes: Mapping[str, tuple[str, Handler]]) -
         response = _problem_response(problem, request_id)
     except Exception as error:  # the last line: the caller gets the one error shape, the log the traceback
         code = "internal"
-        observe.failure("internal-error", error, request_id=request_id)
+        observe.failure("internal-error", error)
         response = _problem_response(
             Problem(500, "internal", "the service failed; tell its keeper the request id"), request_id
         )

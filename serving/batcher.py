@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +36,9 @@ class Dropped(Exception):
 
 @dataclass
 class Job:
-    """Somebody's work, which they may stop waiting for."""
+    """Somebody's work, which they may stop waiting for; the bytes that came for it, let go when they do."""
 
+    data: Any = None
     dropped: bool = False
 
     def check(self) -> None:
@@ -107,6 +109,7 @@ class Batcher:
         """Mark a job as dropped, and let its thread go if its image waits here."""
         with self._change:
             job.dropped = True
+            job.data = None  # the pool keeps dropped work until a worker comes to it
             for entry in [entry for entry in self._waiting if entry.job is job]:
                 self._waiting.remove(entry)
                 entry.found = Dropped()

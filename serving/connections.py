@@ -10,6 +10,7 @@ part of `serving.limits`.
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http import auto
 
 from serving import limits, observe
@@ -39,6 +40,12 @@ class Connection(auto.AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         asked = self.cycle is not None and not self.cycle.response_complete
         return asked or self.transport.get_write_buffer_size() > 0
 
+    @property
+    def uploading(self) -> bool:
+        """The body of a request is still to come (as far as h11 tells; httptools does not)."""
+        told = getattr(self, "conn", None)
+        return told is not None and told.their_state is h11.SEND_BODY
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport.set_write_buffer_limits(high=0)  # hear of anything that the network does not take at once
@@ -53,12 +60,23 @@ class Connection(auto.AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self.transport.close()
 
     def data_received(self, data: bytes) -> None:
-        """Between two requests the clock starts at the first byte; it stops when a head is whole."""
-        if not self.busy:
+        """Between two requests the clock starts at the first byte; it stops when a head is whole.
+
+        A body whose answer has gone already, an early 401 or 503, is thrown away: most clients read nothing before they
+        have sent all of it. It has the time that the longest body has.
+        """
+        late = not self.busy and self.uploading
+        if late:
+            self._start("slow-body", 2 * self.settings.body_timeout_s)
+        elif not self.busy:
             self._start("slow-head", self.settings.head_timeout_s)
         super().data_received(data)
         if self.busy:
             self._stop("slow-head")
+            self._stop("slow-body")
+        elif late and not self.uploading:
+            self._stop("slow-body")
+            self._start("slow-head", self.settings.idle_timeout_s)  # uvicorn would wait for the next one without limit
 
     def on_response_complete(self) -> None:
         self.idle_since = self.loop.time()

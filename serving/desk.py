@@ -6,8 +6,10 @@ are decoded and encoded. The rest wait in line, and who has stopped waiting is d
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import io
+import math
 import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Coroutine, Mapping
@@ -158,18 +160,28 @@ class Desk:
         body_kind = limits.body_kind(request)
         self.check(query)
         self.admission.check()
-        with self.admission.body() as hold:
+        with contextlib.ExitStack() as held:
+            hold = held.enter_context(self.admission.body())
             data = await spool.read_body(request, self.settings, body_kind, hold)
-            return self._respond(await self.process(data, kind, query, functools.partial(limits.gone, request)), kind)
+            gone = functools.partial(limits.gone, request)
+            return self._respond(await self.process(data, kind, query, gone, held), kind)
 
     def check(self, query: Query) -> None:
         """Refuse what the current model cannot answer, before the body is read. Raises Problem."""
         query.class_ids(self._current().bundle.manifest)
 
-    async def process(self, data: bytes | BinaryIO, kind: Kind, query: Query, gone: Gone | None = None) -> Answered:
+    async def process(
+        self,
+        data: bytes | BinaryIO,
+        kind: Kind,
+        query: Query,
+        gone: Gone | None = None,
+        held: contextlib.ExitStack | None = None,
+    ) -> Answered:
         """One image's bytes -> its answer, admitted and limited like every request.
 
         `gone()` returns when nobody waits any more; then, as after the deadline, no further phase is begun.
+        What the caller has `held` for the image is taken over in both cases, and let go when the work has ended.
 
         Raises:
             Problem: what the bytes are, no room, too late, or gone.
@@ -181,11 +193,12 @@ class Desk:
             raise _problem(error) from error
         in_bands = large.takes(pixels, query, self.settings)
         pixels = min(pixels, self.settings.large_pixels)  # a huge image is never held
+        pixels = max(pixels, math.prod(query.pixels() or (0,)))  # the answer may be asked for larger
         self.admission.enter(pixels)
-        job, phases = Job(), self._work_in_bands if in_bands else self._work
-        work = self._workers.submit(phases, job, data, kind, query, runtime, time.perf_counter())
+        job, phases = Job(data), self._work_in_bands if in_bands else self._work
+        work = self._workers.submit(phases, job, kind, query, runtime, time.perf_counter())
         timeout_s = self.settings.large_timeout_s if in_bands else self.settings.timeout_s
-        return await self._wait(job, work, pixels, gone, timeout_s)
+        return await self._wait(job, work, pixels, gone, timeout_s, held)
 
     async def _pixels(self, data: bytes | BinaryIO) -> int:
         """Width times height by the header. Raises images.Refused."""
@@ -195,11 +208,10 @@ class Desk:
         _, header = await asyncio.to_thread(look) if len(data) > _PROBE_INLINE else look()
         return header.size[0] * header.size[1]
 
-    def _work(
-        self, job: Job, data: bytes | BinaryIO, kind: Kind, query: Query, runtime: Runtime, queued: float
-    ) -> Answered:
+    def _work(self, job: Job, kind: Kind, query: Query, runtime: Runtime, queued: float) -> Answered:
         """The three phases in a worker thread; `queued` is when the request was admitted (perf_counter)."""
         queue_s = time.perf_counter() - queued
+        data = job.data  # in this order: it is gone once the job is dropped
         job.check()
         whole = data if isinstance(data, bytes) else spool.read_whole(data, self.settings)
         prepared = prepare(whole, runtime.bundle, self.settings)
@@ -212,11 +224,11 @@ class Desk:
             shadow.offer(prepared.image_HWC, found.label_HW, runtime.bundle.manifest)
         return render(kind, query, prepared, found, runtime.bundle, timings)
 
-    def _work_in_bands(
-        self, job: Job, data: bytes | BinaryIO, kind: Kind, query: Query, runtime: Runtime, queued: float
-    ) -> Answered:
+    def _work_in_bands(self, job: Job, kind: Kind, query: Query, runtime: Runtime, queued: float) -> Answered:
         """As `_work`, for what `serving.large` takes; its windows meet other images at the model."""
         queue_s = time.perf_counter() - queued
+        data = job.data  # as there
+        job.check()
         file = io.BytesIO(data) if isinstance(data, bytes) else data
 
         def run(image_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -236,7 +248,13 @@ class Desk:
             raise
 
     async def _wait(
-        self, job: Job, work: "Future[Answered]", pixels: int, gone: Gone | None, timeout_s: float
+        self,
+        job: Job,
+        work: "Future[Answered]",
+        pixels: int,
+        gone: Gone | None,
+        timeout_s: float,
+        held: contextlib.ExitStack | None,
     ) -> Answered:
         """The place is free when the work has ended, not when somebody has stopped waiting for it."""
         loop, answer = asyncio.get_running_loop(), asyncio.wrap_future(work)
@@ -256,13 +274,17 @@ class Desk:
             else:
                 answer.cancel()  # and with it the work, if that has not begun
                 self._batcher.drop(job)
-                work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._late, work, pixels))
+                late = functools.partial(self._late, work, pixels, held.pop_all() if held else None)
+                context = contextvars.copy_context()  # it knows the request id
+                work.add_done_callback(lambda _: loop.call_soon_threadsafe(late, context=context))
         if done:
             raise Problem(499, "disconnected", "the connection was closed before the answer was there")
         raise Problem(504, "deadline", f"not done within {timeout_s:g} seconds; try again")
 
-    def _late(self, work: "Future[Answered]", pixels: int) -> None:
+    def _late(self, work: "Future[Answered]", pixels: int, held: contextlib.ExitStack | None) -> None:
         self.admission.leave(pixels)
+        if held:
+            held.close()
         error = None if work.cancelled() else work.exception()
         if error is not None and not isinstance(error, Dropped):
             observe.failure("late-error", error)  # the caller has had another answer

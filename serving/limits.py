@@ -19,6 +19,7 @@ _RAW_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _DRAIN_BYTES, _DRAIN_SECONDS = 8 << 20, 2.0
 GRACE_S = 5.0  # a pause that anybody may make: a slow start, a lost packet, a laptop's lid
+_LONGEST_NAME = 255
 _ENVELOPE = 16 << 10  # what a multipart body may have around the image
 
 
@@ -185,6 +186,8 @@ async def form_files(request: Request, body: bytes, most: int = 1) -> list[tuple
         name = file.filename or ""
         if ".." in name or _CONTROL.search(name):
             raise Problem(400, "bad-multipart", "the file name has '..' or control characters; send a plain one")
+        if len(name) > _LONGEST_NAME:
+            raise Problem(400, "bad-multipart", f"a file name is longer than {_LONGEST_NAME} characters; shorten it")
         found.append((name, await file.read()))
     if not found:
         raise wrong

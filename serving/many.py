@@ -2,11 +2,11 @@
 
 The body is read whole before the first answer goes out: most clients read nothing until they have sent everything, and
 the two would wait for each other. Every image goes through the desk like a request of its own, no more of them at a time
-than requests may be at work; the next one is begun when an answer has been taken, so a slow reader holds up only itself.
+than requests may be at work; the next one is begun when an answer has been taken. So a slow reader holds up no image of
+another call, but one of the `many_calls` places, from when its body has been read for `many_timeout_s` at most.
 """
 
 import asyncio
-import io
 import json
 import zipfile
 from collections import deque
@@ -46,16 +46,20 @@ class Many:
         request.state.answer = kind.view
         body_kind = unpack.body_kind(request)
         self.desk.check(query)
-        if self._calls >= self.settings.many_calls:
-            raise Problem(503, "overloaded", "too many calls of many images; try again", {"Retry-After": "2"})
+        self._check_room()  # before the body is read: what would be refused now
         with ExitStack() as stack:
+            body = await self._read(request, stack.enter_context(self.desk.admission.body()))
+            self._check_room()
             self._calls += 1
             stack.callback(self._left)
-            body = await self._read(request, stack.enter_context(self.desk.admission.body()))
             sent = await unpack.open_body(request, body_kind, body, self.settings)
             held = stack.pop_all()
         write = _zip if kind.media_type == "application/zip" else _lines
-        return _Stream(write(self, sent, kind, query), held, kind.media_type)
+        return _Stream(write(self, sent, kind, query), held, kind.media_type, self.settings.many_timeout_s)
+
+    def _check_room(self) -> None:
+        if self._calls >= self.settings.many_calls:
+            raise Problem(503, "overloaded", "too many calls of many images; try again", {"Retry-After": "2"})
 
     def _left(self) -> None:
         self._calls -= 1
@@ -120,18 +124,24 @@ class Many:
 
 
 class _Stream(StreamingResponse):
-    """Lets go of what the call holds when it ends, however it ends: also when the client left before the first answer."""
+    """Lets go of what the call holds when it ends, however it ends: also when the client left before the first answer.
 
-    def __init__(self, pieces: AsyncGenerator[bytes, None], held: ExitStack, media_type: str) -> None:
+    After `timeout_s` the answer is cut off where it is, and the connection closed.
+    """
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None], held: ExitStack, media_type: str, timeout_s: float) -> None:
         super().__init__(pieces, media_type=media_type, headers={"Vary": "Accept"})
-        self._pieces, self._held = pieces, held
+        self._pieces, self._held, self._timeout_s = pieces, held, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
             try:
-                await super().__call__(scope, receive, send)
+                async with asyncio.timeout(self._timeout_s):
+                    await super().__call__(scope, receive, send)
             except ClientDisconnect:
                 observe.rejected("disconnected")
+            except TimeoutError:
+                observe.rejected("deadline")
             finally:
                 await self._pieces.aclose()
 
@@ -162,26 +172,30 @@ async def _lines(many: Many, sent: Sequence[Sent], kind: Kind, query: Query) -> 
 async def _zip(many: Many, sent: Sequence[Sent], kind: Kind, query: Query) -> AsyncGenerator[bytes, None]:
     """application/zip: one member for each image that was answered, and LINES as the last one."""
     found, sink, lines, taken = many.each(sent, negotiate.one(kind.view), query), _Sink(), [], {LINES}
+    pack = zipfile.ZipFile(sink, "w")  # no `with`: it cannot be closed while a cancelled call's thread still packs
     try:
-        with zipfile.ZipFile(sink, "w") as pack:
-            for number, image in enumerate(sent):
-                done = await anext(found)
-                more: dict[str, Any] = {}
-                if not isinstance(done, Problem):
-                    member = _member_name(image.name, _ENDINGS[kind.view], taken)
-                    await asyncio.to_thread(_pack, pack, member, done.body)
-                    areas = {name: round(share, 4) for name, share in done.asked_shares.items()}
-                    more = {"member": member, "areas": areas, "confidence": round(done.asked_confidence, 4)}
-                lines.append(_line(number, image, done, many.bundle(), **more) + b"\n")
-                yield sink.take()
-            _pack(pack, LINES, b"".join(lines))
+        for number, image in enumerate(sent):
+            done = await anext(found)
+            more: dict[str, Any] = {}
+            if not isinstance(done, Problem):
+                member = _member_name(image.name, _ENDINGS[kind.view], taken)
+                await asyncio.to_thread(_pack, pack, member, done.body)
+                areas = {name: round(share, 4) for name, share in done.asked_shares.items()}
+                more = {"member": member, "areas": areas, "confidence": round(done.asked_confidence, 4)}
+            lines.append(_line(number, image, done, many.bundle(), **more) + b"\n")
+            yield sink.take()
+        _pack(pack, LINES, b"".join(lines))
+        pack.close()
         yield sink.take()
     finally:
         await found.aclose()
 
 
-class _Sink(io.RawIOBase):
-    """Collects what a zip writes until it is sent; it cannot seek, so the zip is written from front to back."""
+class _Sink:
+    """Collects what a zip writes until it is sent; it cannot seek, so the zip is written from front to back.
+
+    No io.RawIOBase, which is closed before a zip that was left half-written and then complains.
+    """
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -189,6 +203,11 @@ class _Sink(io.RawIOBase):
     def write(self, piece: Any) -> int:
         self._pieces.append(bytes(piece))
         return len(piece)
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
 
     def take(self) -> bytes:
         """All since the last time."""

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from types import MappingProxyType
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -52,6 +53,7 @@ _queue = Gauge("marginalia_queue_length", "Requests admitted and waiting for a w
 _in_flight = Gauge("marginalia_in_flight", "Requests admitted and not finished", multiprocess_mode="livesum")
 _ready = Gauge("marginalia_ready", "1 when a warmed-up model is served", multiprocess_mode="livemin")
 
+REQUEST: ContextVar[str | None] = ContextVar("request", default=None)  # the id of the one that is answered here
 STATISTICS = Statistics()  # of what `segmented` is told
 
 _models: Mapping[str, tuple[str, str, str]] = MappingProxyType({})
@@ -105,9 +107,10 @@ def event(kind: str, **facts: object) -> None:
 
 
 def failure(kind: str, error: BaseException, **facts: object) -> None:
-    """Log an event with the error's text; the traceback goes into the same JSON line."""
+    """Log an event with the error's text, the id of the request it happened in and the traceback, in one JSON line."""
     trace = logging.Formatter().formatException((type(error), error, error.__traceback__))
-    event(kind, error=str(error), trace=trace, **facts)
+    known = {"request_id": found} if (found := REQUEST.get()) else {}
+    event(kind, error=str(error), trace=trace, **known | facts)
 
 
 def request_id(given: str | None) -> str:

@@ -53,7 +53,8 @@ class Settings(BaseModel):
     Above `large_pixels`, and for resolution=full, an image is read, run and encoded in bands (`serving.large`) within
     `large_timeout_s`; up to `max_pixels`, but `max_whole_pixels` for kinds that must be decoded whole. Its body may have
     `max_large_body_mb`; what is over `max_body_mb` lies in a temporary file.
-    A call of many images takes `many_images` of them and a body of `many_mb`; `many_calls` may be under way.
+    A call of many images takes `many_images` of them and a body of `many_mb`; `many_calls` may be
+    answered at a time, each within `many_timeout_s`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +80,7 @@ class Settings(BaseModel):
     many_images: Positive = 256
     many_mb: Annotated[float, Field(gt=0)] = 64.0
     many_calls: Positive = 2
+    many_timeout_s: Seconds = 600.0
     body_timeout_s: Seconds = 15.0
     timeout_s: Seconds = 15.0
     min_rate_kb: Annotated[float, Field(gt=0)] = 16.0

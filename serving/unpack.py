@@ -1,7 +1,9 @@
 """The body of a call with many images: a form or a zip, opened under caps, each image read only when its turn comes."""
 
+import asyncio
 import io
 import stat
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,9 @@ from serving.settings import Settings
 
 RATIO = 200  # unpacked / packed: images hardly shrink, and flat colours beyond archives.RATIO_FLOOR are a bomb
 _ARCHIVE = Path("the zip")
+_END = struct.Struct("<4s4H2LH")  # APPNOTE.TXT 4.3.16: mark, disks, entries here, entries, directory's bytes, its place
+_END_MARK, _LOCATOR_MARK, _LOCATOR_SIZE = b"PK\x05\x06", b"PK\x06\x07", 20  # 4.3.15: before it where there is a zip64
+_ENTRY = 2048  # bytes of the directory for an image, its name and folders
 _KINDS = {"multipart/form-data": "form", "application/zip": "zip", "application/x-zip-compressed": "zip"}
 
 
@@ -47,7 +52,7 @@ async def open_body(request: Request, kind: str, body: bytes, settings: Settings
         Problem: 400 "bad-multipart" or "bad-archive", 422 "too-many-images".
     """
     if kind == "zip":
-        return open_zip(body, settings)
+        return await asyncio.to_thread(open_zip, body, settings)
     files = await limits.form_files(request, body, settings.many_images)
     return [Sent(name or f"image-{i}", _checked(data, settings)) for i, (name, data) in enumerate(files)]
 
@@ -74,6 +79,7 @@ def open_zip(body: bytes, settings: Settings) -> list[Sent]:
         Problem: 400 "bad-archive": damaged, encrypted, links, names that lead elsewhere, unknown compression, or it would
             unpack to more than RATIO times its size. 422 "too-many-images".
     """
+    _check_end(body, settings)
     try:
         archive = zipfile.ZipFile(io.BytesIO(body))
         items = [item for item in archive.infolist() if not item.is_dir()]
@@ -88,6 +94,21 @@ def open_zip(body: bytes, settings: Settings) -> list[Sent]:
     if sum(item.file_size for item in items) > max(archives.RATIO_FLOOR, RATIO * len(body)):
         raise Problem(400, "bad-archive", f"the zip unpacks to more than {RATIO} times its size")
     return [_member(archive, item, settings) for item in items]
+
+
+def _check_end(body: bytes, settings: Settings) -> None:
+    """Refuse a directory that is too large to be looked at: zipfile reads all that the end record (the one that it would
+    find) says. The number of entries there counts folders too and is read by nobody. Raises Problem(422)."""
+    at = len(body) - _END.size
+    if not (body[-_END.size :].startswith(_END_MARK) and body.endswith(b"\0\0")):
+        at = body.rfind(_END_MARK, max(0, at - (1 << 16)))
+    if at < 0 or len(body) - at < _END.size:
+        return  # no zip, as zipfile will say
+    _, _, _, _, entries, size, place, _ = _END.unpack_from(body, at)
+    zip64 = body[max(0, at - _LOCATOR_SIZE) : at].startswith(_LOCATOR_MARK)
+    if zip64 or entries == 0xFFFF or 0xFFFFFFFF in (size, place) or size > settings.many_images * _ENTRY + (1 << 16):
+        said = f"the zip's directory is too large for {settings.many_images} images; send parts, in zips without zip64"
+        raise Problem(422, "too-many-images", said)
 
 
 def _member(archive: zipfile.ZipFile, item: zipfile.ZipInfo, settings: Settings) -> Sent:

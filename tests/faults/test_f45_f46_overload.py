@@ -34,11 +34,11 @@ def test_f45_after_the_deadline_the_place_stays_taken_until_the_work_ends(
                 assert (response.result(LONGEST).status_code, error(response.result())) == (504, "deadline")
         own.limit(timeout_s=LONGEST)
         until(lambda: own.desk.admission.requests == 1)
-        assert own.desk.admission.pixels == 4800
+        assert (own.desk.admission.pixels, own.desk.admission.bytes) == (4800, len(PICTURE))
         assert model.shapes == [(1, 48, 64)]
         model.gate.set()
         until(lambda: own.desk.admission.requests == 0)
-        assert own.desk.admission.pixels == 0
+        assert (own.desk.admission.pixels, own.desk.admission.bytes) == (0, 0)
         assert model.shapes == [(1, 48, 64)]
         assert told(caplog, "late-error") == []  # it ended well, too late
         assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 200
@@ -61,6 +61,7 @@ def test_f45_a_late_error_is_logged_and_an_early_one_answered(tmp_path: Path, ca
         assert told(caplog, "late-error") == []
         model.gate.set()
         until(lambda: told(caplog, "late-error"))
+        assert told(caplog, "late-error")[0]["request_id"] == late.headers["x-request-id"]
         assert told(caplog, "late-error")[0]["error"] == "the card fell off the bus"
         assert own.desk.admission.requests == 0
         failed = http.post("/v1/segment", content=PICTURE, headers=RAW)

@@ -127,6 +127,35 @@ def test_a_long_wait_for_the_answer_is_no_slowness(model: Held) -> None:
         assert waiting.result(LONGEST).status_code == 200
 
 
+def refusal(made: socket.socket) -> bytes:
+    """Everything up to the end of an error answer."""
+    got = b""
+    while not got.endswith(b"}}"):
+        piece = made.recv(4096)
+        assert piece, got
+        got += piece
+    return got
+
+
+@pytest.mark.parametrize("end", ["whole", "stuck"])
+def test_who_is_refused_early_may_send_the_body_to_its_end(model: Held, end: str) -> None:
+    """The refused body takes longer than a head may; then the connection serves the next request. Or it is cut."""
+    body_s = LONGEST if end == "whole" else 0.2
+    with serving(model, token="t", head_timeout_s=0.2, body_timeout_s=body_s) as own:
+        before = rejected(own, "slow-body")
+        with link(own, HEAD % (b"", 1000) + bytes(500)) as made:
+            assert refusal(made).startswith(b"HTTP/1.1 401")
+            made.sendall(bytes(100))
+            if end == "stuck":
+                assert rest(made) == b""
+                assert rejected(own, "slow-body") == before + 1
+                return
+            with link(own) as clock:
+                assert rest(clock) == b""  # a connection that is cut after 0.2 s is the clock
+            made.sendall(bytes(400) + MODEL)
+            assert refusal(made).startswith(b"HTTP/1.1 401")
+
+
 def test_slow_bodies_are_cut_by_rate_before_the_time_is_up(model: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "GRACE_S", 0.3)
     with serving(model, body_timeout_s=LONGEST, min_rate_kb=1000) as own:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline import images
 from serving import answers, limits, settings
+from serving.batcher import Job
 from serving.desk import Desk, largest_batch, segment
 from serving.limits import Problem
 from serving.negotiate import KINDS, Kind
@@ -82,6 +83,24 @@ def test_pixels_are_counted_and_an_image_alone_is_let_in(model: Held) -> None:
         assert http.post("/v1/segment", content=picture(100, 60), headers=RAW).status_code == 200
 
 
+def test_an_answer_that_is_larger_than_its_image_takes_the_room_of_the_answer(model: Held) -> None:
+    desk = Desk(settings.Settings(concurrency=1, max_pixels_at_once=5000), slot_of(model))
+
+    async def story() -> None:
+        model.gate.clear()
+        work = asyncio.create_task(desk.process(picture(1, 1), MASK, Query(size="100x40")))
+        await asyncio.to_thread(until, lambda: model.shapes)
+        assert desk.admission.pixels == 4000
+        with pytest.raises(Problem, match="pixels"):
+            await desk.process(picture(1, 1), MASK, Query(size="40x100"))
+        model.gate.set()
+        await work
+        assert desk.admission.pixels == 0
+
+    asyncio.run(story())
+    desk.close()
+
+
 def test_bodies_are_counted_as_they_come(model: Held) -> None:
     """2 MiB of room: a body of which 1.5 MiB came leaves room for a small one only, and gives it back when it goes."""
     head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
@@ -100,8 +119,13 @@ def test_bodies_are_counted_as_they_come(model: Held) -> None:
         assert http.post("/v1/segment", content=large, headers=RAW).status_code == 200
 
 
-def test_a_client_that_has_gone_is_dropped_from_the_line(model: Held, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_has_gone_is_dropped_from_the_line(
+    model: Held, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so are its bytes, though the pool keeps the work until a worker comes to it."""
     caplog.set_level(logging.INFO, "marginalia")
+    jobs: list[Job] = []
+    monkeypatch.setattr("serving.desk.Job", lambda data: jobs.append(Job(data)) or jobs[-1])
     model.gate.clear()
     head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
     with serving(model, concurrency=1, queue=2) as own, own.crowd([PICTURE]) as first:
@@ -110,6 +134,8 @@ def test_a_client_that_has_gone_is_dropped_from_the_line(model: Held, caplog: py
             link.sendall(head % len(PICTURE) + PICTURE)
             until(lambda: own.desk.admission.requests == 2)
         until(lambda: own.desk.admission.requests == 1)  # the first still runs
+        until(lambda: own.desk.admission.bytes == len(PICTURE))
+        assert [job.data for job in jobs] == [PICTURE, None]
         until(lambda: [line for line in told(caplog, "request") if line["code"] == "disconnected"])
         model.gate.set()
         assert first[0].result(LONGEST).status_code == 200

@@ -1,13 +1,14 @@
 """Many images in one call over real HTTP: each answered as if it had come alone, bad ones as lines, in order, streamed."""
 
 import asyncio
-import contextlib
 import io
 import json
-import select
+import logging
 import socket
+import struct
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -16,16 +17,17 @@ import pytest
 from PIL import Image
 
 from export.bundle import open_bundle
-from serving import answers, geojson, slots
+from serving import answers, geojson, many, slots, unpack
 from serving.desk import Desk
 from serving.limits import Problem
 from serving.many import Many
-from serving.negotiate import one
+from serving.negotiate import MANY_KINDS, one
 from serving.query import Query
 from serving.settings import Settings
 from serving.unpack import Sent
 from tests import tiny_onnx
 from tests.live_server import Server, error, until
+from tests.own_server import LONGEST, Held, serving, told
 from tests.pictures import save
 
 RNG = np.random.default_rng(11)
@@ -169,6 +171,7 @@ def test_what_is_wrong_with_the_call_is_told_at_once(http: httpx.Client) -> None
     assert refused(http.post(URL + "?classes=pink", files=one_image)) == (400, "bad-query")
     assert refused(http.post(URL, files=[("picture", ("a.png", b"x"))])) == (400, "bad-multipart")
     assert refused(http.post(URL, files=[("image", ("../a.png", b"x"))])) == (400, "bad-multipart")
+    assert refused(http.post(URL, files=[("image", ("a" * 256, b"x"))])) == (400, "bad-multipart")
     assert refused(http.post(URL, files=[*one_image, ("other", (None, "1"))])) == (400, "bad-multipart")
     assert refused(http.post(URL, files=one_image * 257)) == (400, "bad-multipart")
     for kind in ("image/png", "application/json", "application/gzip", ""):
@@ -228,6 +231,49 @@ def test_too_many_members(http: httpx.Client) -> None:
     assert (response.status_code, error(response)) == (422, "too-many-images")
 
 
+def zip64() -> bytes:
+    """The end record says nothing out of the ordinary; the zip64 one before it, which zipfile believes, does."""
+    body = packed({"a.png": b"x"})
+    end, at = body[-22:], body.index(b"PK\x01\x02")
+    size = len(body) - 22 - at
+    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, size, at)
+    return body[:-22] + record + struct.pack("<4sLQL", b"PK\x06\x07", 0, len(body) - 22, 1) + end
+
+
+def forged(at: int, value: bytes, comment: bytes = b"") -> bytes:
+    """A zip whose end record has `value` at byte `at`."""
+    body = bytearray(packed({"a.png": b"x"}))
+    body[len(body) - 22 + at : len(body) - 22 + at + len(value)] = value
+    body[-2:] = len(comment).to_bytes(2, "little")
+    return bytes(body) + comment
+
+
+VAST = {
+    "entries": packed({str(i): b"" for i in range(14_000)}),
+    "zip64": zip64(),
+    "zip64 entries": forged(10, b"\xff\xff"),
+    "zip64 size": forged(12, b"\xff\xff\xff\xff"),
+    "zip64 place": forged(16, b"\xff\xff\xff\xff"),
+    "size": forged(12, (256 * 2048 + 65536 + 1).to_bytes(4, "little")),
+    "size before a comment": forged(12, (256 * 2048 + 65536 + 1).to_bytes(4, "little"), bytes(65_000)),
+}
+
+
+@pytest.mark.parametrize("name", VAST)
+def test_a_vast_directory_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(Problem, match="directory") as caught:
+        unpack.open_zip(VAST[name], Settings())
+    assert caught.value.code == "too-many-images"
+
+
+def test_many_images_in_folders_with_long_names_and_a_comment_are_taken() -> None:
+    buffer = io.BytesIO(packed({f"{i % 40:0200}/" + name: b"x" for i in range(256) for name in ("", f"{i:0200}.png")}))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = b"PK\x05\x07" * 16_000
+    assert len(unpack.open_zip(buffer.getvalue(), Settings())) == 256
+
+
 def test_a_damaged_member_is_one_line(http: httpx.Client) -> None:
     """Its bytes do not have the checksum that the directory states; its neighbours are fine."""
     files = {"a.png": ALL["folder/0.png"], "b.bmp": ALL["folder/2.bmp"], "c.png": ALL["folder/3.png"]}
@@ -248,10 +294,12 @@ def test_a_member_that_understates_its_size_is_one_line(http: httpx.Client) -> N
     assert [line.get("error", {}).get("code") for line in lines] == ["corrupt", None]
 
 
-def test_a_client_that_leaves_gives_its_place_back(server: Server, http: httpx.Client) -> None:
+@pytest.mark.parametrize("accept", ["application/jsonl", "application/zip"])
+def test_a_client_that_leaves_gives_its_place_back(server: Server, http: httpx.Client, accept: str) -> None:
     """More often than calls may be under way; the last one is answered."""
     body = packed({f"{i}.png": ALL["folder/0.png"] for i in range(200)})
-    head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/zip\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\nContent-Type: application/zip\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
             link.sendall(head.encode() + body)
@@ -262,23 +310,93 @@ def test_a_client_that_leaves_gives_its_place_back(server: Server, http: httpx.C
     assert "Traceback" not in server.log()
 
 
-def test_only_so_many_calls_are_under_way(server: Server, http: httpx.Client) -> None:
-    """Of three calls whose bodies never end, one is turned away at once, though it has sent no more than its head."""
+@pytest.fixture
+def model(tmp_path: Path) -> Held:
+    return Held(tmp_path / "held")
+
+
+def test_only_so_many_calls_are_answered_at_a_time(model: Held) -> None:
+    """One that is being answered keeps the next out before its body has come; one that still sends keeps nobody out."""
     head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/zip\r\nContent-Length: 1000\r\n\r\nPK"
-    with contextlib.ExitStack() as stack:
-        links = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 20)) for _ in range(3)]
-        for link in links:
-            link.sendall(head.encode())
-        answered, _, _ = select.select(links, [], [], 20)
-        answer = b""
-        while b"}}" not in answer:
-            piece = answered[0].recv(4096).lower()
-            assert piece, answer
-            answer += piece
-    assert answer.startswith(b"http/1.1 503")
-    assert b"overloaded" in answer
-    assert b"retry-after: " in answer
-    until(lambda: post_zip(http, packed({"a.png": b"x"})).status_code == 200)
+    body = packed({"a.png": ALL["folder/0.png"]})
+    with serving(model, many_calls=1) as own, own.client() as http, ThreadPoolExecutor(1) as pool:
+        with socket.create_connection(("127.0.0.1", own.port), LONGEST) as slow:
+            slow.sendall(head.encode())
+            until(lambda: own.desk.admission.bytes == 2)
+            assert post_zip(http, body).status_code == 200
+        model.gate.clear()
+        first = pool.submit(post_zip, http, body)
+        until(lambda: model.shapes[1:])
+        with socket.create_connection(("127.0.0.1", own.port), LONGEST) as second:
+            second.sendall(head.encode())
+            answer = b""
+            while b"}}" not in answer:
+                piece = second.recv(4096).lower()
+                assert piece, answer
+                answer += piece
+        assert answer.startswith(b"http/1.1 503")
+        assert b"overloaded" in answer
+        assert b"retry-after: " in answer
+        model.gate.set()
+        assert first.result(LONGEST).status_code == 200
+        until(lambda: post_zip(http, body).status_code == 200)
+
+
+def test_an_answer_that_takes_too_long_is_cut_off_and_gives_its_place_back(model: Held) -> None:
+    model.gate.clear()
+    body = packed({"a.png": ALL["folder/0.png"]})
+    with serving(model, many_calls=1, many_timeout_s=0.2) as own, own.client() as http:
+        with pytest.raises(httpx.RemoteProtocolError):
+            post_zip(http, body)
+        own.limit(many_timeout_s=LONGEST)
+        model.gate.set()
+        until(lambda: own.desk.admission.requests == own.desk.admission.bytes == 0)
+        assert 'marginalia_rejected_total{reason="deadline"}' in http.get("/metrics").text
+        until(lambda: post_zip(http, body, ZIP).status_code == 200)
+
+
+class Failing(Held):
+    def run(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise RuntimeError("the card fell off the bus")
+
+
+def test_a_failure_is_logged_under_the_request_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "marginalia")
+    with serving(Failing(tmp_path / "bundle")) as own, own.client() as http:
+        response = post_zip(http, packed({"a.png": ALL["folder/0.png"]}))
+    assert response.json()["error"]["code"] == "internal"
+    logged = told(caplog, "internal-error")
+    assert [line["request_id"] for line in logged] == [response.headers["x-request-id"]]
+    assert logged[0]["error"] == "the card fell off the bus"
+
+
+def test_a_client_that_leaves_while_its_zip_is_written(model: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The member that is being packed is packed to its end by its thread; nothing else is said of it."""
+    packing, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(zipfile.ZipFile):
+        def writestr(self, item: zipfile.ZipInfo, body: bytes, **more: int) -> None:  # type: ignore[override]
+            with self.open(item, "w") as member:
+                packing.set()
+                assert go_on.wait(LONGEST)
+                member.write(body)
+            ended.set()
+
+    async def story() -> None:
+        desk = await opened(Settings(bundle=model.bundle.folder, provider="cpu", threads=1))
+        monkeypatch.setattr(zipfile, "ZipFile", Slow)
+        pieces = many._zip(Many(desk), [Sent("a.png", lambda: ALL["folder/0.png"])], MANY_KINDS[2], Query())
+        work = asyncio.ensure_future(anext(pieces))
+        await asyncio.to_thread(packing.wait, LONGEST)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        await pieces.aclose()
+        go_on.set()
+        assert await asyncio.to_thread(ended.wait, LONGEST)
+        desk.close()
+
+    asyncio.run(story())
 
 
 @pytest.fixture
