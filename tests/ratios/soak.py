@@ -36,7 +36,7 @@ from tests.live_server import TOKEN
 GOLDEN = ("mask", "overlay", "confidence")  # the answers that do not name the bundle
 MEDIA = {"mask": "image/png", "json": "application/json", "geojson": "application/geo+json", "overlay": "image/jpeg",
          "confidence": "image/png"}  # fmt: skip
-MAX_BODY_MB, MAX_PIXELS = 2, 4_000_000
+MAX_BODY_MB, MAX_LARGE_BODY_MB, MAX_PIXELS = 2, 8, 4_000_000
 PATIENCE_S = 60.0
 _AUTHORISED = {"authorization": f"Bearer {TOKEN}"}
 
@@ -132,7 +132,7 @@ async def soak(run: served.Served, seconds: float, rate: float) -> dict[str, Any
     """The whole run; outcomes, what became of the changes, and memory over time."""
     wire = Wire(run.server.url)
     views, batch = await offered(wire)
-    calls = soak_mix.mix(TOKEN, MAX_BODY_MB << 20, MAX_PIXELS, views, batch)
+    calls = soak_mix.mix(TOKEN, MAX_LARGE_BODY_MB << 20, MAX_PIXELS, views, batch, spooled=(MAX_BODY_MB << 20) + 1)
     calls = await with_golden(wire, calls)
     pick = soak_mix.picker(calls, 0)
     warm = min(30.0, max(2.0, seconds / 10))
@@ -177,7 +177,8 @@ def summary(kind: str, outcomes: list[load.Outcome]) -> dict[str, Any]:
 def main() -> None:
     options = served.options(__doc__, minutes=30.0, rate=0.0)
     seconds = 60 * options.minutes
-    limits = {"max_body_mb": str(MAX_BODY_MB), "max_pixels": str(MAX_PIXELS), "poll_s": "0.2", "token": TOKEN}
+    bodies = {"max_body_mb": str(MAX_BODY_MB), "max_large_body_mb": str(MAX_LARGE_BODY_MB)}
+    limits = bodies | {"max_pixels": str(MAX_PIXELS), "poll_s": "0.2", "token": TOKEN}
     with served.serve(options.bundle, **limits) as run:
         found = asyncio.run(soak(run, seconds, options.rate))
         model = run.first.manifest.name

@@ -1,6 +1,7 @@
 """What the soak sends: every kind of answer, and everything that must be refused, each with what a right server says."""
 
 import io
+import math
 import random
 import struct
 import zlib
@@ -33,6 +34,14 @@ def picture(height: int, width: int, kind: str, seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
+def noise(size: int) -> bytes:
+    """A square PNG of noise, which does not compress, with at least `size` bytes."""
+    side = math.isqrt(size // 3) + 1
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(3).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def bomb(side: int) -> bytes:
     """The start of a PNG that says it is `side` x `side`: what a server must refuse by its header."""
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -51,9 +60,13 @@ def form(*parts: bytes) -> bytes:
     return b"".join(pieces) + f"--{BOUNDARY}--\r\n".encode()
 
 
-def mix(token: str, max_body: int, max_pixels: int, views: Mapping[str, str], batch: bool) -> list[Weighted]:
+def mix(
+    token: str, max_body: int, max_pixels: int, views: Mapping[str, str], batch: bool, spooled: int = 0
+) -> list[Weighted]:
     """All calls. `views` are the answers on offer, view -> media type; `batch`: whether POST /v1/segment/batch is there.
 
+    `max_body` is the largest body that is taken; with `spooled`, an image of at least so many bytes, more than an ordinary
+    one may have, is sent as well.
     Weights are chosen so that about three quarters of the requests are images to be answered.
     """
     good, multipart = {"authorization": f"Bearer {token}"}, f"multipart/form-data; boundary={BOUNDARY}"
@@ -69,6 +82,9 @@ def mix(token: str, max_body: int, max_pixels: int, views: Mapping[str, str], ba
     for view, media in views.items():
         for name, data, weight in (("small", small, 6.0), ("middle", middle, 6.0), ("large", large, 0.5)):
             add(weight / len(views), f"{view} {name}", post(data, f"/v1/segment?view={view}", accept=media))
+    if spooled:
+        add(0.1, "spooled, in bands", post(noise(spooled), "/v1/segment?resolution=full"))
+        add(0.1, "spooled, ordinary", post(noise(spooled)), 413)
     add(1.0, "form", post(form(middle), content_type=multipart))
     asked = ("classes=0&min_confidence=0.5", "size=100x80", "size=model&view=json", "resolution=full")
     for query in asked:

@@ -178,20 +178,33 @@ def test_the_service_in_compose_and_its_scrape() -> None:
     assert all(there[name] == there["prometheus.yml"] for name in config["rule_files"])
 
 
-def test_all_that_is_written_goes_to_the_one_writable_folder() -> None:
+def test_all_that_is_written_goes_to_two_folders() -> None:
     variables = {}
     for word, rest in stages()["service"]:
         if word == "ENV":
             variables |= dict(pair.split("=", 1) for pair in rest.split())
-    for name in ("HOME", "TMPDIR", "BENTOML_HOME"):
-        assert Path(variables[name]).is_relative_to("/tmp")
+    folders = {Path("/") / Path(variables[name]).parts[1] for name in ("HOME", "TMPDIR", "BENTOML_HOME")}
+    spool = Path(variables["TMPDIR"])
     assert "PROMETHEUS_MULTIPROC_DIR" not in variables
     assert variables["PYTHONDONTWRITEBYTECODE"] == "1"
-    assert [mount.partition(":")[0] for mount in SERVICES["marginalia"]["tmpfs"]] == ["/tmp"]
-    (pod,) = KUBERNETES["Deployment"]["spec"]["template"]["spec"]["containers"]
-    assert [mount["mountPath"] for mount in pod["volumeMounts"]] == ["/tmp"]
     champions = Path(variables["MARGINALIA_CHAMPIONS"])
     assert champions.parent in {Path(volume["target"]) for volume in mounts("marginalia")}
+    memory = {Path(mount.partition(":")[0]) for mount in SERVICES["marginalia"]["tmpfs"]}
+    disk = {Path(volume.split(":")[1]) for volume in SERVICES["marginalia"]["volumes"] if isinstance(volume, str)}
+    assert memory | disk == folders
+    pod = KUBERNETES["Deployment"]["spec"]["template"]["spec"]
+    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+    mounted = {Path(mount["mountPath"]): volumes[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounted.keys() == folders
+    assert spool in disk
+    assert "medium" not in mounted[spool]  # large bodies go there so that they need no memory
+    room = 2 * settings.Settings().max_large_body
+    assert int(mounted[spool]["sizeLimit"].removesuffix("Gi")) << 30 >= room
+    users = [rest for word, rest in stages()["service"] if word == "USER"]
+    made = next(json.loads(rest) for word, rest in stages()["service"] if word == "RUN" and str(spool) in rest)
+    owner, group = users[-1].split(":")
+    assert {f"--owner={owner}", f"--group={group}"} <= set(made)
+    assert pod["securityContext"]["fsGroup"] == int(group)
 
 
 def test_the_image_runs_as_nobody_in_particular_without_a_shell() -> None:
