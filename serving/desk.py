@@ -192,8 +192,8 @@ class Desk:
         except images.Refused as error:
             raise _problem(error) from error
         in_bands = large.takes(pixels, query, self.settings)
-        pixels = min(pixels, self.settings.large_pixels)  # a huge image is never held
         pixels = max(pixels, math.prod(query.pixels() or (0,)))  # the answer may be asked for larger
+        pixels = min(pixels, self.settings.large_pixels)  # a huge one is never held
         self.admission.enter(pixels)
         job, phases = Job(data), self._work_in_bands if in_bands else self._work
         work = self._workers.submit(phases, job, kind, query, runtime, time.perf_counter())
