@@ -7,7 +7,7 @@ import * as viewer from "./viewer.js";
 const $ = id => document.getElementById(id);
 const percent = part => `${(100 * part).toFixed(1)} %`;
 
-let current = null;  // {file, answer, files: Map of view -> Promise of Blob}
+let current = null;  // {file, answer, files: Map of view and query -> Promise of Blob}
 let offered = { views: new Set(["mask", "json", "overlay"]), query: new Set() };
 let running = null;  // AbortController of the image on its way
 let again = () => {};  // what "Try again" and a new token repeat
@@ -105,15 +105,15 @@ for (const [button, on] of [["all", true], ["none", false]]) $(button).onclick =
 
 // An answer in another form, asked for once per image. It must be of the bundle that answered first.
 function fetched(view, query = {}) {
-  const { file, answer, files } = current;
-  const asked = files.get(view) ?? segment(file, view, { query }).then(async response => {
+  const { file, answer, files } = current, key = `${view}?${new URLSearchParams(query)}`;
+  const asked = files.get(key) ?? segment(file, view, { query }).then(async response => {
     const bundle = response.headers.get("X-Bundle-Id");
     if (bundle === answer.bundle) return response.blob();
     const message = `The model was changed to bundle ${bundle} since this result; choose the image again.`;
     throw new Problem(0, { code: "model-changed", message, request_id: response.headers.get("X-Request-Id") });
   });
-  files.set(view, asked);
-  asked.catch(() => files.delete(view));
+  files.set(key, asked);
+  asked.catch(() => files.delete(key));
   return asked;
 }
 
@@ -126,7 +126,12 @@ async function shade() {
   shown.confidence = await viewer.grey(blob, size);
   viewer.refresh();
 }
-viewer.onPointed(() => shade().catch(() => {}));  // the class is read out all the same
+
+// Pointing asks once: what failed would send the image again at every move. The class is read out all the same.
+viewer.onPointed(() => {
+  const shown = viewer.now();
+  if (!shown.gaveUp) shade().catch(() => { shown.gaveUp = true; });
+});
 
 $("views").onchange = event => attempt(async () => {
   const layer = event.target.value;

@@ -188,6 +188,34 @@ def test_confidence(page: Browser, http: httpx.Client, photo: Path) -> None:
     )
 
 
+def test_pointing_gives_up_where_the_confidence_cannot_be_had(page: Browser, photo: Path) -> None:
+    page.choose(photo)
+    page.js(
+        "const real = fetch; window.asked = 0; window.fetch = (path, options) => path.includes('view=confidence')"
+        " ? (window.asked++, Promise.reject(new Error('no'))) : real(path, options)"
+    )
+    for _ in range(3):
+        page.get("stage").send_keys(LEFT)
+    assert page.js("return asked") == 1
+    assert not page.get("problem").is_displayed()
+    page.all("[name=layer][value=confidence] + span")[0].click()  # who asks for it is told
+    page.wait(lambda: page.get("problem").is_displayed())
+    assert page.js("return asked") == 2
+
+
+def test_what_is_shown_smaller_is_downloaded_whole(page: Browser, http: httpx.Client, tmp_path: Path) -> None:
+    file = tmp_path / "wide.png"
+    file.write_bytes(save(Image.fromarray(blobs(61, 4100))))
+    page.choose(file)
+    page.get("stage").send_keys(LEFT)
+    page.wait(lambda: "sure" in page.text("spoken"))  # a smaller one was fetched for that
+    page.all("[name=kind][value=confidence] + span")[0].click()
+    page.get("download").click()
+    downloaded = page.downloads / "wide.confidence.png"
+    page.wait(downloaded.exists)
+    assert downloaded.read_bytes() == answer(http, file, "confidence").content
+
+
 def test_only_what_the_service_offers_is_offered(page: Browser, http: httpx.Client, photo: Path) -> None:
     page.choose(photo)
     assert {box.get_attribute("value") for box in page.all("[name=kind]")} == offered(http)
