@@ -341,7 +341,7 @@ class AsyncClient:
                         if response.status_code == 200:
                             sent = list(left)
                             async for line in response.aiter_lines():
-                                yield _read_line(line, sent, left, response.headers)
+                                yield await to_thread.run_sync(_read_line, line, sent, left, response.headers)
                                 retry = Retry(self._deadline_s)
                         else:
                             await response.aread()
