@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_core import PydanticCustomError
 
 from export import machine
 from export.schema import Precision, Provider
@@ -23,6 +24,15 @@ Seconds = Annotated[float, Field(gt=0)]
 
 class SettingsError(ValueError):
     """A MARGINALIA_* variable is unknown or wrong; the message names it and what to do."""
+
+
+def _sendable(token: SecretStr) -> SecretStr:
+    """Without the whitespace around it (a secret in a file ends in a newline); the rest has to pass through a header."""
+    plain = token.get_secret_value().strip()
+    if not plain or not plain.isascii() or not plain.isprintable():
+        advice = "is empty or has other than printable ASCII characters; use such as `openssl rand -hex 32` prints"
+        raise PydanticCustomError("token", advice)
+    return SecretStr(plain)
 
 
 class Settings(BaseModel):
@@ -83,7 +93,7 @@ class Settings(BaseModel):
     shadow_share: Annotated[float, Field(gt=0, le=1)] = 0.1
     statistics: Path | None = None
     statistics_every_s: Seconds = 60.0
-    token: Annotated[SecretStr, Field(min_length=1)] | None = None
+    token: Annotated[SecretStr, AfterValidator(_sendable)] | None = None
 
     @property
     def max_body(self) -> int:

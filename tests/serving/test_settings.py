@@ -29,6 +29,10 @@ def test_defaults_and_values() -> None:
         ("MARGINALIA_CONCURRENCY", "0", "MARGINALIA_CONCURRENCY"),
         ("MARGINALIA_TIMEOUT_S", "hush", "MARGINALIA_TIMEOUT_S"),
         ("MARGINALIA_TOKEN", "", "MARGINALIA_TOKEN"),
+        ("MARGINALIA_TOKEN", " \n", "MARGINALIA_TOKEN: is empty or"),
+        ("MARGINALIA_TOKEN", "hush-hüsch", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
+        ("MARGINALIA_TOKEN", "hush\x00hush", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
+        ("MARGINALIA_TOKEN", "hush\nhush", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
         ("MARGINALIA_MAX_SLOWDOWN", "0.9", "MARGINALIA_MAX_SLOWDOWN"),
         ("MARGINALIA_SHADOW_SHARE", "1.1", "MARGINALIA_SHADOW_SHARE"),
     ],
@@ -37,6 +41,12 @@ def test_wrong_variables_are_named(name: str, value: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said.replace("?", r"\?")) as caught:
         from_environment({name: value})
     assert "hush" not in str(caught.value)
+
+
+def test_whitespace_around_the_token_is_no_part_of_it() -> None:
+    token = from_environment({"MARGINALIA_TOKEN": " s3c ret\r\n"}).token
+    assert token is not None
+    assert token.get_secret_value() == "s3c ret"
 
 
 def test_what_kubernetes_sets_for_a_service_of_this_name_is_no_setting() -> None:
