@@ -24,6 +24,7 @@ from serving import observe
 
 WAITING = 2
 LARGEST = 64 << 20  # bytes of an image that may wait; with WAITING the bound of the queue's memory
+_CHUNK = 1 << 20  # pixels that are counted at once
 _NONE = 256  # stands for a class that the served model does not have
 
 Labels = NDArray[np.uint8]
@@ -46,11 +47,13 @@ class Agreement:
         translate = np.full(256, _NONE, np.uint16)
         for item in shadow.classes:
             translate[item.id] = ids.get(item.name, _NONE)
-        other_HW = translate[shadow_HW]
         self.images += 1
-        self.ours += np.bincount(label_HW.ravel(), minlength=257)
-        self.theirs += np.bincount(other_HW.ravel(), minlength=257)
-        self.same += np.bincount(label_HW[label_HW == other_HW], minlength=257)
+        step = max(1, _CHUNK // label_HW.shape[1])  # bincount makes eight bytes of each pixel
+        for top in range(0, len(label_HW), step):
+            ours_HW, theirs_HW = label_HW[top : top + step], translate[shadow_HW[top : top + step]]
+            self.ours += np.bincount(ours_HW.ravel(), minlength=257)
+            self.theirs += np.bincount(theirs_HW.ravel(), minlength=257)
+            self.same += np.bincount(ours_HW[ours_HW == theirs_HW], minlength=257)
 
     def shares(self) -> tuple[float | None, dict[str, float]]:
         """(share of all pixels with the same class, intersection over union by name of the classes that either saw)."""

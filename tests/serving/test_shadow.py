@@ -203,8 +203,12 @@ def test_it_is_opened_and_run_at_the_lowest_priority(made: Bundle) -> None:
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
 
 
-def test_classes_are_matched_by_name_and_a_swap_begins_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", [1, 14, 1 << 20])
+def test_classes_are_matched_by_name_and_a_swap_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     """The shadow has the same names under other ids, and one that the served model does not know."""
+    monkeypatch.setattr("serving.shadow._CHUNK", chunk)
     ours = tiny_onnx.write(tmp_path / "ours").manifest
     names = ["blue", "dark", "extra", "red"]
     theirs = tiny_onnx.write(
