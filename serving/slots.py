@@ -1,9 +1,10 @@
 """The models of the service: the current one, the previous one, one on trial, one in the shadow; and what changes them.
 
-One change at a time: the watcher that follows the champion pointer, a load or a rollback that somebody asks for. A
-candidate is opened, verified, warmed up and judged (`serving.trial`) beside the current model, and only then takes its
-place; whatever is wrong with it, the current model serves on. At most three models are in memory while that happens (and
-the shadow's), two afterwards; an older one is freed when the last request that started with it ends.
+One change at a time: the watcher that follows the champion pointer, or a load that somebody asks for. A candidate is
+opened, verified, warmed up and judged (`serving.trial`) beside the current model, and only then takes its place; whatever
+is wrong with it, the current model serves on. Only a rollback waits for nobody, since it is the way out, also where a
+candidate hangs: what is being loaded meanwhile is refused. At most three models are in memory while that happens (and the
+shadow's), two afterwards; an older one is freed when the last request that started with it ends.
 
 An operator's choice (load, rollback) holds until the pointer next changes, or the service starts anew.
 """
@@ -82,9 +83,8 @@ class Slot:
         self._settings = settings
         self._clock = clock
         self._turn = threading.Lock()  # held by whoever changes the models
-        self._held = (
-            threading.Lock()
-        )  # held for the moment of an exchange, so that both names are seen to change at once
+        self._held = threading.Lock()  # held for the moment of an exchange: both names are seen to change at once
+        self._rollbacks = 0  # whoever changes the models began at one count, and is too late at another
         self._settled: bytes | None = None  # the pointer that needs no more doing: its bundle is served, or overruled
         self._failing: bytes | None = None  # the pointer that would not load, how often, what was said, and when next
         self._failures = 0
@@ -118,48 +118,59 @@ class Slot:
         Raises:
             Busy; trial.Refused, BundleError, ProviderError, or what else the candidate's runtime fails with.
         """
-        with self._changing():
+        with self._changing() as rollbacks:
             settled = self._pointer()
             try:
-                self._install("load", folder, self._settings.allow_class_change or allow_class_change, claim)
+                self._install("load", folder, rollbacks, self._settings.allow_class_change or allow_class_change, claim)
             except Exception as error:
                 self._refused(error)
                 raise
-            self._settled = settled
+            self._settle(settled, rollbacks)
 
     def rollback(self) -> None:
         """Exchange the current and the previous model; the pointer as it stands is not followed again.
 
+        Also while another change is under way, which is then refused as "late".
+
         Raises:
-            Busy, NoPrevious.
+            NoPrevious.
         """
-        with self._changing():
+        pointer = self._pointer()
+        with self._held:
             if self.previous is None or self.runtime is None:
                 raise NoPrevious("there is no previous model; load one by POST /v1/models/load")
-            self._settled, self._failing = self._pointer(), None
-            before = self.runtime.bundle.manifest.id
-            self._exchange(self.previous)
-            observe.swapped("rolled-back")
-            self._tell("rolled-back", bundle=self.runtime.bundle.manifest.id, before=before)
+            self._rollbacks += 1
+            self._settled, self._failing = pointer, None
+            self.runtime, self.previous = now, before = self.previous, self.runtime
+        self._exchanged(now)
+        observe.swapped("rolled-back")
+        self._tell("rolled-back", bundle=now.bundle.manifest.id, before=before.bundle.manifest.id)
 
     def set_shadow(self, folder: Path | None, claim: Claim | None = None) -> None:
         """Run the bundle in `folder` in the shadow of the current one; None ends that.
+
+        What fails verification leaves the shadow that runs. What passes ends it before it is loaded, since two would be
+        one too many in memory; if it then does not load, there is no shadow.
 
         Raises:
             Busy; PathError, trial.Refused (too late), BundleError, ProviderError.
         """
         with self._changing():
-            self._end_shadow()
             if folder is None:
+                self._end_shadow()
                 return
-            fresh = Shadow(lambda: open_runtime(self._settings, folder, threads=1), self._settings.shadow_share)
             self._on_trial("shadow", folder)
+            fresh = None
             try:
+                open_bundle(folder)
+                self._end_shadow()
+                fresh = Shadow(lambda: open_runtime(self._settings, folder, threads=1), self._settings.shadow_share)
                 opened = fresh.opened.result()
                 if claim is not None and not claim.take():
                     raise trial.Refused("late", "was not ready in time; raise MARGINALIA_LOAD_TIMEOUT_S")
             except Exception as error:
-                fresh.close()
+                if fresh is not None:
+                    fresh.close()
                 self._refused(error)
                 raise
             self.shadow = fresh
@@ -168,16 +179,27 @@ class Slot:
 
     def _watch(self) -> None:
         observe.ready(False)
-        self.refresh()
-        if self._settings.shadow:
-            try:
-                self.set_shadow(named(self._settings, self._settings.shadow))
-            except (PathError, FileNotFoundError) as error:
-                self._tell("shadow-refused", error=f"MARGINALIA_SHADOW: {error}")
-            except Exception:
-                pass  # told already, and the service does not need it
-        while not self._stop.wait(self._settings.poll_s):
+        wanted = self._settings.shadow
+        while True:
             self.refresh()
+            if wanted and self._shadowed(wanted):
+                wanted = None
+            if self._stop.wait(self._settings.poll_s):
+                return
+
+    def _shadowed(self, path: str) -> bool:
+        """Start MARGINALIA_SHADOW; False where another change is under way, and it has to be tried again."""
+        if self.shadow is not None:
+            return True  # somebody's choice meanwhile
+        try:
+            self.set_shadow(named(self._settings, path))
+        except Busy:
+            return False
+        except (PathError, FileNotFoundError) as error:
+            self._tell("shadow-refused", error=f"MARGINALIA_SHADOW: {error}")
+        except Exception:
+            pass  # told already, and the service does not need it
+        return True
 
     def refresh(self) -> None:
         """Look once. What is served already is passed over; a bad bundle leaves the old model serving, with an event.
@@ -190,12 +212,12 @@ class Slot:
             self._failing = None
             return
         try:
-            with self._changing():
-                self._follow()
+            with self._changing() as rollbacks:
+                self._follow(rollbacks)
         except Busy:
             return  # whoever is at it settles the pointer, or the next round does
 
-    def _follow(self) -> None:
+    def _follow(self, rollbacks: int) -> None:
         pointer = self._pointer()
         if pointer == self._settled:
             return
@@ -204,13 +226,20 @@ class Slot:
         elif self._clock() < self._again_at:
             return
         try:
-            self._install("pointer", None, self._settings.allow_class_change)
+            self._install("pointer", None, rollbacks, self._settings.allow_class_change)
         except Exception as error:  # the watcher must outlive any bad candidate
             if not isinstance(error, PointerError):  # a pointer that cannot be read for a moment is no change of mind
-                self._settled = None
+                self._settle(None, rollbacks)
             self._failed(error)
             return
-        self._settled, self._failing = pointer, None
+        self._settle(pointer, rollbacks)
+        self._failing = None
+
+    def _settle(self, pointer: bytes | None, rollbacks: int) -> None:
+        """What a change found out of the pointer holds, unless a rollback has settled it since."""
+        with self._held:
+            if rollbacks == self._rollbacks:
+                self._settled = pointer
 
     def _pointer(self) -> bytes:
         try:
@@ -219,16 +248,19 @@ class Slot:
             return b"absent"
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
+    def _changing(self) -> Iterator[int]:
+        """Take the turn; gives the count of rollbacks at which it began. Raises Busy."""
         if not self._turn.acquire(blocking=False):
             raise Busy("another model is being loaded; try again when it is done")
         try:
-            yield
+            yield self._rollbacks
         finally:
             self.candidate = None
             self._turn.release()
 
-    def _install(self, source: str, folder: Path | None, allow_class_change: bool, claim: Claim | None = None) -> None:
+    def _install(
+        self, source: str, folder: Path | None, rollbacks: int, allow_class_change: bool, claim: Claim | None = None
+    ) -> None:
         self._on_trial(source, folder)
         folder = folder or bundle_folder(self._settings)
         self._on_trial(source, folder)
@@ -240,7 +272,11 @@ class Slot:
         trial.judge(fresh, old, trial.Rules(self._settings.max_slowdown, allow_class_change))
         if claim is not None and not claim.take():
             raise trial.Refused("late", "was not ready in time; raise MARGINALIA_LOAD_TIMEOUT_S")
-        self._exchange(fresh)
+        with self._held:
+            if rollbacks != self._rollbacks:
+                raise trial.Refused("late", "the service was rolled back while it was loaded; load it again if wanted")
+            self.runtime, self.previous = fresh, self.runtime
+        self._exchanged(fresh)
         observe.swapped("loaded")
         observe.ready(True)
         self._tell(
@@ -254,26 +290,27 @@ class Slot:
             threads=fresh.threads,
         )
 
-    def _exchange(self, fresh: Runtime) -> None:
-        with self._held:
-            self.runtime, self.previous = fresh, self.runtime
-        if self.shadow is not None and self.shadow.opened.result().bundle.manifest.id == fresh.bundle.manifest.id:
+    def _exchanged(self, now: Runtime) -> None:
+        shadow = self.shadow
+        if shadow is not None and shadow.opened.result().bundle.manifest.id == now.bundle.manifest.id:
             self._end_shadow()  # it would be compared with itself
         self._publish()
 
     def _end_shadow(self) -> None:
-        if self.shadow is None:
+        with self._held:
+            ended, self.shadow = self.shadow, None
+        if ended is None:
             return
-        ended, self.shadow = self.shadow, None
         ended.close()
         observe.agreed(None, {})
         self._publish()
         self._tell("shadow-ended", bundle=ended.opened.result().bundle.manifest.id)
 
     def _publish(self) -> None:
-        shadow = self.shadow.opened.result() if self.shadow else None
-        held = {"current": self.runtime, "previous": self.previous, "shadow": shadow}
-        observe.models({slot: (r.bundle.manifest.id, r.provider, r.precision) for slot, r in held.items() if r})
+        with self._held:
+            shadow = self.shadow.opened.result() if self.shadow else None
+            held = {"current": self.runtime, "previous": self.previous, "shadow": shadow}
+            observe.models({slot: (r.bundle.manifest.id, r.provider, r.precision) for slot, r in held.items() if r})
 
     def _on_trial(self, source: str, folder: Path | None) -> None:
         path = folder or self._settings.champions

@@ -16,9 +16,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.bundle import Bundle
+from export.bundle import Bundle, BundleError
 from export.runtime import Runtime
-from serving import app, observe, pointer, slots
+from serving import app, observe, pointer, slots, trial
+from serving.models import in_thread
 from serving.settings import Settings
 from tests import keeper, live_server, tiny_onnx
 from tests.live_server import TOKEN, Server, error, until
@@ -342,7 +343,7 @@ def test_one_change_at_a_time_and_a_load_that_comes_too_late_changes_nothing(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go = threading.Event(), threading.Event()
-    slot = make(home, token=TOKEN, load_timeout_s=0.2)
+    slot = make(home, token=TOKEN)
     opened = slots.open_runtime
 
     def waiting(*arguments: Any, **more: Any) -> Runtime:
@@ -355,29 +356,90 @@ def test_one_change_at_a_time_and_a_load_that_comes_too_late_changes_nothing(
 
 
 async def _meanwhile(home: Path, slot: slots.Slot, begun: threading.Event, go: threading.Event) -> None:
-    web, desk = app.build(slot._settings, slot)
-    transport = httpx.ASGITransport(web)  # type: ignore[arg-type]
-    async with httpx.AsyncClient(transport=transport, base_url="http://here", headers=keeper.AUTH) as http:
-        late = await http.post("/v1/models/load", json={"bundle": "champions/b"})
-        assert (late.status_code, error(late)) == (504, "deadline")
-        assert begun.is_set()
-        trying = (await http.get("/v1/models")).json()["candidate"]
-        assert (trying["source"], trying["path"]) == ("load", "champions/b")
-        for path, body in (("load", {"bundle": "champions/c"}), ("rollback", {}), ("shadow", {"bundle": None})):
-            busy = await http.post(f"/v1/models/{path}", json=body)
-            assert (busy.status_code, error(busy)) == (409, "busy")
-            assert int(busy.headers["retry-after"]) > 0
-        live_server.point(home, home / "c")
-        slot.refresh()  # leaves it to the next round
-        assert name(slot) == "a"
-        go.set()
-        for thread in threading.enumerate():
-            if thread.name == "model-load":
-                thread.join()
-        assert (name(slot), slot.candidate, slot.events[-1]["cause"]) == ("a", None, "late")
-        slot.refresh()
-        assert name(slot) == "c"
+    web, desk = app.build(slot._settings.model_copy(update={"load_timeout_s": 0.2}), slot)
+    patient, other = app.build(slot._settings.model_copy(update={"load_timeout_s": 60.0}), slot)
+
+    async def ask(app: Any, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        transport, url = httpx.ASGITransport(app), f"http://here/v1/models{path}"
+        async with httpx.AsyncClient(transport=transport, headers=keeper.AUTH) as http:
+            return await (http.get(url) if body is None else http.post(url, json=body))
+
+    late = await ask(web, "/load", {"bundle": "champions/b"})
+    assert (late.status_code, error(late)) == (504, "deadline")
+    assert begun.wait(60)
+    trying = (await ask(web, "")).json()["candidate"]
+    assert (trying["source"], trying["path"]) == ("load", "champions/b")
+    for path, body in (("/load", {"bundle": "champions/c"}), ("/shadow", {"bundle": None})):
+        busy = await ask(patient, path, body)
+        assert (busy.status_code, error(busy)) == (409, "busy")
+        assert int(busy.headers["retry-after"]) > 0
+    live_server.point(home, home / "c")
+    slot.refresh()  # leaves it to the next round
+    assert name(slot) == "a"
+    go.set()
+    for thread in threading.enumerate():
+        if thread.name == "model-load":
+            thread.join()
+    assert (name(slot), slot.candidate, slot.events[-1]["cause"]) == ("a", None, "late")
+    slot.refresh()
+    assert name(slot) == "c"
     desk.close()
+    other.close()
+
+
+@pytest.mark.parametrize("by", ["load", "pointer"])
+def test_a_rollback_waits_for_no_load_and_is_not_undone_by_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    slot = make(home)
+    slot.load(home / "b")
+    opened = slots.open_runtime
+
+    def hanging(*arguments: Any, **more: Any) -> Runtime:
+        begun.set()
+        assert go.wait(60)
+        return opened(*arguments, **more)
+
+    monkeypatch.setattr(slots, "open_runtime", hanging)
+    live_server.point(home, home / "c")
+    loading = in_thread(slot.refresh if by == "pointer" else lambda: slot.load(home / "c"))
+    assert begun.wait(60)
+    slot.rollback()
+    assert (name(slot), slot.candidate is None) == ("a", False)
+    go.set()
+    assert isinstance(loading.exception(60), trial.Refused if by == "load" else type(None))
+    for _ in range(2):  # nor does the watcher follow what was rolled back from
+        assert (name(slot), slot.events[-1]["event"], slot.events[-1]["cause"]) == ("a", "bundle-refused", "late")
+        slot.refresh()
+    live_server.point(home, home / "b")
+    slot.refresh()
+    assert name(slot) == "b"
+
+
+def test_a_shadow_that_fails_verification_leaves_the_one_that_runs(home: Path) -> None:
+    slot = make(home)
+    slot.set_shadow(home / "b")
+    running = slot.shadow
+    (home / "c" / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(BundleError, match="SHA256SUMS"):
+        slot.set_shadow(home / "c")
+    assert slot.shadow is running is not None
+    assert (slot.events[-1]["source"], slot.events[-1]["cause"]) == ("shadow", "bundle")
+    slot.stop()
+
+
+def test_the_shadow_of_the_start_waits_for_a_change_under_way(home: Path) -> None:
+    slot = make(home, shadow="champions/b", poll_s=0.01)
+    looks = threading.Semaphore(0)
+    slot.refresh = looks.release  # type: ignore[method-assign]
+    with slot._changing():
+        slot.start()
+        for _ in range(3):
+            assert looks.acquire(timeout=60)
+        assert slot.shadow is None
+    until(lambda: slot.shadow)
+    slot.stop()
 
 
 def test_the_allowed_folder_can_be_set(tmp_path: Path) -> None:
