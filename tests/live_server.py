@@ -130,7 +130,7 @@ def shared() -> Server:
             "MARGINALIA_MAX_LARGE_BODY_MB": "2",
             "MARGINALIA_MAX_PIXELS": "2000000",
             "MARGINALIA_POLL_S": "0.1",
-            "MARGINALIA_HEAD_TIMEOUT_S": "2",
+            "MARGINALIA_HEAD_TIMEOUT_S": "5",
         }
     )
 
@@ -143,7 +143,7 @@ def guarded() -> Server:
             "MARGINALIA_TOKEN": TOKEN,
             "MARGINALIA_CONCURRENCY": "1",
             "MARGINALIA_QUEUE": "0",
-            "MARGINALIA_BODY_TIMEOUT_S": "2",
+            "MARGINALIA_BODY_TIMEOUT_S": "6",
             "MARGINALIA_MAX_BODY_MB": "4",
             "MARGINALIA_MAX_LARGE_BODY_MB": "4",
         }

@@ -51,6 +51,11 @@ def slot_of(runtime: Runtime) -> slots.Slot:
 class Own:
     port: int
     desk: Desk
+    protocol: type[connections.Connection]
+
+    def limit(self, **chosen: Any) -> None:
+        """Other limits for the connections and the work that begin after this: a short one only where it must fire."""
+        self.desk.settings = self.protocol.settings = self.desk.settings.model_copy(update=chosen)
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=LONGEST, trust_env=False)
@@ -70,8 +75,8 @@ def told(caplog: pytest.LogCaptureFixture, kind: str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def serving(runtime: Runtime, **chosen: Any) -> Iterator[Own]:
-    """A server with these settings over `runtime`, ended at the end."""
-    these = settings.Settings(**chosen)
+    """A server with these settings (and patient ones) over `runtime`, ended at the end."""
+    these = settings.Settings(**{"timeout_s": LONGEST, "head_timeout_s": LONGEST} | chosen)
     web, desk = app.build(these, slot_of(runtime))
     protocol = type("Limited", (connections.Connection,), {"settings": these})
     port = free_port()
@@ -82,7 +87,7 @@ def serving(runtime: Runtime, **chosen: Any) -> Iterator[Own]:
     thread.start()
     until(lambda: server.started)
     try:
-        yield Own(port, desk)
+        yield Own(port, desk, protocol)
     finally:
         if isinstance(runtime, Held):
             runtime.gate.set()

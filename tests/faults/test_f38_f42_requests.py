@@ -110,7 +110,7 @@ def test_f38_a_lying_or_broken_off_body(server: Server, http: httpx.Client) -> N
     short = (
         b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 500\r\n\r\n" + b"x" * 20
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as link:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as link:
         link.sendall(short)
     for value in ("-5", "1e3", "٣", "9" * 40, "12, 13"):
         head = f"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {value}\r\n\r\n"

@@ -13,6 +13,7 @@ from tests.live_server import error, until
 from tests.own_server import LONGEST, RAW, Held, serving, told
 from tests.pictures import save
 
+DEADLINE = 5.0  # within it the first request has to get into the model
 PICTURE = save(Image.fromarray(np.random.default_rng(8).integers(0, 256, (60, 80, 3), dtype=np.uint8)))
 
 
@@ -27,10 +28,11 @@ def test_f45_after_the_deadline_the_place_stays_taken_until_the_work_ends(
     """The one in the model and the one in line both get 504; only the second's place is free, and it never runs."""
     caplog.set_level(logging.INFO, "marginalia")
     model.gate.clear()
-    with serving(model, concurrency=1, queue=1, timeout_s=0.2) as own, own.client() as http:
+    with serving(model, concurrency=1, queue=1, timeout_s=DEADLINE) as own, own.client() as http:
         with own.crowd([PICTURE] * 2) as late:
             for response in late:
                 assert (response.result(LONGEST).status_code, error(response.result())) == (504, "deadline")
+        own.limit(timeout_s=LONGEST)
         until(lambda: own.desk.admission.requests == 1)
         assert own.desk.admission.pixels == 4800
         assert model.shapes == [(1, 48, 64)]
@@ -52,9 +54,10 @@ def test_f45_a_late_error_is_logged_and_an_early_one_answered(tmp_path: Path, ca
     caplog.set_level(logging.INFO, "marginalia")
     model = Failing(tmp_path / "bundle")
     model.gate.clear()
-    with serving(model, timeout_s=0.2) as own, own.client() as http:
+    with serving(model, timeout_s=DEADLINE) as own, own.client() as http:
         late = http.post("/v1/segment", content=PICTURE, headers=RAW)
         assert (late.status_code, error(late)) == (504, "deadline")
+        own.limit(timeout_s=LONGEST)
         assert told(caplog, "late-error") == []
         model.gate.set()
         until(lambda: told(caplog, "late-error"))
@@ -74,7 +77,9 @@ def test_f46_a_full_house_refuses_before_the_body_and_recovers(model: Held) -> N
             link.sendall(head)
             answer = b""
             while b"}}" not in answer:
-                answer += link.recv(4096)
+                piece = link.recv(4096)
+                assert piece, answer
+                answer += piece
         assert answer.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1\r\n" in answer.lower()
         assert b'"overloaded"' in answer

@@ -62,7 +62,9 @@ def test_slow_bodies_keep_nobody_out_and_are_cut(server: Server, http: httpx.Cli
         for link in slow:
             answer = b""
             while b"}}" not in answer:
-                answer += link.recv(4096)
+                piece = link.recv(4096)
+                assert piece, answer
+                answer += piece
             assert answer.startswith(b"HTTP/1.1 408")
             assert b"slow-body" in answer
     assert http.post("/v1/segment", content=PICTURE, headers=GOOD).status_code == 200

@@ -272,7 +272,9 @@ def test_only_so_many_calls_are_under_way(server: Server, http: httpx.Client) ->
         answered, _, _ = select.select(links, [], [], 20)
         answer = b""
         while b"}}" not in answer:
-            answer += answered[0].recv(4096).lower()
+            piece = answered[0].recv(4096).lower()
+            assert piece, answer
+            answer += piece
     assert answer.startswith(b"http/1.1 503")
     assert b"overloaded" in answer
     assert b"retry-after: " in answer
