@@ -51,7 +51,7 @@ def rest(made: socket.socket) -> bytes:
 
 
 def an_answer(made: socket.socket) -> None:
-    """Read one whole answer of GET /v1/model."""
+    """Read one whole answer in JSON."""
     got = b""
     while not got.endswith(b"}"):
         piece = made.recv(65536)
@@ -83,9 +83,13 @@ def test_a_head_that_does_not_come_is_not_waited_for(model: Held, sent: bytes) -
 
 
 def test_a_second_head_has_the_same_time_and_a_quiet_connection_longer(model: Held) -> None:
-    with serving(model) as own, link(own, MODEL) as made:
+    run = len(model.shapes)
+    model.gate.clear()
+    with serving(model) as own, link(own, HEAD % (b"?view=json", len(PICTURE)) + PICTURE) as made:
+        until(lambda: len(model.shapes) > run)
+        own.limit(head_timeout_s=0.3)  # from before the answer
+        model.gate.set()
         an_answer(made)
-        own.limit(head_timeout_s=0.3)
         with link(own) as quiet:
             assert rest(quiet) == b""  # 0.3 s have passed, and the first connection still stands:
         own.limit(head_timeout_s=LONGEST)
