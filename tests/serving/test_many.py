@@ -345,7 +345,7 @@ def test_only_so_many_calls_are_answered_at_a_time(model: Held) -> None:
 def test_an_answer_that_takes_too_long_is_cut_off_and_gives_its_place_back(model: Held) -> None:
     model.gate.clear()
     body = packed({"a.png": ALL["folder/0.png"]})
-    with serving(model, many_calls=1, many_timeout_s=0.2) as own, own.client() as http:
+    with serving(model, many_calls=1, many_timeout_s=1) as own, own.client() as http:
         with pytest.raises(httpx.RemoteProtocolError):
             post_zip(http, body)
         own.limit(many_timeout_s=LONGEST)
