@@ -6,7 +6,7 @@ company, an idle server pays for no hand-over between threads (a runner of its o
 request more, 1.16 to 1.27 times the whole), and nobody starves.
 
 Two may run at once, because the ends of one run (copies, the last thread's share) leave the processor or the card idle:
-on 2 busy cores 1.24 to 1.49 times the images per second of one at a time in ONNX Runtime, 0.96 to 1.22 in OpenVINO
+on 2 busy cores 1.12 to 1.49 times the images per second of one at a time in ONNX Runtime, 0.96 to 1.22 in OpenVINO
 (DeepLabV3+ on EfficientNet-Lite0, 128 x 128 to 384 x 512, medians of 5 to 7 alternating rounds).
 
 BentoML's own batching (1.4.39, `batchable=True`, its CorkDispatcher) measured against this with the same model call: the

@@ -123,8 +123,8 @@ def note(done: Answered, kind: Kind) -> None:
 def largest_batch(runtime: Runtime, settings: Settings) -> int:
     """How many images of one size may run together: MARGINALIA_MAX_BATCH, else 8 on a card and 1 on the processor.
 
-    There a batch of 8 runs 1.03 to 1.22 times as many images a second as one by one (2 cores under other load, ONNX
-    Runtime and OpenVINO, DeepLabV3+ at 128 x 128 and 256 x 256): less than pays for the first of the 8 waiting for all.
+    There a batch of 8 ran 1.03 to 1.45 times as many images a second as one by one (2 cores under other load, ONNX
+    Runtime and OpenVINO, DeepLabV3+ at 128 x 128 to 384 x 512): less than pays for the first of the 8 waiting for all.
     """
     return settings.max_batch or (1 if runtime.option.device == "cpu" else 8)
 
