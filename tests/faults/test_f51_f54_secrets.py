@@ -57,7 +57,10 @@ def test_slow_bodies_keep_nobody_out_and_are_cut(server: Server, http: httpx.Cli
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 20)) for _ in range(3)]
         for link in slow:
-            link.sendall(head.encode() + b"Content-Length: 1000\r\n\r\n" + b"x")
+            link.sendall(head.encode() + b"Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n")
+        for link in slow:  # "continue" is said when the body is asked for: all three are let in before the fourth comes
+            assert link.recv(4096).startswith(b"HTTP/1.1 100")
+            link.sendall(b"x")
         assert http.post("/v1/segment", content=PICTURE, headers=GOOD).status_code == 200
         for link in slow:
             answer = b""
