@@ -59,27 +59,36 @@ def ramp(begin: int, end: int, length: int, overlap: int) -> NDArray[np.float32]
 
 
 def regrouped(bands: Iterable[Image_HWC], tops: tuple[int, ...], height: int) -> Iterator[Image_HWC]:
-    """Bands of any heights, from the top -> for each of `tops` the rows top .. top + height. Holds those rows and a band.
+    """Bands of any heights, from the top -> for each of `tops` the rows top .. top + height, until the next is asked for.
+
+    Holds those rows and a band.
 
     Raises:
         ValueError: the bands end before the last window does.
     """
     source = iter(bands)
-    held: list[Image_HWC] = []
-    above = have = 0  # rows already dropped; rows that have come
+    band = window = np.empty((0, 1, 3), np.uint8)
+    come = filled = at = 0  # rows that came before `band`; rows in the window; the row of its first
     for top in tops:
-        while held and above + len(held[0]) <= top:
-            above += len(held.pop(0))
-        while have < top + height:
-            band = next(source, None)
-            if band is None:
-                raise ValueError(f"the bands end at row {have}, before row {top + height}")
-            have += len(band)
-            if have <= top:
-                above += len(band)
-            else:
-                held.append(band)
-        yield np.concatenate(held)[top - above : top - above + height]
+        kept = max(0, at + filled - top)
+        if kept:
+            window[:kept] = window[filled - kept : filled].copy()
+        at, filled = top, kept
+        while filled < height:
+            first, last = at + filled - come, at + height - come  # rows of the band that are wanted
+            if first >= len(band):
+                come += len(band)
+                fresh = next(source, None)
+                if fresh is None:
+                    raise ValueError(f"the bands end at row {come}, before row {top + height}")
+                band = fresh
+                continue
+            if len(window) == 0:
+                window = np.empty((height, *band.shape[1:]), np.uint8)
+            part = band[first:last]
+            window[filled : filled + len(part)] = part
+            filled += len(part)
+        yield window
 
 
 def blend(bands: Iterable[Image_HWC], plan: Grid, run: Run, *, overlap: int) -> Iterator[tuple[Labels, Labels]]:
