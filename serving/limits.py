@@ -1,11 +1,12 @@
 """What may come in: the token, the query, the type and size of the body. Everything else is a `Problem`."""
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from email.message import Message
 
 from starlette.datastructures import UploadFile
@@ -91,6 +92,23 @@ def patience(size: int, settings: Settings) -> float:
     return GRACE_S + size / settings.min_rate
 
 
+def stated_size(request: Request) -> int | None:
+    """Bytes of the body by Content-Length: 0 where nothing is said, None where it is no such number."""
+    stated = request.headers.get("content-length", "0")
+    return int(stated) if stated.isascii() and stated.isdigit() and len(stated) <= 18 else None
+
+
+@contextlib.contextmanager
+def arriving() -> Iterator[None]:
+    """Around what reads a body. Raises Problem: 408 for its TimeoutError, 400 where the client left."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise Problem(408, "slow-body", "the body did not arrive in time", {"Connection": "close"}) from error
+    except ClientDisconnect as error:
+        raise Problem(400, "truncated", "the connection was closed before the whole body arrived") from error
+
+
 async def read_body(
     request: Request, settings: Settings, kind: str, hold: Callable[[int], None] = lambda size: None
 ) -> bytes:
@@ -109,12 +127,12 @@ async def read_body(
         f"over the limit of {settings.max_body} bytes; scale the image down",
         {"Connection": "close"},
     )
-    stated = request.headers.get("content-length", "0")
-    if not stated.isascii() or not stated.isdigit() or len(stated) > 18 or int(stated) > limit:
+    size = stated_size(request)
+    if size is None or size > limit:
         raise too_large
     body, loop = bytearray(), asyncio.get_running_loop()
     start = loop.time()
-    try:
+    with arriving():
         async with asyncio.timeout(min(patience(0, settings), settings.body_timeout_s)) as clock:
             async for piece in request.stream():
                 hold(len(piece))
@@ -122,10 +140,6 @@ async def read_body(
                 if len(body) > limit:
                     break
                 clock.reschedule(start + min(patience(len(body), settings), settings.body_timeout_s))
-    except TimeoutError as error:
-        raise Problem(408, "slow-body", "the body did not arrive in time", {"Connection": "close"}) from error
-    except ClientDisconnect as error:
-        raise Problem(400, "truncated", "the connection was closed before the whole body arrived") from error
     if len(body) > limit:
         raise too_large
     image = (await form_files(request, bytes(body)))[0][1] if kind == "multipart" else bytes(body)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from export.bundle import BundleError
@@ -118,7 +118,7 @@ async def read(request: Request, shape: type[Asked], timeout_s: float) -> Asked:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Problem(415, "unsupported-type", "send a JSON object with Content-Type: application/json")
     body = bytearray()
-    try:
+    with limits.arriving():
         async with asyncio.timeout(timeout_s):
             async for piece in request.stream():
                 body += piece
@@ -126,10 +126,6 @@ async def read(request: Request, shape: type[Asked], timeout_s: float) -> Asked:
                     raise Problem(
                         413, "body-too-large", f"over the limit of {LARGEST_BODY} bytes", {"Connection": "close"}
                     )
-    except TimeoutError as error:
-        raise Problem(408, "slow-body", "the body did not arrive in time", {"Connection": "close"}) from error
-    except ClientDisconnect as error:
-        raise Problem(400, "truncated", "the connection was closed before the whole body arrived") from error
     try:
         return shape.model_validate_json(bytes(body))
     except ValidationError as error:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import BinaryIO
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from serving import limits
 from serving.limits import Problem
@@ -46,8 +46,7 @@ async def read_body(
     Raises:
         Problem: as `limits.read_body`; 503 when the files under way have no room for more.
     """
-    stated = request.headers.get("content-length", "")
-    size = int(stated) if stated.isascii() and stated.isdigit() and len(stated) <= 18 else 0
+    size = limits.stated_size(request) or 0
     if kind != "raw" or not min(SPOOLED, settings.max_body) < size <= settings.max_large_body:
         return await limits.read_body(request, settings, kind, hold)
     longest = settings.body_timeout_s if size <= settings.max_body else settings.large_timeout_s
@@ -57,15 +56,11 @@ async def read_body(
         return start + min(limits.patience(come, settings), longest)
 
     try:
-        async with asyncio.timeout_at(until(0)) as clock:
-            file = await _write(request, 2 * settings.max_large_body, lambda come: clock.reschedule(until(come)))
-    except TimeoutError as error:
-        raise Problem(408, "slow-body", "the body did not arrive in time", {"Connection": "close"}) from error
-    except ClientDisconnect as error:
-        raise Problem(400, "truncated", "the connection was closed before the whole body arrived") from error
+        with limits.arriving():  # inside: a TimeoutError is an OSError, too
+            async with asyncio.timeout_at(until(0)) as clock:
+                return await _write(request, 2 * settings.max_large_body, lambda come: clock.reschedule(until(come)))
     except OSError as error:
         raise Problem(503, "overloaded", f"no room for the body on disk ({error.strerror}); try again") from error
-    return file
 
 
 async def _write(request: Request, room: int, told: Callable[[int], None]) -> BinaryIO:

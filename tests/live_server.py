@@ -150,18 +150,19 @@ def guarded() -> Server:
     )
 
 
+# Of a server whose keeper has a token and changes models: a quick watcher, a shadow of every image, statistics below it.
+KEPT = {
+    "MARGINALIA_TOKEN": TOKEN,
+    "MARGINALIA_POLL_S": "0.1",
+    "MARGINALIA_SHADOW_SHARE": "1",
+    "MARGINALIA_STATISTICS": "{folder}/statistics",
+    "MARGINALIA_STATISTICS_EVERY_S": "0.2",
+}
+
+
 @functools.cache
 def kept() -> Server:
-    """One whose keeper has a token and changes models: a quick watcher, a shadow of every image, statistics below it."""
-    return start(
-        {
-            "MARGINALIA_TOKEN": TOKEN,
-            "MARGINALIA_POLL_S": "0.1",
-            "MARGINALIA_SHADOW_SHARE": "1",
-            "MARGINALIA_STATISTICS": "{folder}/statistics",
-            "MARGINALIA_STATISTICS_EVERY_S": "0.2",
-        }
-    )
+    return start(KEPT)
 
 
 def error(response: httpx.Response) -> str:

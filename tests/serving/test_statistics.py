@@ -145,7 +145,7 @@ def test_drift_tells_windows_apart(moved: tuple[float, ...], drifted: bool) -> N
 @pytest.fixture(scope="module")
 def server() -> Server:
     """One that nobody else asks: a window keeps a random sample of its images once it has seen more than it holds."""
-    return live_server.kept.__wrapped__()
+    return live_server.start(live_server.KEPT)
 
 
 @pytest.fixture(scope="module")
