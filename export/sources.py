@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import archives, config, images
-from pipeline.formats.folders import name_id
+from pipeline.formats.source import name_id
 
 # Taken by name, so that a broken one is reported; others are taken when their content is an image. The same as
 # pipeline.dumps.EXTENSIONS, which cannot be imported where pyarrow is not installed; a test holds the two together.

@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 
 class Lists(Section):
-    """Id lists inside the source folder (one image id a line); each is optional."""
+    """Id lists: files in the source folder, relative to the project, or absolute; each is optional."""
 
     labelled: str | None = None
     unlabelled: str | None = None
@@ -30,11 +30,20 @@ class Lists(Section):
 
 
 class Data(Section):
-    source: Literal["demo", "folder"] = "demo"
+    """`annotations`: the label file or files of a format that keeps them apart from the images, relative to `path`."""
+
+    source: Literal[
+        "demo", "folder", "voc", "cityscapes", "coco", "labelme", "geotiff", "cvat", "labelstudio"
+    ] = "demo"  # fmt: skip
     path: str = "demo.yaml"
     classes: str | None = "classes.txt"
     lists: Lists = Lists()
     group: str | None = None
+    annotations: str | None = None
+    masks: Literal["auto", "ids", "colours", "binary"] = "auto"  # of folder: what a mask's pixels say
+    unannotated: Literal["ignore", "background"] = "ignore"  # pixels in no polygon or segment
+    cityscapes_ids: Literal["auto", "labelIds", "trainIds"] = "auto"
+    tile: Annotated[int, Field(ge=64, le=8192)] = 512  # of geotiff: pixels a side
 
 
 class Ingest(Section):

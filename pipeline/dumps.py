@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import archives, config, files, images, manifest, progress, registry, shards
-from pipeline.formats.folders import name_id
+from pipeline.formats.source import name_id
 
 DUMPS, CHAMPION = Path("data/dumps"), Path("champions/champion.json")
 RESERVE = 1 << 30  # bytes of disk left alone

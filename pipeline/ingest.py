@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import config, duplicates, files, images, manifest, masks, progress, registry, shards
-from pipeline.formats.folders import name_id
+from pipeline.formats.source import name_id
 
 SOURCE = Path("data/pulled/source.json")
 INGESTED = Path("data/ingested")

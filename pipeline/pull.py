@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pipeline import config, demo, doom, files, progress, shards
 from pipeline.formats import folders
+from pipeline.formats.source import LISTS
 
 PULLED, OFFERED = Path("data/pulled"), Path("data/offered")
 
@@ -23,8 +24,8 @@ def group_name(level: str) -> str:
 
 def demo_source(recipe: demo.Recipe) -> dict[str, Any]:
     """source.json of the demo. A level that serves labelled and unlabelled gives its first frames to labelled."""
-    lists: dict[str, list[str]] = {part: [] for part in folders.LISTS}
-    for part in folders.LISTS:
+    lists: dict[str, list[str]] = {part: [] for part in LISTS}
+    for part in LISTS:
         item: demo.Part = getattr(recipe, part)
         for level in item.levels:
             first = recipe.labelled.frames if part == "unlabelled" and level in recipe.labelled.levels else 0
@@ -72,8 +73,8 @@ def pull_folder(params: config.Params, console: Console) -> tuple[dict[str, Any]
         Path(data.path), classes=data.classes, lists=data.lists, group=data.group, max_pixels=params.ingest.max_pixels
     )
     with progress.bar("pack", len(source.files), console) as bar, shards.replacing_tar(PULLED / "base.tar") as add:
-        for name, path in source.files:
-            add(name, path)
+        for name, origin in source.files:
+            add(name, origin if isinstance(origin, Path) else origin())
             bar.advance()
     about = {"source": "folder", "classes": source.classes, "ignore": 255, "lists": source.lists}
     about |= {"groups": source.groups, "group_pattern": data.group}  # the pattern also serves later dumps

@@ -11,42 +11,14 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline import images, masks
 from pipeline.config import Lists
+from pipeline.formats.source import LISTS, Source, SourceError, groups_by, name_id, walk
 
-LISTS = ("labelled", "unlabelled", "val", "test")
 _HEX = re.compile(r"\s#([0-9a-fA-F]{6})$")
 _RGB = re.compile(r"\s(\d+)\s+(\d+)\s+(\d+)$")
-
-
-class SourceError(ValueError):
-    """The source folder cannot be used; the message names the file and what to do."""
-
-
-class Source(NamedTuple):
-    """A folder's content by reference. `files` pairs archive member names with the files they come from."""
-
-    files: list[tuple[str, Path]]
-    classes: list[dict[str, Any]]
-    lists: dict[str, list[str] | None]
-    groups: dict[str, str] | None
-
-
-def name_id(path: str) -> str:
-    """Path under images/ or masks/ without its extension: `a/b.tar.jpg` -> `a/b.tar`."""
-    folder, _, file = path.rpartition("/")
-    stem = file.rpartition(".")[0] or file
-    return f"{folder}/{stem}" if folder else stem
-
-
-def _walk(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        return {}
-    found = (p for p in folder.rglob("*") if p.is_file())
-    named = {p.relative_to(folder).as_posix(): p for p in found}
-    return {name: named[name] for name in sorted(named) if not any(part.startswith(".") for part in name.split("/"))}
 
 
 def _lines(path: Path, way_out: str) -> list[str]:
@@ -101,18 +73,6 @@ def _infer_classes(mask_files: dict[str, Path], max_pixels: int) -> list[dict[st
     return [{"id": k, "name": f"class_{k}", "color": list(c)} for k, c in enumerate(masks.palette(highest + 1))]
 
 
-def _group_pattern(group: str | None) -> re.Pattern[str] | None:
-    if group is None:
-        return None
-    try:
-        pattern = re.compile(group)
-    except re.error as error:
-        raise SourceError(f"data.group: {group!r} is not a regular expression ({error})") from error
-    if pattern.groups != 1:
-        raise SourceError(f"data.group: {group!r} needs exactly one (...) part: the group's name within the name id")
-    return pattern
-
-
 def read(
     folder: Path, *, classes: str | None, lists: Lists, group: str | None, max_pixels: int = 178_956_970
 ) -> Source:
@@ -130,19 +90,14 @@ def read(
         SourceError: no images, a class file or list that is not there, a list names an unknown image or one twice, a
             group that does not match; names the file.
     """
-    image_files, mask_files = _walk(folder / "images"), _walk(folder / "masks")
+    image_files, mask_files = walk(folder / "images"), walk(folder / "masks")
     if not image_files:
         raise SourceError(
             f"{folder}: no files under images/; data.path must name a folder that holds images/ and masks/"
         )
     ids = {name_id(name) for name in image_files}
     found = {key: _id_list(folder, getattr(lists, key), ids) for key in LISTS}
-    pattern, groups = _group_pattern(group), {}
-    for key in sorted(ids) if pattern else ():
-        match = pattern.search(key) if pattern else None
-        if not match or not match[1]:
-            raise SourceError(f"data.group: {group!r} finds no group in the image id {key!r}")
-        groups[key] = match[1]
+    groups = groups_by(group, sorted(ids))
     if classes is None:
         known = _infer_classes(mask_files, max_pixels)
     else:
@@ -152,7 +107,7 @@ def read(
         files=[(f"images/{n}", p) for n, p in image_files.items()] + [(f"masks/{n}", p) for n, p in mask_files.items()],
         classes=known,
         lists=found,
-        groups=groups or None,
+        groups=groups,
     )
 
 

@@ -9,9 +9,10 @@ import tiny_source
 from pipeline import masks
 from pipeline.config import Lists
 from pipeline.formats import folders
+from pipeline.formats.source import Source, SourceError, name_id
 
 
-def read(folder: Path, **changes: object) -> folders.Source:
+def read(folder: Path, **changes: object) -> Source:
     options = {"classes": "classes.txt", "lists": Lists(), "group": None} | changes
     return folders.read(folder, **options)  # type: ignore[arg-type]
 
@@ -23,9 +24,9 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_name_id_drops_the_last_extension_only() -> None:
-    assert folders.name_id("a/b.c/d.tar.jpg") == "a/b.c/d.tar"
-    assert folders.name_id("plain") == "plain"
-    assert folders.name_id("a.b/plain") == "a.b/plain"
+    assert name_id("a/b.c/d.tar.jpg") == "a/b.c/d.tar"
+    assert name_id("plain") == "plain"
+    assert name_id("a.b/plain") == "a.b/plain"
 
 
 def test_members_are_sorted_whole_and_without_hidden_files(source: Path) -> None:
@@ -50,7 +51,7 @@ def test_classes_keep_their_order_and_given_colours(source: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [("", "0 classes"), ("a\nb\na\n", "line 3.*'a'"), ("x\n" * 256, "256")])
 def test_unusable_class_files_are_named(source: Path, text: str, message: str) -> None:
     (source / "classes.txt").write_text(text)
-    with pytest.raises(folders.SourceError, match=rf"classes\.txt.*{message}"):
+    with pytest.raises(SourceError, match=rf"classes\.txt.*{message}"):
         read(source)
 
 
@@ -60,15 +61,15 @@ def test_colours_are_read_as_hex_or_as_three_numbers(source: Path) -> None:
     assert [c["name"] for c in classes] == ["road", "lane 2", "sky blue", "zone 1 2"]
     assert [classes[k]["color"] for k in (0, 2)] == [[16, 32, 48], [0, 255, 7]]
     (source / "classes.txt").write_text("road\nwall 0 256 0\n")
-    with pytest.raises(folders.SourceError, match=r"classes\.txt: line 2.*0 to 255"):
+    with pytest.raises(SourceError, match=r"classes\.txt: line 2.*0 to 255"):
         read(source)
 
 
 def test_a_class_file_that_is_named_but_missing_is_an_error(source: Path) -> None:
     (source / "classes.txt").rename(source / "Classes.txt")
-    with pytest.raises(folders.SourceError, match=r"classes\.txt: not found \(there is Classes.txt\).*classes: null"):
+    with pytest.raises(SourceError, match=r"classes\.txt: not found \(there is Classes.txt\).*classes: null"):
         read(source)
-    with pytest.raises(folders.SourceError, match=r"other\.csv: not found, though"):
+    with pytest.raises(SourceError, match=r"other\.csv: not found, though"):
         read(source, classes="other.csv")
 
 
@@ -77,7 +78,7 @@ def test_without_a_class_file_the_masks_say_how_many(source: Path) -> None:
     assert [c["name"] for c in read(source, classes=None).classes] == ["class_0", "class_1", "class_2"]
     for path in (source / "masks/a").iterdir():
         path.write_bytes(tiny_source.encode(np.full((4, 4), 255, np.uint8)))
-    with pytest.raises(folders.SourceError, match="no class file"):
+    with pytest.raises(SourceError, match="no class file"):
         read(source, classes=None)
 
 
@@ -91,24 +92,24 @@ def test_lists_name_ids_with_or_without_extension(source: Path) -> None:
 )
 def test_wrong_lists_are_refused_by_name(source: Path, text: str, message: str) -> None:
     (source / "val.txt").write_text(text)
-    with pytest.raises(folders.SourceError, match=rf"val\.txt.*{message}"):
+    with pytest.raises(SourceError, match=rf"val\.txt.*{message}"):
         read(source, lists=Lists(val="val.txt"))
-    with pytest.raises(folders.SourceError, match=r"gone\.txt.*not found"):
+    with pytest.raises(SourceError, match=r"gone\.txt.*not found"):
         read(source, lists=Lists(test="gone.txt"))
 
 
 def test_groups_by_pattern(source: Path) -> None:
     assert read(source, group="/([0-9])").groups == {"a/00": "0", "a/01": "0", "b/00": "0"}
-    with pytest.raises(folders.SourceError, match="no group in the image id 'b/00'"):
+    with pytest.raises(SourceError, match="no group in the image id 'b/00'"):
         read(source, group="(a)")
-    with pytest.raises(folders.SourceError, match=r"exactly one"):
+    with pytest.raises(SourceError, match=r"exactly one"):
         read(source, group="a")
-    with pytest.raises(folders.SourceError, match="not a regular expression"):
+    with pytest.raises(SourceError, match="not a regular expression"):
         read(source, group="(")
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(folders.SourceError, match="no files under images/"):
+    with pytest.raises(SourceError, match="no files under images/"):
         read(tmp_path)
 
 

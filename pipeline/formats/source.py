@@ -1,0 +1,73 @@
+"""What every label format becomes: archive members by reference, classes, lists, groups, and what cannot be used."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LISTS = ("labelled", "unlabelled", "val", "test")
+Maker = Callable[[], bytes]  # renders one mask PNG when asked; raises images.Refused, which quarantines that mask
+
+
+class SourceError(ValueError):
+    """The source cannot be used; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source's content. An image is `images/NAME_ID.EXT`, its mask `masks/NAME_ID.png`.
+
+    Attributes:
+        files: archive member name -> the file that holds its bytes, or who renders them (masks only).
+        classes: {"id", "name", "color": [r, g, b]} each, ids 0..n-1 in order.
+        lists: labelled, unlabelled, val, test -> name ids, or None where the source says nothing.
+        groups: name id -> group; None: by `data.group`, else by the sub-folder.
+        refused: (member name, code, reason) of records that cannot be used; they go to the quarantine list.
+        notes: what the reader decided, one line each, for pull's table.
+        tally: what happened while masks were rendered, counted by its makers.
+    """
+
+    files: Sequence[tuple[str, Path | Maker]]
+    classes: list[dict[str, Any]]
+    lists: dict[str, list[str] | None]
+    groups: dict[str, str] | None = None
+    refused: Sequence[tuple[str, str, str]] = ()
+    notes: Sequence[str] = ()
+    tally: Counter[str] = field(default_factory=Counter)
+
+
+def name_id(path: str) -> str:
+    """Path under images/ or masks/ without its extension: `a/b.tar.jpg` -> `a/b.tar`."""
+    folder, _, file = path.rpartition("/")
+    stem = file.rpartition(".")[0] or file
+    return f"{folder}/{stem}" if folder else stem
+
+
+def walk(folder: Path) -> dict[str, Path]:
+    """Regular files below a folder, {relative name: path} sorted by name, without hidden ones; {} where it is absent."""
+    if not folder.is_dir():
+        return {}
+    named = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: named[name] for name in sorted(named) if not any(part.startswith(".") for part in name.split("/"))}
+
+
+def groups_by(pattern: str | None, ids: Sequence[str]) -> dict[str, str] | None:
+    """Group of each name id by `data.group`, a regular expression with one (...) part; None without a pattern.
+
+    Raises:
+        SourceError: not a regular expression, not exactly one (...), or an id that does not match.
+    """
+    if pattern is None:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise SourceError(f"data.group: {pattern!r} is not a regular expression ({error})") from error
+    if compiled.groups != 1:
+        raise SourceError(f"data.group: {pattern!r} needs exactly one (...) part: the group's name within the name id")
+    found = {key: match[1] for key in ids if (match := compiled.search(key)) and match[1]}
+    if missing := next((key for key in ids if key not in found), None):
+        raise SourceError(f"data.group: {pattern!r} finds no group in the image id {missing!r}")
+    return found
