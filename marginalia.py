@@ -187,6 +187,41 @@ def report() -> None:
         raise _fail(error) from error
 
 
+@app.command("history")
+def history_(as_json: Annotated[bool, typer.Option("--json", help="everything recorded, as JSON")] = False) -> None:
+    """Every champion: data, settings that changed, scores and why it won."""
+    from pipeline import files, history
+
+    try:
+        said = history.told(Path("champions"))
+    except (OSError, ValueError) as error:
+        raise _fail(error) from error
+    if as_json:
+        typer.echo(files.to_json(said), nl=False)
+    elif said["champions"]:
+        history.show(said)
+    else:
+        typer.echo("no champion yet: the gate has promoted nothing")
+
+
+@app.command()
+def rollback(
+    id: Annotated[
+        str | None, typer.Argument(help="a champion of `marginalia history`; default: the one before")
+    ] = None,
+) -> None:
+    """Make a former champion the champion again; the running server follows, the next training starts from it."""
+    from pipeline import rollback as job
+
+    try:
+        moved = job.run(Path(), id)
+    except (OSError, ValueError) as error:
+        raise _fail(error) from error
+    typer.echo(f"champion {moved.id}" + (f", rolled back from {moved.left}" if moved.left != moved.id else " already"))
+    if moved.warm_start:
+        typer.echo("dumps.yaml: warm_start names it too, so the next `dvc repro` trains from it")
+
+
 def main() -> None:
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     sys.path.insert(0, str(Path.cwd()))

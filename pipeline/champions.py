@@ -9,38 +9,39 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from pipeline import files
+
+HISTORY = "history.jsonl"
 
 
 class ChampionError(ValueError):
     """A bundle or a champion's folder is damaged or missing; the message names the file and what to do."""
 
 
-def check_bundle(bundle: Path) -> str:
+def check_bundle(bundle: Path, remedy: str = "run the export stage again") -> str:
     """Id of a bundle whose files all have the checksums it lists (the rest of its rules is `export.bundle`'s).
 
     Raises:
-        ChampionError: a file is missing, extra or changed; named.
+        ChampionError: a file is missing, extra or changed; the message names it and ends with `remedy`.
     """
     sums = bundle / "SHA256SUMS"
     if not sums.exists():
-        raise ChampionError(f"{sums}: not found; run the export stage")
+        raise ChampionError(f"{sums}: not found; {remedy}")
     listed = {}
     for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         listed[name.strip()] = digest
     there = {p.name for p in bundle.iterdir()} - {"SHA256SUMS"}
     if there != set(listed):
-        raise ChampionError(
-            f"{bundle}: files {sorted(there ^ set(listed))} are missing or not listed; run the export stage again"
-        )
+        raise ChampionError(f"{bundle}: files {sorted(there ^ set(listed))} are missing or not listed; {remedy}")
     for name, digest in listed.items():
         if not (bundle / name).is_file() or files.sha256(bundle / name) != digest:
-            raise ChampionError(f"{bundle / name}: differs from its checksum; run the export stage again")
-    return str(read_record(bundle / "bundle.json", ("id",), "run the export stage again")["id"])
+            raise ChampionError(f"{bundle / name}: differs from its checksum; {remedy}")
+    return str(read_record(bundle / "bundle.json", ("id",), remedy)["id"])
 
 
 def read_record(path: Path, keys: Sequence[str], remedy: str) -> dict[str, Any]:
@@ -93,15 +94,24 @@ def promote(champions: Path, id: str, bundle: Path, extra: Sequence[Path], recor
     settle(champions, record)
 
 
-def settle(champions: Path, record: dict[str, Any]) -> None:
-    """What follows the pointer, also after a kill right behind it: the champion's line of history, and no leftovers."""
-    file = champions / "history.jsonl"
+def locked(champions: Path) -> AbstractContextManager[None]:
+    """One mover of the pointer at a time; nothing to lock where there is no folder yet."""
+    return files.locked(champions / ".lock") if champions.is_dir() else nullcontext()
+
+
+def settle(champions: Path, record: dict[str, Any]) -> bool:
+    """What follows the pointer, also after a kill right behind it: the champion's line of history, and no leftovers.
+
+    Returns whether the line was missing.
+    """
+    file = champions / HISTORY
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
     line = json.dumps(record, sort_keys=True)
-    if line not in lines:
+    if missing := line not in lines:
         files.write_text(file, "\n".join([*lines, line]) + "\n")
     for left in champions.glob(".new-*"):
         shutil.rmtree(left)
+    return missing
 
 
 def pointer(champions: Path) -> dict[str, Any] | None:
@@ -110,7 +120,7 @@ def pointer(champions: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     remedy = (
-        f"put the last line of {champions / 'history.jsonl'} there, or move the file away to start a new line of "
+        f"put the last line of {champions / HISTORY} there, or move the file away to start a new line of "
         "champions; then run `dvc repro -f -s gate`"
     )
     record = read_record(file, ("id", "bundle", "student"), remedy)

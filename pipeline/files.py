@@ -1,5 +1,6 @@
 """Files that are either the old version or the new one, never half of either."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -89,6 +90,14 @@ def sha256(source: Path | bytes) -> str:
         while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold `file`'s exclusive lock; waits for another process that has it. A crash sets it free."""
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

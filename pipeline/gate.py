@@ -1,19 +1,7 @@
-"""Challenger against champion on the same test images; the champion pointer moves atomically or not at all.
+"""The stage: challenger against champion; the pointer moves atomically or not at all.
 
-The judgement (pure, `judge`), for a challenger that passed parity and was scored on the champion's test hash and
-classes:
-
-- Both models' per-image confusion matrices are resampled with the *same* drawn images (paired bootstrap,
-  `gate.bootstrap` draws), which removes the spread that both models share. The interval is the central
-  `gate.confidence` one.
-- promoted only if the lower bound of delta mIoU is above 0; a tie inside the interval keeps the champion.
-- any class whose IoU falls by more than `gate.class_floor` points keeps the champion, whatever the mean says.
-- a class named in `gate.guarded` blocks already when its fall exceeds half that floor, or when the upper bound of its
-  delta is below 0 (a fall of any size that is not chance).
-- without a champion: promoted if mIoU >= `gate.minimum_miou`.
-- inside a DVC experiment nothing is promoted: what is tried must not reach the running service. The numbers are told.
-
-The promotion itself is `pipeline.champions.promote`.
+The judgement is `pipeline.verdict`'s, the promotion `pipeline.champions.promote`'s. What is read here must be one model:
+bundle, weights, scores and parity report name each other by hashes.
 """
 
 import os
@@ -21,152 +9,17 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import champions, config, files, scores
-
-SEED = 0
-VERDICTS = Literal["promoted", "kept", "refused"]
-
-
-class GateError(champions.ChampionError):
-    """An input of the gate is missing or does not belong to the others; the message names the file and what to do."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One model's result: id, test hash, class names, image ids and per-image confusion matrices N x K x K."""
-
-    id: str
-    test_hash: str
-    classes: tuple[str, ...]
-    images: tuple[str, ...]
-    confusion_NKK: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    verdict: VERDICTS
-    reason: str
-    delta: float | None = None
-    ci: list[float] | None = None
-    per_class: dict[str, dict[str, Any]] = field(default_factory=dict)
-    miou: float | None = None
-    champion_miou: float | None = None
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def _aligned(challenger: Scored, champion: Scored) -> NDArray[np.int64] | None:
-    """The champion's matrices in the challenger's image order; None when the images are not the same set."""
-    place = {image: i for i, image in enumerate(champion.images)}
-    if set(place) != set(challenger.images) or len(place) != len(challenger.images):
-        return None
-    return champion.confusion_NKK[[place[image] for image in challenger.images]]
-
-
-def _incomparable(challenger: Scored, champion: Scored, rest: NDArray[np.int64] | None) -> str | None:
-    again = "run `python -m training.evaluate --champion` to score the champion on this test split, then `dvc repro`"
-    if challenger.classes != champion.classes:
-        return (
-            f"class lists differ (challenger {list(challenger.classes)}, champion {list(champion.classes)}): the two "
-            "mIoUs mean different things; start a new line of champions by moving champions/champion.json away"
-        )
-    if challenger.test_hash != champion.test_hash:
-        hashes = f"test_hash {challenger.test_hash[:12]}, champion's {champion.test_hash[:12]}"
-        return f"scored on another test set ({hashes}); {again}"
-    if rest is None:
-        return f"the per-image results are of different images although the test hash is the same; {again}"
-    return None
-
-
-def judge(challenger: Scored, champion: Scored | None, gate: config.Gate, *, experiment: str | None = None) -> Verdict:
-    """The rules above, from counts to a verdict; no file is touched. `experiment` names the DVC experiment, if any.
-
-    Raises:
-        GateError: a guarded class that does not exist, or no test image.
-    """
-    unknown = sorted(set(gate.guarded) - set(challenger.classes))
-    if unknown:
-        raise GateError(f"gate.guarded names {unknown}, which are not classes; known: {', '.join(challenger.classes)}")
-    if not challenger.images:
-        raise GateError("reports/confusions.npz holds no test image; give the test split images with masks")
-    verdict = _judge(challenger, champion, gate)
-    if experiment is None or verdict.verdict != "promoted":
-        return verdict
-    reason = (
-        f"an experiment never moves the champion: `dvc exp apply {experiment}` and then `dvc repro -f -s gate` let it "
-        f"compete; judged: {verdict.reason}"
-    )
-    return replace(verdict, verdict="kept", reason=reason)
-
-
-def _judge(challenger: Scored, champion: Scored | None, gate: config.Gate) -> Verdict:
-    miou = scores.miou(challenger.confusion_NKK.sum(0))
-    if champion is None:
-        if not miou >= gate.minimum_miou:
-            return Verdict(
-                "kept",
-                f"no champion yet, and mIoU {miou:.2f} is below gate.minimum_miou {gate.minimum_miou:g}",
-                miou=_number(miou),
-            )
-        return Verdict("promoted", f"first champion: mIoU {miou:.2f}", miou=miou)
-    rest = _aligned(challenger, champion)
-    reason = _incomparable(challenger, champion, rest)
-    if reason is not None or rest is None:
-        return Verdict("refused", reason or "", miou=_number(miou))
-    return _compare(challenger, rest, gate)
-
-
-def _compare(challenger: Scored, champion_NKK: NDArray[np.int64], gate: config.Gate) -> Verdict:
-    pair = (challenger.confusion_NKK, champion_NKK)
-    drawn = [scores.bootstrap(conf, samples=gate.bootstrap, seed=SEED) for conf in pair]
-    new, old = (scores.iou(conf.sum(0)) for conf in pair)
-    miou, champion_miou = (scores.miou(conf.sum(0)) for conf in pair)
-    spread = scores.interval(100 * (scores.mean_present(drawn[0]) - scores.mean_present(drawn[1])), gate.confidence)
-    delta = miou - champion_miou
-    per_class: dict[str, dict[str, Any]] = {}
-    fallen = []
-    for c, name in enumerate(challenger.classes):
-        change = 100 * float(new[c] - old[c])
-        ci = scores.interval(100 * (drawn[0][:, c] - drawn[1][:, c]), gate.confidence)
-        blocks = None
-        if change < -gate.class_floor:
-            blocks = f"{name} falls by {-change:.2f} points (gate.class_floor {gate.class_floor:g})"
-        elif name in gate.guarded and change < -gate.class_floor / 2:
-            blocks = f"guarded {name} falls by {-change:.2f} points (half of gate.class_floor {gate.class_floor:g})"
-        elif name in gate.guarded and ci is not None and ci.high < 0:
-            blocks = f"guarded {name} falls by {-change:.2f} points, interval [{ci.low:.2f}, {ci.high:.2f}] below 0"
-        if blocks:
-            fallen.append(blocks)
-        per_class[name] = {
-            "delta": _number(change), "ci": ci.as_list() if ci else None,
-            "challenger": _number(100 * float(new[c])), "champion": _number(100 * float(old[c])),
-            "guarded": name in gate.guarded, "blocks": blocks is not None,
-        }  # fmt: skip
-    if spread is None or np.isnan(delta):
-        return Verdict("kept", "no pixel of the test set could be compared", per_class=per_class)
-    told = f"delta mIoU {delta:+.2f}, {100 * gate.confidence:g}% interval [{spread.low:+.2f}, {spread.high:+.2f}]"
-    if fallen:
-        verdict: VERDICTS = "kept"
-        reason = f"{'; '.join(fallen)}; {told}"
-    elif len(challenger.images) < 2:
-        verdict, reason = "kept", f"{told}, but one test image says nothing about the spread: add test images"
-    elif spread.low > 0:
-        verdict, reason = "promoted", told
-    else:
-        verdict, reason = "kept", f"not better beyond chance: {told}"
-    return Verdict(verdict, reason, delta, spread.as_list(), per_class, miou, champion_miou)
+from pipeline import champions, config, files, history, scores
+from pipeline.verdict import GateError, Scored, Verdict, judge, number
 
 
 def read_scored(id: str, scores_file: Path, confusions_file: Path, remedy: str = "run the evaluate stage") -> Scored:
@@ -250,7 +103,13 @@ def run(
     Raises:
         ChampionError: missing or damaged inputs; the message names the file and what to do.
     """
-    home, reports, bundle = home or root / "champions", root / "reports", root / "bundle"
+    home = home or root / "champions"
+    with champions.locked(home) if experiment is None else nullcontext():
+        return _run(root, gate, experiment, home, now)
+
+
+def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now: Callable[[], datetime]) -> Verdict:
+    reports, bundle = root / "reports", root / "bundle"
     student = root / "models/student/student.safetensors"
     inputs = [reports / "scores.json", reports / "confusions.npz"]
     for file in (student, reports / "parity.json"):
@@ -274,18 +133,24 @@ def run(
         reason, move = f"bundle {id} is the champion already", harm is not None
         if harm is not None:
             reason = f"{reason}; its files were written again, since {harm}"
-        verdict = Verdict("kept", reason, miou=_number(scores.miou(challenger.confusion_NKK.sum(0))))
+        verdict = Verdict("kept", reason, miou=number(scores.miou(challenger.confusion_NKK.sum(0))))
+    elif id in history.withdrawn(history.read(home)):
+        verdict = Verdict(
+            "kept",
+            f"bundle {id} was rolled back from; `marginalia rollback {id}` makes it the champion again, a new training "
+            "may compete",
+            miou=number(scores.miou(challenger.confusion_NKK.sum(0))),
+        )
     else:
-        rival = None
-        if champion is not None:
-            rival = _champions_scores(home, champion)
+        rival = _champions_scores(home, champion) if champion is not None else None
         verdict = judge(challenger, rival, gate, experiment=experiment)
         move = verdict.verdict == "promoted"
     if move:
-        record = {
+        trained = student.with_name("train.json")
+        record = history.made_from(files.read_json(trained) if trained.exists() else {}, said) | {
             "id": id, "bundle": f"champions/{id}/bundle", "student": f"champions/{id}/student.safetensors",
             "previous": champion["id"] if champion else None, "promoted_at": now().isoformat(timespec="seconds"),
-            "miou": verdict.miou, "reason": verdict.reason,
+            "miou": verdict.miou, "reason": verdict.reason, "delta": verdict.delta, "ci": verdict.ci,
         }  # fmt: skip
         if champion is not None and champion["id"] == id:
             record["previous"] = champion.get("previous")

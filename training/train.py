@@ -167,6 +167,14 @@ def describe(
     }  # fmt: skip
 
 
+def lineage(params: Params, summary: dict[str, Any]) -> dict[str, Any]:
+    """What a champion's history tells of a training: its settings and data. Missing values become None."""
+    return {
+        "params": params.model_dump(mode="json", include={"model", "input", "train"}),
+        **{key: summary.get(key) for key in ("dumps", "counts", "label_hash")},
+    }
+
+
 def _number(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else round(value, 4)
 
@@ -198,7 +206,8 @@ def open_live() -> Any:
 def stage(params: Params) -> None:
     """The stage: train, write weights and reports, print one table. Of several processes only the first writes."""
     group = ranks.connect()
-    data = Data.read(manifest.read(MANIFEST), files.read_json(SUMMARY))
+    summary = files.read_json(SUMMARY)
+    data = Data.read(manifest.read(MANIFEST), summary)
     start_at = start.champion()
     began = time.monotonic()
     ready = prepare(params, data, start_at, group.ranks)
@@ -238,7 +247,7 @@ def stage(params: Params) -> None:
     if result.best is not None:
         best = {**shared, "weights": f"teacher, step {result.best_step}, best on val"}
         models.save(OUT / "best.safetensors", result.best, best)
-    files.write_json(OUT / "train.json", about)
+    files.write_json(OUT / "train.json", about | lineage(params, summary))
     files.write_json(REPORTS / "train.json", about)  # beside the curves, where DVC reads it as a metric
     figures.curves(result.history, data.classes, REPORTS / "curves.png")
     some = Images(

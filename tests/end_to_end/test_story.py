@@ -197,6 +197,9 @@ def test_a_new_dump_is_ingested_alone_and_the_next_training_starts_from_the_cham
     assert gate["verdict"] in ("promoted", "kept")
     pointer = project.json("champions/champion.json")["id"]
     assert (pointer == champion) == (gate["verdict"] == "kept")
+    told = json.loads(project.run("marginalia", "history", "--json"))["champions"][0]
+    assert (told["id"], told["data"]["dumps"], told["labelled"]) == (champion, {"base": 40}, 12)
+    assert told["params"]["train"]["steps"] == SETTINGS["train"]["steps"]
     assert "monday" in project.json("reports/drift.json")["dumps"]
     assert project.ran(project.run("dvc", "repro")) == set()
 

@@ -1,14 +1,12 @@
 """The gate's judgement against closed cases, its chain of custody, promotion under kills at every file operation."""
 
 import json
-import os
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from killed_at import killed_at
 from tiny_gate import NAMES, counts, scored, write_run
 
 from pipeline import champions, config, files, gate, scores
@@ -262,33 +260,6 @@ def test_an_experiment_never_moves_the_champion(tmp_path: Path, monkeypatch: pyt
     assert files.read_json(project / "reports/gate.json")["verdict"] == "promoted"
 
 
-def killed_at(root: Path, number: int) -> bool:
-    """Run the gate in a child that dies, unflushed, right before its `number`th change of the file system.
-
-    Python reports every open, rename, mkdir and remove to audit hooks before doing it, so every point is reached.
-    """
-    child = os.fork()
-    if child == 0:
-        seen = 0
-        changing = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "tempfile.mkstemp")
-
-        def hook(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal seen
-            writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
-            if event in changing or writes:
-                seen += 1
-                if seen == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        try:
-            gate.run(root, GATE)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
-
-
 @pytest.mark.parametrize("again_of_a_former", [False, True])
 def test_a_kill_at_any_point_leaves_a_valid_champion(tmp_path: Path, again_of_a_former: bool) -> None:
     start = tmp_path / "start"
@@ -302,7 +273,7 @@ def test_a_kill_at_any_point_leaves_a_valid_champion(tmp_path: Path, again_of_a_
         points += 1
         root = tmp_path / f"k{points}"
         shutil.copytree(start, root)
-        killed = killed_at(root, points)
+        killed = killed_at(points, lambda root=root: gate.run(root, GATE))
         record = champions.current(root / "champions")
         assert record is not None
         champions.check_bundle(root / record["bundle"])

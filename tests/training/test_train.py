@@ -229,3 +229,11 @@ def test_f15_a_changed_image_stops_training_with_its_name(project):
     ready = train.prepare(params, data_of(swapped), None)
     with pytest.raises(manifest.ManifestError, match=first.name):
         [ready.batches.labelled[i] for i in range(3)]
+
+
+def test_a_training_says_what_history_will_tell(project):
+    params, _ = project
+    said = train.lineage(params, {"dumps": {"base": 8}, "counts": {"labelled": 3}})
+    assert (said["dumps"], said["counts"], said["label_hash"]) == ({"base": 8}, {"labelled": 3}, None)
+    assert said["params"]["train"]["steps"] == 4
+    assert config.Train.model_validate(said["params"]["train"]) == params.train

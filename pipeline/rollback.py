@@ -1,0 +1,97 @@
+"""Back to a former champion: its files are checked, then the pointer moves, as whole as at a promotion.
+
+The champion that is left is not promoted again by the gate as it stands (`history.withdrawn`): who rolled back meant
+it. What is trained next starts from the champion returned to.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline import champions, dumps, files, gate, history, registry, versioning
+
+
+class Moved(NamedTuple):
+    """The champion of now, the one left (the same where nothing had to move), and whether dumps.yaml was changed."""
+
+    id: str
+    left: str
+    warm_start: bool
+
+
+def run(root: Path, id: str | None = None, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Moved:
+    """Point champions/champion.json at `id`, or at the champion before the one of now.
+
+    Killed at any point it may be run again: without `id` it finishes the rollback that was begun and goes no further
+    back.
+
+    Raises:
+        ChampionError: no such champion, or files of it that are missing or damaged; named. Nothing was moved.
+        registry.RegistryError: dumps.yaml is unusable. Nothing was moved.
+    """
+    home = root / "champions"
+    with champions.locked(home):
+        here = champions.pointer(home)
+        if here is None:
+            raise champions.ChampionError(f"{home / 'champion.json'}: no champion yet, so none to go back to")
+        begun = champions.settle(home, here) and here.get("rolled_back_from")
+        if id is None and begun:
+            return Moved(here["id"], begun, _start_from(root, here["id"]))
+        target = id or here.get("previous")
+        if target is None:
+            raise champions.ChampionError(
+                f"{home / 'champion.json'}: {here['id']} has no champion before it; name one of "
+                f"{home / champions.HISTORY} (`marginalia history`)"
+            )
+        record = _record(home, target)
+        _check(home, record)
+        moved = _start_from(root, target)
+        if target != here["id"]:
+            when = now().isoformat(timespec="seconds")
+            record |= {"rolled_back_from": here["id"], "moved_at": when}
+            files.write_json(home / "champion.json", record)
+            champions.settle(home, record)
+        return Moved(target, here["id"], moved)
+
+
+def _record(home: Path, id: str) -> dict[str, Any]:
+    """The newest line of history about `id`, without an earlier rollback's own words."""
+    records = history.read(home)
+    found = next((record for record in reversed(records) if record["id"] == id), None)
+    if found is None:
+        known = ", ".join(dict.fromkeys(record["id"] for record in records)) or "none"
+        raise champions.ChampionError(f"{home / champions.HISTORY}: no champion {id!r}; known: {known}")
+    return {key: value for key, value in found.items() if key not in ("rolled_back_from", "moved_at")}
+
+
+def _check(home: Path, record: dict[str, Any]) -> None:
+    """The bundle against its checksums, the weights against the scores: what serves, trains and judges next."""
+    folder = home / str(record["id"])
+    remedy = f"restore {folder} (`dvc checkout`, a backup), or name another champion"
+    if not folder.is_dir() and not versioning.restore(folder):
+        raise champions.ChampionError(f"{folder}: is gone; {remedy}")
+    bundle, student = folder / "bundle", folder / "student.safetensors"
+    found = champions.check_bundle(bundle, remedy)
+    if found != record["id"]:
+        raise champions.ChampionError(f"{bundle}: holds bundle {found}, not {record['id']}; {remedy}")
+    gate.read_scored(folder.name, folder / "scores.json", folder / "confusions.npz", remedy)
+    said = champions.read_record(folder / "scores.json", ("weights",), remedy)
+    if not student.is_file() or files.sha256(student) != said["weights"]:
+        raise champions.ChampionError(
+            f"{student}: missing, or not the weights that {folder / 'scores.json'} is about; {remedy}"
+        )
+
+
+def _start_from(root: Path, id: str) -> bool:
+    """Whether dumps.yaml had to change: a warm start from another champion is moved along, none is left at none."""
+    file, home = root / registry.FILE, root / dumps.DUMPS
+    if not file.exists():
+        return False
+    home.mkdir(parents=True, exist_ok=True)
+    with files.locked(home / ".lock"):  # the lock of add-dump
+        known = registry.read(file)
+        if known.warm_start in (None, id):
+            return False
+        registry.write(known.model_copy(update={"warm_start": id}), file)
+        return True
