@@ -1,6 +1,7 @@
 """Which of a bundle's options runs: by name or not at all, "auto" only what parity admitted and this machine can do."""
 
 import importlib.util
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import onnx
 import pytest
 import tiny_onnx
 
-from export import bundle, machine, runtime
+from export import bundle, machine, runtime, sessions
 from export.schema import Manifest, Option
 
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
@@ -139,6 +140,17 @@ def test_openvino_answers_as_the_graph_does_from_several_threads(tmp_path: Path)
             wanted = tiny_onnx.expected(images)
             assert np.array_equal(label, wanted[0])
             assert np.array_equal(confidence, wanted[1])
+
+
+@needs_openvino
+def test_openvino_keeps_buffers_for_runs_at_once_not_for_threads(tmp_path: Path) -> None:
+    session = sessions.OpenVino(tiny_onnx.write(tmp_path / "b").read_model(), "fp32", 1)
+    images = np.zeros((1, 16, 32, 3), np.uint8)
+    for _ in range(5):
+        thread = threading.Thread(target=session.run, args=(images,))
+        thread.start()
+        thread.join()
+    assert len(session._idle) == 1
 
 
 def test_a_missing_runtime_is_refused_by_name_and_passed_over_by_auto(
