@@ -22,6 +22,7 @@ from export.bundle import BundleError, open_bundle
 from export.runtime import ProviderError, Runtime
 from serving import observe, trial
 from serving.pointer import PathError, PointerError, bundle_folder, named, shown
+from serving.quiet import quietly
 from serving.settings import Settings
 from serving.shadow import Shadow
 
@@ -264,7 +265,8 @@ class Slot:
         self._on_trial(source, folder)
         folder = folder or bundle_folder(self._settings)
         self._on_trial(source, folder)
-        fresh, old = open_runtime(self._settings, folder), self.runtime
+        old = self.runtime
+        fresh = quietly(lambda: open_runtime(self._settings, folder)) if old else open_runtime(self._settings, folder)
         if old is not None and old.bundle.manifest == fresh.bundle.manifest:
             observe.swapped("same")
             self._tell("bundle-same", bundle=fresh.bundle.manifest.id, source=source)
