@@ -21,14 +21,14 @@ def _fail(error: Exception) -> typer.Exit:
 
 @app.command("add-dump")
 def add_dump(
-    path: Annotated[Path, typer.Argument(help="a folder, zip or tar of unlabelled images")],
+    path: Annotated[str, typer.Argument(help="a folder, zip, tar, WebDataset (folder or {000..009}), or a URL of one")],
     name: Annotated[str | None, typer.Option(help="name of the dump; default: from the path")] = None,
     params: Annotated[Path, typer.Option(help="settings file")] = Path("params.yaml"),
 ) -> None:
     """Register a dump of unlabelled images; `dvc repro` then ingests it, retrains from the champion and gates."""
     from pipeline import dumps, registry, versioning
 
-    code = dumps.main([str(path), "--params", str(params), *(["--name", name] if name else [])])
+    code = dumps.main([path, "--params", str(params), *(["--name", name] if name else [])])
     if code == 0:
         known = registry.read()
         keep = [Path(e.archive) for n, e in known.dumps.items() if n != registry.BASE]

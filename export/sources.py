@@ -14,9 +14,7 @@ from typing import NamedTuple
 from pipeline import archives, config, images
 from pipeline.formats.source import name_id
 
-# Taken by name, so that a broken one is reported; others are taken when their content is an image. The same as
-# pipeline.dumps.EXTENSIONS, which cannot be imported where pyarrow is not installed; a test holds the two together.
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2")
+EXTENSIONS = archives.EXTENSIONS
 RESERVED = ("overlays", "confidence")  # folders that predict writes beside the masks
 _ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
 _FILES = (".png", ".jpg", ".csv", ".json")  # what predict's own files end in

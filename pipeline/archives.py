@@ -6,7 +6,6 @@ whole archive: who packs a link or a way out of the folder is not to be trusted 
 
 import bz2
 import gzip
-import importlib
 import io
 import lzma
 import re
@@ -19,6 +18,8 @@ from typing import IO, Any, NamedTuple
 
 RATIO_FLOOR = 16 << 20  # small archives may expand this far whatever their ratio: 1 kB of black frames is no bomb
 MAX_NAME, MAX_PART = 1024, 255
+# Taken as images by name, so that what is wrong with each can be said; other names when their content is an image.
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2")
 _HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -58,7 +59,7 @@ class Member(NamedTuple):
     data: bytes | None
 
 
-def safe_name(name: str, archive: Path) -> str:
+def safe_name(name: str, archive: Path | str) -> str:
     """Member name with forward slashes and without `.` parts.
 
     Raises:
@@ -88,28 +89,27 @@ def read(path: Path, limits: Limits, seen: Callable[[float], None] = lambda shar
         DumpRefused: not an archive, damaged, encrypted, beyond a cap, a hostile name, a link or a device.
     """
     if path.is_dir():
-        return _counted(_folder(path, limits), path, limits, seen)
+        return counted(_folder(path, limits), path, limits)
     if not path.is_file():
         raise DumpRefused(f"{path}: no such file or folder")
     kind = _kind(path)
     source = _zip(path, limits, seen) if kind == "zip" else _tar(path, kind, limits, seen)
-    return _counted(source, path, limits)
+    return counted(source, path, limits)
 
 
-def _counted(
-    source: Iterator[Member], path: Path, limits: Limits, seen: Callable[[float], None] = lambda share: None
-) -> Iterator[Member]:
+def counted(source: Iterator[Member], path: Path | str, limits: Limits) -> Iterator[Member]:
+    """The same members, of one delivery, until their number or the sum of their sizes passes a cap: then DumpRefused."""
     total = 0
     for count, member in enumerate(source, 1):
         total += member.size
         if count > limits.files:
             raise DumpRefused(f"{path}: more than {limits.files} files (ingest.dump_max_files); split the dump")
         if total > limits.total_bytes:
-            raise _too_big(path, limits)
+            raise too_big(path, limits)
         yield member
 
 
-def _too_big(path: Path, limits: Limits) -> DumpRefused:
+def too_big(path: Path | str, limits: Limits) -> DumpRefused:
     return DumpRefused(
         f"{path}: unpacks to more than {limits.total_bytes / 2**30:.3g} GiB (ingest.dump_max_gb, or what the disk "
         "has room for); split the dump or raise the cap"
@@ -159,7 +159,7 @@ def _zip(path: Path, limits: Limits, seen: Callable[[float], None]) -> Iterator[
             if declared > max(RATIO_FLOOR, limits.ratio * path.stat().st_size):
                 raise _too_dense(path, limits)
             if declared > limits.total_bytes:
-                raise _too_big(path, limits)
+                raise too_big(path, limits)
             for number, item in enumerate(items, 1):
                 name, mode = safe_name(item.filename, path), item.external_attr >> 16
                 if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -211,7 +211,7 @@ class _Metered(io.RawIOBase):
         if self.inner is not self.raw and self.total > max(RATIO_FLOOR, self.limits.ratio * self.packed):
             raise _too_dense(self.path, self.limits)
         if self.total > self.limits.total_bytes + RATIO_FLOOR:
-            raise _too_big(self.path, self.limits)
+            raise too_big(self.path, self.limits)
         return data
 
 
@@ -225,10 +225,12 @@ def _unpacked(raw: IO[bytes], path: Path, kind: str) -> Any:
         return lzma.LZMAFile(raw)
     if kind == "zstd":
         try:
-            zstandard = importlib.import_module("zstandard")  # not among our dependencies
+            import zstandard  # of the extra `train`: what only serves has no need of it
         except ImportError as error:
-            raise DumpRefused(f"{path}: zstd needs the package zstandard; install it or pack with gzip") from error
-        return zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(raw)
+            raise DumpRefused(f"{path}: `pip install zstandard` to read zstd, or pack with gzip") from error
+        # Several frames one after another are one stream, as with gzip: pzstd and split writers make such files.
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        return decompressor.stream_reader(raw, read_across_frames=True)
     return raw
 
 
@@ -259,7 +261,7 @@ def _tar_member(tar: tarfile.TarFile, item: tarfile.TarInfo, path: Path, limits:
         what = "a link" if item.issym() or item.islnk() else "a device, pipe or sparse file"
         raise DumpRefused(f"{path}: member {name!a} is {what}; pack the files themselves")
     if item.size > limits.total_bytes:
-        raise _too_big(path, limits)
+        raise too_big(path, limits)
     if item.size > limits.file_bytes:
         yield Member(name, item.size, None)
         return

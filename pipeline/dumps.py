@@ -22,13 +22,18 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import archives, config, files, images, manifest, progress, registry, shards
+from pipeline import archives, config, deliveries, files, images, manifest, progress, registry, remote, shards
 from pipeline.formats.source import name_id
 
 DUMPS, CHAMPION = Path("data/dumps"), Path("champions/champion.json")
 RESERVE = 1 << 30  # bytes of disk left alone
-# Taken by name, so that ingest can say what is wrong with each; other names are taken when their content is an image.
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2")
+EXTENSIONS = archives.EXTENSIONS
+# What data sets keep beside KEY.jpg, as KEY.cls or KEY.seg.png: labels, captions, masks; not read in later dumps.
+_BESIDE = re.compile(
+    r"\.(cls|cls2|json|jsonl|txt|text|csv|xml|ya?ml|npy|npz|pyd|pth|pickle|pkl|index|id|md"
+    r"|(seg|semseg|mask|label|labels|depth|instance|instances|panoptic)\.\w+)$",
+    re.IGNORECASE,
+)
 _SUFFIX = re.compile(r"(\.tar)?\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|zst)$", re.IGNORECASE)
 
 
@@ -50,17 +55,18 @@ class Added(NamedTuple):
 
 
 def add(
-    path: Path,
+    path: str | Path,
     *,
     name: str | None = None,
     root: Path = Path(),
     params: config.Params,
     seen: Callable[[float], None] = lambda share: None,
 ) -> Added:
-    """Register a folder, zip or tar of unlabelled images as the next dump.
+    """Register a delivery of unlabelled images as the next dump.
 
     Args:
-        path: the delivery. A leading `images/` is dropped from member names; `masks/` is not read.
+        path: the delivery, in any form that `pipeline.deliveries` reads.
+            A leading `images/` is dropped from member names; `masks/` is not read.
         name: the dump's name; without it, the file's own name in a safe form, numbered if it is taken.
         root: the project's folder, with dumps.yaml.
         params: caps in `ingest`.
@@ -76,7 +82,8 @@ def add(
         raise registry.RegistryError(f"dump name {name!r}: use a-z, 0-9, '_' and '-', at most 64 characters")
     home = root / DUMPS
     home.mkdir(parents=True, exist_ok=True)
-    free = max(0, shutil.disk_usage(home).free - RESERVE) // 2  # the spool and the sorted archive exist side by side
+    copies = 2 + remote.is_url(str(path))  # the spool, the sorted archive, and what is fetched exist side by side
+    free = max(0, shutil.disk_usage(home).free - RESERVE) // copies
     total = min(int(params.ingest.dump_max_gb * 2**30), free)
     limits = archives.Limits(
         total, params.ingest.max_file_mb << 20, params.ingest.dump_max_files, params.ingest.dump_max_ratio
@@ -84,10 +91,12 @@ def add(
     _sweep(home)
     with tempfile.TemporaryDirectory(prefix=".adding-", dir=home) as folder:
         spool, skipped = Path(folder) / "spool.tar", list[tuple[str, str]]()
-        hashes = _spool(archives.read(path, limits, seen), spool, skipped)
+        hashes = _spool(deliveries.members(path, limits, Path(folder), seen), spool, skipped)
         if not hashes:
             reasons = Counter(reason for _, reason in skipped).most_common(1)
-            raise archives.DumpRefused(f"{path}: no image in it ({reasons[0][0] if reasons else 'it is empty'})")
+            raise archives.DumpRefused(
+                f"{remote.shown(str(path))}: no image in it ({reasons[0][0] if reasons else 'it is empty'})"
+            )
         content = manifest.set_hash(hashes.values())
         ready = Path(folder) / "ready.tar"
         by_name = sorted(shards.members(spool))
@@ -126,6 +135,8 @@ def _not_ours(member: archives.Member) -> str | None:
         return "system file"
     if parts[0] == "masks" and len(parts) > 1:
         return "masks of a later dump are not read"
+    if _BESIDE.search(parts[-1]):
+        return "label or text beside the images, not read"
     if member.data is None:
         return "larger than ingest.max_file_mb"
     if member.name.lower().endswith(EXTENSIONS):
@@ -162,7 +173,13 @@ def _locked(home: Path) -> Iterator[None]:
 
 
 def _register(
-    path: Path, name: str | None, root: Path, content: str, count: int, ready: Path, skipped: list[tuple[str, str]]
+    path: str | Path,
+    name: str | None,
+    root: Path,
+    content: str,
+    count: int,
+    ready: Path,
+    skipped: list[tuple[str, str]],
 ) -> Added:
     known = registry.read(root / registry.FILE)
     for other, entry in known.dumps.items():
@@ -207,8 +224,9 @@ def _available(archive: Path, content: str) -> bool:
         return False
 
 
-def _free_name(path: Path, known: registry.Registry, root: Path, content: str) -> str:
-    stem = re.sub(r"[^a-z0-9_-]+", "-", _SUFFIX.sub("", path.resolve().name).lower()).strip("-_")[:56] or "dump"
+def _free_name(path: str | Path, known: registry.Registry, root: Path, content: str) -> str:
+    own = remote.name(str(path)) if remote.is_url(str(path)) else Path(path).resolve().name
+    stem = re.sub(r"[^a-z0-9_]+", "-", _SUFFIX.sub("", own).lower()).strip("-_")[:56] or "dump"
     number = 1
     while True:
         candidate = stem if number == 1 else f"{stem}-{number}"
@@ -221,7 +239,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.dumps", description="Register a dump of unlabelled images."
     )
-    parser.add_argument("path", type=Path, help="folder, zip or tar")
+    parser.add_argument(
+        "path", help="folder, zip, tar, WebDataset shards as a folder or brace pattern, or a URL of these"
+    )
     parser.add_argument("--name", help="name in dumps.yaml; default: the file's own")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     arguments = parser.parse_args(argv)
@@ -229,26 +249,27 @@ def main(argv: list[str] | None = None) -> int:
     try:
         params = config.load(arguments.params)
         with progress.bar("read %", 100, console) as bar:
-            shown = 0
+            done = 0
 
             def seen(share: float) -> None:
-                nonlocal shown
-                bar.advance(int(100 * share) - shown)
-                shown = int(100 * share)
+                nonlocal done
+                bar.advance(int(100 * share) - done)
+                done = int(100 * share)
 
             added = add(arguments.path, name=arguments.name, params=params, seen=seen)
     except (config.ConfigError, ValueError, OSError) as error:
         Console(stderr=True).print(f"add-dump: {error}", style="red", markup=False, soft_wrap=True)
         return 1
+    shown = remote.shown(arguments.path)
     if added.restored:
         console.print(
-            f"put back: {added.archive} was missing; {arguments.path} has the same files as dump {added.same_as!r}, "
+            f"put back: {added.archive} was missing; {shown} has the same files as dump {added.same_as!r}, "
             "so its archive was written again and the registry is unchanged",
             markup=False,
         )
         return 0
     if added.same_as:
-        console.print(f"nothing new: {arguments.path} has the same files as dump {added.same_as!r}", markup=False)
+        console.print(f"nothing new: {shown} has the same files as dump {added.same_as!r}", markup=False)
         return 0
     table = Table("outcome", "files", title=f"dump {added.name}: {added.archive}")
     table.add_row("images taken", str(added.images))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import tiny_source
+import zstandard
 
 from pipeline import archives, config, dumps, files, registry
 
@@ -46,6 +47,7 @@ FORMS: dict[str, Callable[[dict[str, bytes]], bytes]] = {
     "a.tar.gz": lambda p: gzip.compress(tar(p)),
     "a.tar.bz2": lambda p: bz2.compress(tar(p)),
     "a.tar.xz": lambda p: lzma.compress(tar(p)),
+    "a.tar.zst": lambda p: zstandard.ZstdCompressor(write_checksum=True).compress(tar(p)),
 }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny_source
+import zstandard
 
 from pipeline import archives, config, dumps, files, registry, shards
 
@@ -67,6 +68,7 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "night.tar.gz": packed(gzip.compress),
     "night.tar.bz2": packed(bz2.compress),
     "night.txz": packed(lzma.compress),
+    "night.tar.zst": packed(zstandard.compress),
 }
 
 
@@ -92,7 +94,7 @@ def test_every_form_becomes_the_same_archive(tmp_path: Path, root: Path, form: s
     assert (entry.archive, entry.sha256, entry.images) == ("data/dumps/night.tar", added.sha256, 6)
     assert sorted(p.name for p in (root / "data/dumps").iterdir()) == [".lock", "night.tar"]
     assert dict(added.skipped) == {
-        "cam/notes.txt": "no image (not-an-image)", ".DS_Store": "system file", "__MACOSX/cam/._00.png": "system file",
+        "cam/notes.txt": "label or text beside the images, not read", ".DS_Store": "system file", "__MACOSX/cam/._00.png": "system file",
         "masks/00.png": "masks of a later dump are not read", "inner.zip": "archive inside the archive, not opened",
     }  # fmt: skip
     assert shares == sorted(shares)
@@ -164,7 +166,7 @@ def test_a_work_folder_that_ends_while_it_is_looked_at_disturbs_nobody(tmp_path:
     assert dumps.add(as_zip(tmp_path / "n.zip"), root=root, params=PARAMS).name == "n"
 
 
-@pytest.mark.parametrize("content", [{}, {"a.txt": b"no"}, {"masks/a.png": FILES["cam/00.png"]}])
+@pytest.mark.parametrize("content", [{}, {"a.txt": b"no"}, {"a.seg.png": FILES["cam/00.png"]}, {"masks/a.png": FILES["cam/00.png"]}])
 def test_a_delivery_without_images_is_refused(tmp_path: Path, root: Path, content: dict[str, bytes]) -> None:
     shards.write_tar(tmp_path / "n.tar", content.items())
     before = (root / "dumps.yaml").read_bytes()
