@@ -281,6 +281,11 @@ def decode(data: bytes, *, max_pixels: int, max_aspect: float | None = None) -> 
     Raises:
         Refused: with a code and a message that says what to do.
     """
+    return decode_turned(data, max_pixels=max_pixels, max_aspect=max_aspect)[0]
+
+
+def decode_turned(data: bytes, *, max_pixels: int, max_aspect: float | None = None) -> tuple[Image_HWC, int]:
+    """`decode`, and the orientation 1..8 by which the stored picture was turned."""
     kind, image = open_header(data, max_pixels)
     check_aspect(*image.size, max_aspect)
     orientation = orientation_of(image)
@@ -292,4 +297,4 @@ def decode(data: bytes, *, max_pixels: int, max_aspect: float | None = None) -> 
     except Exception as error:
         code = "truncated" if "truncated" in str(error) else "corrupt"
         raise Refused(code, f"the {kind} cannot be decoded ({short(error)}); send the original file again") from error
-    return orient(rgb_HWC, orientation)
+    return orient(rgb_HWC, orientation), orientation

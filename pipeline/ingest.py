@@ -5,7 +5,10 @@ its mask, because training or scoring without it would silently change the set. 
 one and only the mask is quarantined (`"kept": true`).
 
 Image files are stored as they came, byte for byte; `pipeline.images.decode` applies the same rules at every reading.
-Masks are stored as index PNG.
+Masks are stored as index PNG, upright as the decoded image. A mask of a photo that EXIF turns by 90 degrees (5 to 8) may
+have been drawn on the stored picture: where its sides are those of the stored picture and not of the upright one, it is
+turned with it. Where both have the same sides (a square photo, a half turn, a mirror) they cannot be told apart, and the
+mask is taken as upright, because that is how browsers and label tools show a photo. Both are counted.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from pipeline.formats.source import name_id
 SOURCE = Path("data/pulled/source.json")
 INGESTED = Path("data/ingested")
 NEEDS_MASK = ("labelled", "val", "test")
+TURNED, UPRIGHT = "masks turned with their photo", "masks taken as upright, their photo is turned"
 FEW = 256  # below this many images, threads beat the start of worker processes
 T = TypeVar("T")
 R = TypeVar("R")
@@ -50,6 +54,7 @@ class Task:
     palette: tuple[tuple[int, int, int], ...]
     max_pixels: int
     max_bytes: int
+    mask_refusal: tuple[str, str] | None = None  # why the source could not make its mask: code, reason
 
 
 class Checked(NamedTuple):
@@ -59,16 +64,22 @@ class Checked(NamedTuple):
     mask_png: bytes | None
     refusal: tuple[str, str] | None  # code, reason
     mask_digest: str | None = None
+    turned: str | None = None  # what was decided about a mask whose photo EXIF turns
 
 
-def check_mask(data: bytes, shape: tuple[int, int], classes: int, max_pixels: int) -> NDArray[np.uint8]:
-    """Mask bytes -> class ids, H x W uint8, 255 = ignore.
+def check_mask(
+    data: bytes, shape: tuple[int, int], classes: int, max_pixels: int, orientation: int = 1
+) -> tuple[NDArray[np.uint8], str | None]:
+    """Mask bytes -> (class ids, H x W uint8, 255 = ignore; what was decided about its turn, if anything).
+
+    `orientation` is that of the image, whose upright size is `shape`.
 
     Raises:
         images.Refused: as `masks.decode_mask`; "mask-size", "mask-class-id" or "mask-all-ignore".
     """
     ids_HW = masks.decode_mask(data, max_pixels=max_pixels)
-    if ids_HW.shape != shape:
+    stored = orientation >= 5 and ids_HW.shape != shape and ids_HW.shape == shape[::-1]
+    if ids_HW.shape != shape and not stored:
         raise images.Refused(
             "mask-size",
             f"the mask is {ids_HW.shape[1]} x {ids_HW.shape[0]}, the image {shape[1]} x {shape[0]}; export it again",
@@ -83,7 +94,11 @@ def check_mask(data: bytes, shape: tuple[int, int], classes: int, max_pixels: in
         raise images.Refused(
             "mask-all-ignore", "every pixel is ignored (255 or 65535): nothing to learn; drop the mask"
         )
-    return np.where(void_HW, 255, ids_HW).astype(np.uint8)
+    label_HW = np.where(void_HW, 255, ids_HW).astype(np.uint8)
+    if stored:
+        return images.orient(label_HW, orientation), TURNED
+    unclear = orientation > 1 and (orientation < 5 or shape[0] == shape[1])
+    return label_HW, UPRIGHT if unclear else None
 
 
 def check(task: Task) -> Checked:
@@ -95,7 +110,7 @@ def check(task: Task) -> Checked:
             )
         data = shards.read(task.archive, task.image.offset, task.image.length)
         kind = images.sniff(data)
-        image_HWC = images.decode(data, max_pixels=task.max_pixels)
+        image_HWC, orientation = images.decode_turned(data, max_pixels=task.max_pixels)
     except images.Refused as error:
         return Checked(None, None, (error.code, str(error)))
     height, width = image_HWC.shape[:2]
@@ -103,15 +118,17 @@ def check(task: Task) -> Checked:
     phash = "" if hashed is None else f"{hashed:016x}"
     found = (manifest.image_id(image_HWC), kind.lower(), height, width, phash)
     try:
+        if task.mask_refusal:
+            raise images.Refused(*task.mask_refusal)
         if task.mask is None:
             if task.needs_mask:
                 raise images.Refused("mask-missing", "listed as labelled, val or test, but no file under masks/")
             return Checked(found, None, None)
         data = shards.read(task.archive, task.mask.offset, task.mask.length)
-        mask_HW = check_mask(data, (height, width), task.classes, task.max_pixels)
+        mask_HW, turned = check_mask(data, (height, width), task.classes, task.max_pixels, orientation)
     except images.Refused as error:
         return Checked(None if task.needs_mask else found, None, (error.code, str(error)))
-    return Checked(found, masks.encode_png(mask_HW, list(task.palette)), None, manifest.mask_digest(mask_HW))
+    return Checked(found, masks.encode_png(mask_HW, list(task.palette)), None, manifest.mask_digest(mask_HW), turned)
 
 
 def ordered(pool: Executor, work: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[tuple[T, R]]:
@@ -141,10 +158,15 @@ def plan(
     archive: Path, dump: str, source: dict[str, Any], params: config.Ingest
 ) -> tuple[list[Task], list[dict[str, Any]]]:
     """Pair the archive's images with their masks; (tasks in archive order, records of what is no image of ours)."""
-    lists = source["lists"] if dump == registry.BASE else {}
+    lists, known = (source["lists"], source.get("refused", [])) if dump == registry.BASE else ({}, [])
     needed = {key for part in NEEDS_MASK for key in lists.get(part) or ()}
     found: dict[str, dict[str, shards.Member]] = {"images": {}, "masks": {}}
-    refused = []
+    refused, without_mask = [], {}
+    for name, code, reason in known:  # what pull could not use
+        if name.startswith("masks/"):
+            without_mask[name_id(name.partition("/")[2])] = (code, reason)
+        else:
+            refused.append(record(dump, name, code, reason))
     for member in shards.members(archive):
         room, _, path = member.name.partition("/")
         key = name_id(path)
@@ -155,12 +177,14 @@ def plan(
             refused.append(record(dump, member.name, "duplicate-name", f"same name id as {other}; rename one of them"))
         else:
             found[room][key] = member
+    for key in without_mask.keys() - found["images"].keys():
+        refused.append(record(dump, f"masks/{key}", *without_mask[key]))
     for key in found["masks"].keys() - found["images"].keys():
         refused.append(record(dump, found["masks"][key].name, "mask-without-image", "no image has this name id"))
     palette = tuple(tuple(c["color"]) for c in source["classes"])
     limits = (len(palette), palette, params.max_pixels, params.max_file_mb << 20)
     tasks = [
-        Task(archive, key, image, found["masks"].get(key), key in needed, *limits)
+        Task(archive, key, image, found["masks"].get(key), key in needed, *limits, without_mask.get(key))
         for key, image in found["images"].items()
     ]
     return tasks, sorted(refused, key=lambda item: str(item["name"]))
@@ -188,6 +212,7 @@ def ingest(archive: Path, dump: str, source: dict[str, Any], params: config.Inge
     home = INGESTED / dump
     limit = params.shard_mb << 20
     rows: list[manifest.Row] = []
+    decided: Counter[str] = Counter()
     pool: Executor = (
         ThreadPoolExecutor(params.workers)
         if len(tasks) < FEW or params.workers == 1
@@ -202,6 +227,7 @@ def ingest(archive: Path, dump: str, source: dict[str, Any], params: config.Inge
     ):
         for task, result in _surviving(ordered(pool, check, tasks, 8 * params.workers), archive):
             bar.advance()
+            decided.update([result.turned] if result.turned else [])
             if result.refusal:
                 refused.append(record(dump, task.name, *result.refusal, kept=result.image is not None))
             if result.image is None:
@@ -222,7 +248,7 @@ def ingest(archive: Path, dump: str, source: dict[str, Any], params: config.Inge
         manifest.write(folder / "rows.parquet", rows)
         files.write_json(folder / "quarantine.json", refused)
     codes = Counter(f"{item['code']}{' (image kept, unlabelled)' if item['kept'] else ''}" for item in refused)
-    return Counter({"images": len(rows), "with mask": sum(r.mask_shard is not None for r in rows)}) + codes
+    return Counter({"images": len(rows), "with mask": sum(r.mask_shard is not None for r in rows)}) + decided + codes
 
 
 def _surviving(results: Iterator[tuple[Task, Checked]], archive: Path) -> Iterator[tuple[Task, Checked]]:
@@ -258,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     for outcome, count in counts.items():
         table.add_row(outcome, str(count))
     console.print(table)
-    if counts.keys() - {"images", "with mask"}:
+    if counts.keys() - {"images", "with mask", TURNED, UPRIGHT}:
         console.print(f"every refused file with its reason: {INGESTED / arguments.dump / 'quarantine.json'}")
     return 0
 

@@ -61,10 +61,14 @@ def decode_mask(data: bytes, *, max_pixels: int, colours: Mapping[Colour, int] |
         code = "truncated" if "truncated" in str(error) else "corrupt"
         raise Refused(code, f"the mask cannot be decoded ({short(error)}); save it again") from error
     if mode in ("I", "F") or mode.startswith(("I;", "F;")):
-        raise Refused("unsupported-depth", f"mask pixels of kind {mode} are no ids; save 8- or 16-bit grey")
+        raise Refused(
+            "unsupported-depth",
+            f"mask pixels of kind {mode} (32 bits, signed or float) are no ids; save 8- or 16-bit grey, with -1 as 255 "
+            "(in 16 bits 65535), which mean ignore",
+        )
     if colours is None:
         raise Refused("rgb-mask", "the mask is in colours, not class ids; save class ids or give the classes' colours")
-    return _from_colours(pixels_HWC, colours)
+    return from_colours(pixels_HWC, colours)
 
 
 def _grey_step(data: bytes, kind: str) -> int:
@@ -72,7 +76,8 @@ def _grey_step(data: bytes, kind: str) -> int:
     return {2: 85, 4: 17}.get(data[24], 1) if kind == "PNG" else 1
 
 
-def _from_colours(pixels_HWC: Image_HWC, colours: Mapping[Colour, int]) -> Ids:
+def from_colours(pixels_HWC: Image_HWC, colours: Mapping[Colour, int]) -> Ids:
+    """H x W x 3 -> ids by exact colour. Raises Refused("unknown-colour") that names the first five and their pixels."""
     packed = pixels_HWC.astype(np.uint32)
     packed_HW = packed[..., 0] << 16 | packed[..., 1] << 8 | packed[..., 2]
     found, inverse, counts = np.unique(packed_HW, return_inverse=True, return_counts=True)

@@ -1,20 +1,34 @@
-"""Stage pull: a source -> data/pulled/base.tar (images and masks as they came) and source.json (what they mean)."""
+"""Stage pull: a source -> data/pulled/base.tar and source.json (what it means).
+
+Images go in as they came, byte for byte, and so do masks of class ids; other label formats are rendered to masks here.
+What cannot be used is named in source.json (`refused`); ingest puts it on the quarantine list.
+"""
 
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import config, demo, doom, files, progress, shards
-from pipeline.formats import folders
-from pipeline.formats.source import LISTS
+from pipeline import config, demo, doom, files, images, progress, shards
+from pipeline.formats import cityscapes, coco, folders, geotiff, labelme, tree, voc
+from pipeline.formats.source import LISTS, Source
 
 PULLED, OFFERED = Path("data/pulled"), Path("data/offered")
+Reader = Callable[..., Source]  # read(root, data, *, max_pixels)
+READERS: dict[str, Reader] = {
+    "folder": folders.read,
+    "voc": voc.read,
+    "cityscapes": cityscapes.read,
+    "coco": coco.read,
+    "labelme": labelme.read,
+    "geotiff": geotiff.read,
+}
 
 
 def group_name(level: str) -> str:
@@ -66,19 +80,42 @@ def pull_demo(params: config.Params, console: Console) -> tuple[dict[str, Any], 
     return demo_source(recipe), {path: sum(wanted[level] for level in levels) for path, levels in written.items()}
 
 
-def pull_folder(params: config.Params, console: Console) -> tuple[dict[str, Any], dict[Path, int]]:
-    """Pack a folder's images and masks, byte for byte, into base.tar."""
-    data = params.data
-    source = folders.read(
-        Path(data.path), classes=data.classes, lists=data.lists, group=data.group, max_pixels=params.ingest.max_pixels
-    )
-    with progress.bar("pack", len(source.files), console) as bar, shards.replacing_tar(PULLED / "base.tar") as add:
-        for name, origin in source.files:
-            add(name, origin if isinstance(origin, Path) else origin())
-            bar.advance()
-    about = {"source": "folder", "classes": source.classes, "ignore": 255, "lists": source.lists}
+def pull_labels(params: config.Params, console: Console) -> tuple[dict[str, Any], dict[Path, int]]:
+    """Pack what the format's reader finds into base.tar, rendering masks one at a time."""
+    data, path, counted = params.data, PULLED / "base.tar", Counter[str]()
+    if data.source not in READERS:
+        raise ValueError(f"data.source: {data.source} has no reader here; choose {', '.join(READERS)}")
+    with tree.opened(Path(data.path), params.ingest, PULLED.parent) as root:
+        source = READERS[data.source](root, data, max_pixels=params.ingest.max_pixels)
+        refused = list(source.refused)
+        with progress.bar("pack", len(source.files), console) as bar, shards.replacing_tar(path) as add:
+            for name, origin in source.files:
+                bar.advance()
+                try:
+                    add(name, origin if isinstance(origin, Path) else origin())
+                except images.Refused as error:
+                    refused.append((name, error.code, str(error)))
+                    continue
+                counted[name.partition("/")[0]] += 1
+    about: dict[str, Any] = {"source": data.source, "classes": source.classes, "ignore": 255, "lists": source.lists}
     about |= {"groups": source.groups, "group_pattern": data.group}  # the pattern also serves later dumps
-    return about, {PULLED / "base.tar": sum(name.startswith("images/") for name, _ in source.files)}
+    if refused:
+        about["refused"] = [list(item) for item in sorted(refused)]
+    show(source, counted, refused, console)
+    return about, {path: counted["images"]}
+
+
+def show(source: Source, counted: Mapping[str, int], refused: list[tuple[str, str, str]], console: Console) -> None:
+    """What the reader decided, and what came of it."""
+    for line in source.notes:
+        console.print(line, markup=False)
+    rendered = sum(not isinstance(origin, Path) for _, origin in source.files)
+    console.print(f"{counted['masks']} masks, {rendered} of them to be rendered")
+    for what, count in sorted(source.tally.items()):
+        console.print(f"{what}: {count}", markup=False)
+    for code, count in sorted(Counter(code for _, code, _ in refused).items()):
+        first = next(f"{name}: {reason}" for name, found, reason in refused if found == code)
+        console.print(f"refused, {code}: {count}, the first: {first}", markup=False, style="yellow")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         params = config.load(arguments.params)
         OFFERED.mkdir(parents=True, exist_ok=True)
-        source, written = (pull_demo if params.data.source == "demo" else pull_folder)(params, console)
+        source, written = (pull_demo if params.data.source == "demo" else pull_labels)(params, console)
     except (config.ConfigError, ValueError, OSError) as error:
         Console(stderr=True).print(f"pull: {error}", style="red", markup=False, soft_wrap=True)
         return 1

@@ -1,65 +1,128 @@
 """A plain folder of images: `images/`, `masks/` for some of them, and optional text lists.
 
 images/ANY/PATH.jpg     every image; its *name id* is the path under images/ without the extension
-masks/ANY/PATH.png      class ids of that image; images without one are unlabelled
+masks/ANY/PATH.png      that image's mask: class ids, or the classes' colours; or one binary mask for each class (see
+                        `pipeline.formats.binary`); images without one are unlabelled
 classes.txt             line n (from 0) names class n, optionally followed by a colour: `road #804080` or
-                        `road 128 64 128`; with `data.classes: null` the ids found in the masks are the classes
-labelled.txt ...        name ids, one a line (params.yaml: data.lists)
+                        `road 128 64 128`; with `data.classes: null` the ids found in the masks are the classes.
+                        Lines `ignore 0 0 0` at its end say which colours of a colour mask mean ignore
+labelled.txt ...        the images of each part, one a line (params.yaml: data.lists)
 """
 
-import difflib
-import re
-from collections.abc import Sequence
+from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from pipeline import images, masks
-from pipeline.config import Lists
-from pipeline.formats.source import LISTS, Source, SourceError, groups_by, name_id, walk
-
-_HEX = re.compile(r"\s#([0-9a-fA-F]{6})$")
-_RGB = re.compile(r"\s(\d+)\s+(\d+)\s+(\d+)$")
+from pipeline import config, images, masks
+from pipeline.formats import binary, encodings, lists
+from pipeline.formats import classes as class_lists
+from pipeline.formats.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.mask_png import Colour
 
 
-def _lines(path: Path, way_out: str) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside)
-        hint = f" (there is {', '.join(near)})" if near else ""
-        raise SourceError(f"{path}: not found{hint}, though params.yaml names it; {way_out}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
+    """Read a source folder's lists and names; image bytes are read later, one at a time.
 
-
-def class_list(lines: Sequence[str], file: Path) -> list[dict[str, Any]]:
-    """`name`, `name #rrggbb` or `name r g b` lines -> [{"id", "name", "color"}].
-
-    Colours are 0..255 each; classes without one get a distinct one.
+    `max_pixels` is the budget for masks that are decoded here, to find out what they hold.
 
     Raises:
-        SourceError: no class, a name twice, a colour beyond 255, or more than 255 classes (255 means ignore).
+        SourceError: no images, a class file or list that is not there, a list names an unknown image or one twice, a
+            group that does not match, masks of mixed or unclear encoding; names the file.
     """
-    if not 0 < len(lines) <= 255:
-        raise SourceError(f"{file}: {len(lines)} classes; expected 1 to 255, one name a line (id 255 means ignore)")
-    spare = masks.palette(len(lines))
-    out: list[dict[str, Any]] = []
-    for index, line in enumerate(lines):
-        colour = list(spare[index])
-        if match := _HEX.search(line):
-            colour = list(bytes.fromhex(match[1]))
-        elif match := _RGB.search(line):
-            colour = [int(value) for value in match.groups()]
-            if max(colour) > 255:
-                raise SourceError(f"{file}: line {index + 1}: {line!r}: red, green and blue are 0 to 255 each")
-        name = line[: match.start()].strip() if match else line
-        if any(known["name"] == name for known in out):
-            raise SourceError(f"{file}: line {index + 1}: class {name!r} stands there twice")
-        out.append({"id": index, "name": name, "color": colour})
-    return out
+    image_files, mask_files = walk(root / "images"), walk(root / "masks")
+    if not image_files:
+        raise SourceError(f"{root}: no files under images/; data.path must name a folder that holds images/ and masks/")
+    ids = {name_id(name) for name in image_files}
+    listed = lists.read(root, data.lists, ids, {f"images/{key}": key for key in ids})
+    groups = groups_by(data.group, sorted(ids))
+    file = class_lists.read(root, data)
+    known, ignored = file if file is not None else (None, [])
+    how: str = data.masks
+    if how == "auto" and _are_binary(mask_files, ids, known):
+        how = "binary"
+    found = [(f"images/{name}", path) for name, path in image_files.items()]
+    if how == "binary":
+        return _binary(root, data, mask_files, ids, known, Source(found, known or [], listed, groups), max_pixels)
+    colours = encodings.colours_of(known, ignored, str(data.classes)) if known and _distinct(known) else {}
+    if how == "auto":
+        how = encodings.decide(list(mask_files.values()), len(known) if known else None, colours, max_pixels)
+    tally: Counter[str] = Counter()
+    origins: list[tuple[str, Path | Maker]] = [(f"masks/{name}", path) for name, path in mask_files.items()]
+    if how == "colours":
+        colours = _needed(root, data, known, ignored)
+        origins = [
+            (f"masks/{name_id(name)}.png", partial(encodings.render, path, colours, max_pixels, tally))
+            for name, path in mask_files.items()
+        ]
+    return Source(
+        files=[*found, *origins],
+        classes=known if known is not None else _infer_classes(mask_files, max_pixels),
+        lists=listed,
+        groups=groups,
+        notes=[f"masks: {how}" + " (found by looking)" * (data.masks == "auto")] if mask_files else [],
+        tally=tally,
+    )
 
 
-def _infer_classes(mask_files: dict[str, Path], max_pixels: int) -> list[dict[str, Any]]:
+def _distinct(known: class_lists.Classes) -> bool:
+    return len({tuple(c["color"]) for c in known}) == len(known)
+
+
+def _needed(
+    root: Path, data: config.Data, known: class_lists.Classes | None, ignored: list[Colour]
+) -> dict[Colour, int]:
+    if known is None:
+        raise SourceError(
+            f"{root}: the masks are in colours, and only a class file says what they mean: name one in data.classes, "
+            "with lines such as `road 128 64 128`"
+        )
+    return encodings.colours_of(known, ignored, str(root / str(data.classes)))
+
+
+def _are_binary(mask_files: dict[str, Path], ids: set[str], known: class_lists.Classes | None) -> bool:
+    """No mask has an image's own name, and most name an image and a class."""
+    if not mask_files or any(name_id(name) in ids for name in mask_files):
+        return False
+    _, left = binary.group(mask_files, ids, [c["name"] for c in known] if known else None)
+    return len(left) < len(mask_files) / 2
+
+
+def _binary(
+    root: Path,
+    data: config.Data,
+    mask_files: dict[str, Path],
+    ids: set[str],
+    known: class_lists.Classes | None,
+    source: Source,
+    max_pixels: int,
+) -> Source:
+    parts, left = binary.group(mask_files, ids, [c["name"] for c in known] if known else None)
+    classes, number, notes = class_lists.named(root, data, sorted({name for by in parts.values() for name in by}))
+    empty, tally = class_lists.empty_id(data, number), source.tally
+    rendered: list[tuple[str, Path | Maker]] = [
+        (
+            f"masks/{key}.png",
+            partial(binary.render, {number[n]: path for n, path in by.items()}, empty, max_pixels, tally),
+        )
+        for key, by in sorted(parts.items())
+    ]
+    reason = "no image and class go by this name; expected masks/NAME/CLASS, masks/CLASS/NAME or masks/NAME_CLASS"
+    return Source(
+        files=[*source.files, *rendered],
+        classes=classes,
+        lists=source.lists,
+        groups=source.groups,
+        refused=[(f"masks/{name}", "mask-without-image", reason) for name in left],
+        notes=[
+            "masks: binary, one file per class" + " (found by looking)" * (data.masks == "auto"),
+            f"pixels in no class: {data.unannotated}",
+            *notes,
+        ],
+        tally=tally,
+    )
+
+
+def _infer_classes(mask_files: dict[str, Path], max_pixels: int) -> class_lists.Classes:
     highest = -1
     for path in mask_files.values():
         try:
@@ -71,55 +134,3 @@ def _infer_classes(mask_files: dict[str, Path], max_pixels: int) -> list[dict[st
     if highest < 0:
         raise SourceError("no class file and no readable mask: name a file with one class a line in data.classes")
     return [{"id": k, "name": f"class_{k}", "color": list(c)} for k, c in enumerate(masks.palette(highest + 1))]
-
-
-def read(
-    folder: Path, *, classes: str | None, lists: Lists, group: str | None, max_pixels: int = 178_956_970
-) -> Source:
-    """Read a source folder's lists and names; image bytes are read later, one at a time.
-
-    Args:
-        folder: holds `images/` and, for labelled images, `masks/`.
-        classes: class file inside the folder; None: the ids found in the masks are the classes.
-        lists: id lists inside the folder.
-        group: regular expression with one (...) that yields an image's group from its name id. Without it the
-            sub-folder under images/ is the group, and an image directly in images/ is a group of its own.
-        max_pixels: budget for masks that are decoded where no class file is given.
-
-    Raises:
-        SourceError: no images, a class file or list that is not there, a list names an unknown image or one twice, a
-            group that does not match; names the file.
-    """
-    image_files, mask_files = walk(folder / "images"), walk(folder / "masks")
-    if not image_files:
-        raise SourceError(
-            f"{folder}: no files under images/; data.path must name a folder that holds images/ and masks/"
-        )
-    ids = {name_id(name) for name in image_files}
-    found = {key: _id_list(folder, getattr(lists, key), ids) for key in LISTS}
-    groups = groups_by(group, sorted(ids))
-    if classes is None:
-        known = _infer_classes(mask_files, max_pixels)
-    else:
-        way_out = "write it, or set data.classes: null to take the ids found in the masks as the classes"
-        known = class_list(_lines(folder / classes, way_out), folder / classes)
-    return Source(
-        files=[(f"images/{n}", p) for n, p in image_files.items()] + [(f"masks/{n}", p) for n, p in mask_files.items()],
-        classes=known,
-        lists=found,
-        groups=groups,
-    )
-
-
-def _id_list(folder: Path, file: str | None, ids: set[str]) -> list[str] | None:
-    if file is None:
-        return None
-    listed = [line if line in ids else name_id(line) for line in _lines(folder / file, "write it, or take it out")]
-    if unknown := [key for key in listed if key not in ids]:
-        raise SourceError(
-            f"{folder / file}: {len(unknown)} ids have no file under images/, the first is {unknown[0]!r}"
-        )
-    if len(set(listed)) < len(listed):
-        twice = next(key for key in listed if listed.count(key) > 1)
-        raise SourceError(f"{folder / file}: {twice!r} is listed twice")
-    return listed

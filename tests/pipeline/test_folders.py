@@ -7,14 +7,13 @@ import pytest
 import tiny_source
 
 from pipeline import masks
-from pipeline.config import Lists
+from pipeline.config import Data, Lists
 from pipeline.formats import folders
 from pipeline.formats.source import Source, SourceError, name_id
 
 
 def read(folder: Path, **changes: object) -> Source:
-    options = {"classes": "classes.txt", "lists": Lists(), "group": None} | changes
-    return folders.read(folder, **options)  # type: ignore[arg-type]
+    return folders.read(folder, Data.model_validate({"source": "folder"} | changes), max_pixels=1 << 24)
 
 
 @pytest.fixture
@@ -48,7 +47,9 @@ def test_classes_keep_their_order_and_given_colours(source: Path) -> None:
     assert classes[2]["color"] == [255, 255, 255]
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "0 classes"), ("a\nb\na\n", "line 3.*'a'"), ("x\n" * 256, "256")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "0 classes"), ("a\nb\na\n", "line 3.*'a'"), ("\n".join(map(str, range(256))), "256")]
+)
 def test_unusable_class_files_are_named(source: Path, text: str, message: str) -> None:
     (source / "classes.txt").write_text(text)
     with pytest.raises(SourceError, match=rf"classes\.txt.*{message}"):

@@ -34,7 +34,7 @@ def test_a_folder_is_packed_byte_for_byte_and_always_the_same(tmp_path: Path) ->
 def test_a_wrong_source_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_source.write_project(tmp_path / "project", tmp_path / "nowhere")
     assert tiny_source.run(tmp_path / "project", upto="pull") == 1
-    assert "no files under images/" in capsys.readouterr().err
+    assert "no such folder or archive" in capsys.readouterr().err
     assert not (tmp_path / "project/data/pulled").exists()
 
 

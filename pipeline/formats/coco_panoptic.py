@@ -1,0 +1,65 @@
+"""COCO panoptic PNGs: each pixel's colour is a segment's id, R + 256 G + 65536 B; 0 is in no segment.
+
+Format: https://cocodataset.org/#format-data, section 4.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import archives, images, masks
+from pipeline.formats import documents
+from pipeline.formats.source import SourceError
+
+
+def find(root: Path, file: Path, annotation: Any) -> Path:
+    """A panoptic annotation's PNG: in the folder of the JSON file's name, beside it or in the source.
+
+    Raises:
+        SourceError: a file_name that leads out of the source, or a PNG that is nowhere.
+    """
+    try:
+        name = archives.safe_name(documents.field(annotation, "file_name", str), file)
+    except (documents.Broken, archives.DumpRefused) as error:
+        raise SourceError(f"{file}: a panoptic annotation cannot be used: {error}") from error
+    for place in (file.parent / file.stem, root / file.stem, file.parent, root):
+        path = place / name
+        if path.is_file() and path.resolve().is_relative_to(root.resolve()):
+            return path
+    raise SourceError(
+        f"{file}: no {name} in {file.parent / file.stem} or {root / file.stem}; unpack the panoptic PNGs there"
+    )
+
+
+def render(path: Path, annotation: Any, numbers: Mapping[int, int], empty: int, max_pixels: int) -> bytes:
+    """Panoptic PNG -> PNG of class ids. `numbers` are the class ids of the categories; `empty` stands for segment 0.
+
+    Raises:
+        images.Refused: "panoptic-png" where it is not RGB, "label-file" for a segment or category that is not described,
+            and the codes of a damaged image.
+    """
+    kind, image = images.open_header(path.read_bytes(), max_pixels)
+    if kind != "PNG" or image.mode != "RGB":
+        raise images.Refused("panoptic-png", f"{path.name} is {kind} {image.mode}, not an RGB PNG: its colours are ids")
+    try:
+        pixels_HWC = np.asarray(image, dtype=np.uint32)
+    except Exception as error:  # a plugin may raise nearly anything on damaged bytes
+        raise images.Refused("corrupt", f"{path.name} cannot be decoded ({images.short(error)})") from error
+    segment_HW = pixels_HWC[..., 0] + 256 * pixels_HWC[..., 1] + 65536 * pixels_HWC[..., 2]
+    try:
+        table = {0: empty}
+        for segment in documents.field(annotation, "segments_info", list):
+            number = documents.whole(segment.get("id"), "a segment's id")
+            category = documents.whole(segment.get("category_id"), "a segment's category_id")
+            if category not in numbers or number == 0 or number in table:
+                raise documents.Broken(f"segment {number}: no category {category}, or the segment is described twice")
+            table[number] = numbers[category]
+    except (documents.Broken, AttributeError) as error:
+        raise images.Refused("label-file", f"{path.name}: {error}") from error
+    found, inverse = np.unique(segment_HW, return_inverse=True)
+    if alien := [int(number) for number in found if int(number) not in table]:
+        raise images.Refused("label-file", f"{path.name}: segment {alien[0]} is not in segments_info")
+    lookup = np.array([table[int(number)] for number in found], np.uint8)
+    return masks.encode_png(lookup[inverse.reshape(segment_HW.shape)])
