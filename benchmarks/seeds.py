@@ -23,7 +23,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipeline import config, files, manifest, progress, scores
-from training import engine, infer, metrics, train
+from training import engine, infer, metrics, models, train
 from training.data import Images
 
 SHOWN = ("kept", "precision", "seconds_per_step", "val_miou")
@@ -37,10 +37,9 @@ def variant(params: config.Params, run: str, seed: int) -> config.Params:
     return params.model_copy(update={"train": config.Train.model_validate(settings)})
 
 
-def score(params: config.Params, rows: list[manifest.Row], data: train.Data, name: str) -> dict[str, Any]:
-    """Train once; scores on test at working size in percent, and what the pseudo-labels did at the end."""
+def fit(params: config.Params, data: train.Data, name: str) -> tuple[models.Segmenter, list[dict[str, float]]]:
+    """Train once; the teacher of the last step in eval mode, and the history."""
     ready = train.prepare(params, data, None)
-    began = time.monotonic()
     with tempfile.TemporaryDirectory() as work, progress.bar(name, params.train.steps) as bar:
         done = 0
 
@@ -54,20 +53,36 @@ def score(params: config.Params, rows: list[manifest.Row], data: train.Data, nam
             n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
             work=Path(work), on_log=log,
         )  # fmt: skip
-    seconds = time.monotonic() - began
     ready.model.load_state_dict(result.teacher)
-    ready.model.eval()
+    return ready.model.eval(), result.history
+
+
+def measure(model: models.Segmenter, images: Images, classes: list[dict[str, Any]], ignore: int, stride: int) -> Any:
+    """K x K counts over `images` at working size."""
+    total = np.zeros((len(classes),) * 2, np.int64)
+    for sample in (images[i] for i in range(len(images))):
+        label = infer.logits_of(model, sample.image_HWC, stride).argmax(0).cpu()
+        total += metrics.confusion(sample.label_HW.long(), label, len(classes), ignore).numpy()
+    return total
+
+
+def told(total: Any, classes: list[dict[str, Any]]) -> dict[str, Any]:
+    """mIoU and IoU per class in percent."""
+    iou = {c["name"]: round(100 * float(v), 2) for c, v in zip(classes, scores.iou(total), strict=True)}
+    return {"miou": round(float(scores.miou(total)), 3), "iou": iou}
+
+
+def score(params: config.Params, rows: list[manifest.Row], data: train.Data, name: str) -> dict[str, Any]:
+    """Train once; scores on test at working size in percent, and what the pseudo-labels did at the end."""
+    began = time.monotonic()
+    model, history = fit(params, data, name)
+    seconds = time.monotonic() - began
     test = [row for row in rows if row.split == "test"]
     images = Images(test, params.input, ignore=data.ignore, max_pixels=params.ingest.max_pixels)
-    total = np.zeros((len(data.classes),) * 2, np.int64)
-    for sample in (images[i] for i in range(len(images))):
-        label = infer.logits_of(ready.model, sample.image_HWC, params.input.stride).argmax(0).cpu()
-        total += metrics.confusion(sample.label_HW.long(), label, len(data.classes), data.ignore).numpy()
-    last = result.history[-1]
+    last = history[-1]
     found = {"kept": last.get("kept"), "precision": last.get("precision"), "val_miou": last["val_miou"]}
     return {
-        "miou": round(float(scores.miou(total)), 3),
-        "iou": {c["name"]: round(100 * float(v), 2) for c, v in zip(data.classes, scores.iou(total), strict=True)},
+        **told(measure(model, images, data.classes, data.ignore, params.input.stride), data.classes),
         "seconds_per_step": round(seconds / params.train.steps, 3),
         **{k: None if v is None or math.isnan(v) else round(v, 4) for k, v in found.items()},
     }
