@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import champions, config, files, history, scores
+from pipeline import champions, comparisons, config, files, history, scores
 from pipeline.verdict import GateError, Scored, Verdict, judge, number
 
 
@@ -125,7 +125,7 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
     parity = champions.read_record(reports / "parity.json", (), "run the parity stage again")
     said = champions.read_record(inputs[0], ("weights",), "run the evaluate stage again")
     wrong = _belongs(id, student, said, parity)
-    move = False
+    move, when = False, now().isoformat(timespec="seconds")
     if wrong is not None:
         verdict = Verdict("refused", wrong)
     elif champion is not None and champion["id"] == id:
@@ -143,14 +143,19 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
         )
     else:
         rival = _champions_scores(home, champion) if champion is not None else None
-        verdict = judge(challenger, rival, gate, experiment=experiment)
+        made = comparisons.read(home)
+        pair = (challenger.test_hash, id, champion["id"] if champion is not None else "")
+        verdict = judge(challenger, rival, gate, experiment=experiment, comparison=comparisons.number(made, pair))
+        if verdict.comparison is not None and experiment is None:
+            comparisons.add(home, made, pair, {"at": when, "verdict": verdict.verdict, "delta": verdict.delta})
         move = verdict.verdict == "promoted"
     if move:
         trained = student.with_name("train.json")
         record = history.made_from(files.read_json(trained) if trained.exists() else {}, said) | {
             "id": id, "bundle": f"champions/{id}/bundle", "student": f"champions/{id}/student.safetensors",
-            "previous": champion["id"] if champion else None, "promoted_at": now().isoformat(timespec="seconds"),
+            "previous": champion["id"] if champion else None, "promoted_at": when,
             "miou": verdict.miou, "reason": verdict.reason, "delta": verdict.delta, "ci": verdict.ci,
+            "comparison": verdict.comparison,
         }  # fmt: skip
         if champion is not None and champion["id"] == id:
             record["previous"] = champion.get("previous")
@@ -158,6 +163,9 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
     report = {**verdict.__dict__, "challenger": id, "champion": champion["id"] if champion else None}
     report |= {
         "confidence": gate.confidence,
+        "sequential": gate.sequential,
+        "warning": verdict.comparison
+        and comparisons.worn(gate, verdict.comparison, len(challenger.images), challenger.test_hash),
         "draws": gate.bootstrap,
         "test_hash": challenger.test_hash,
         "test_images": len(challenger.images),
@@ -194,6 +202,8 @@ def main() -> int:
         Console(stderr=True).print(f"gate: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     _show(verdict, Console())
+    if warning := files.read_json(Path("reports/gate.json"))["warning"]:
+        Console().print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     return 1 if verdict.verdict == "refused" else 0
 
 

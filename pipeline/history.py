@@ -119,12 +119,8 @@ def _miou(record: Record) -> str:
 
 
 def _why(record: Record) -> str:
-    if source := record.get("rolled_back_from"):
-        return f"rolled back from {source}"
-    looks = (record.get("gate") or {}).get("comparison")
-    return str(record.get("reason", "-")) + (
-        f"; comparison {looks} on test {record['test_hash'][:12]}" if looks else ""
-    )
+    source = record.get("rolled_back_from")
+    return f"rolled back from {source}" if source else str(record.get("reason", "-"))
 
 
 def table(said: Record) -> Table:

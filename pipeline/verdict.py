@@ -4,7 +4,7 @@ For a challenger that passed parity and was scored on the champion's test hash a
 
 - Both models' per-image confusion matrices are resampled with the *same* drawn images (paired bootstrap,
   `gate.bootstrap` draws), which removes the spread that both models share. The interval is the central
-  `gate.confidence` one.
+  `gate.confidence` one, and wider the more challengers the test set has judged (`pipeline.comparisons`).
 - promoted only if the lower bound of delta mIoU is above 0; a tie inside the interval keeps the champion.
 - any class whose IoU falls by more than `gate.class_floor` points keeps the champion, whatever the mean says.
 - a class named in `gate.guarded` blocks already when its fall exceeds half that floor, or when the upper bound of its
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import champions, config, scores
+from pipeline import champions, comparisons, config, scores
 
 SEED = 0
 VERDICTS = Literal["promoted", "kept", "refused"]
@@ -49,6 +49,7 @@ class Verdict:
     per_class: dict[str, dict[str, Any]] = field(default_factory=dict)
     miou: float | None = None
     champion_miou: float | None = None
+    comparison: int | None = None
 
 
 def number(value: float) -> float | None:
@@ -78,8 +79,19 @@ def _incomparable(challenger: Scored, champion: Scored, rest: NDArray[np.int64] 
     return None
 
 
-def judge(challenger: Scored, champion: Scored | None, gate: config.Gate, *, experiment: str | None = None) -> Verdict:
-    """The rules above, from counts to a verdict; no file is touched. `experiment` names the DVC experiment, if any.
+def judge(
+    challenger: Scored,
+    champion: Scored | None,
+    gate: config.Gate,
+    *,
+    experiment: str | None = None,
+    comparison: int = 1,
+) -> Verdict:
+    """The rules above, from counts to a verdict; no file is touched.
+
+    Args:
+        experiment: name of the DVC experiment, if any.
+        comparison: which one on this test set it is, from 1.
 
     Raises:
         GateError: a guarded class that does not exist, or no test image.
@@ -89,7 +101,7 @@ def judge(challenger: Scored, champion: Scored | None, gate: config.Gate, *, exp
         raise GateError(f"gate.guarded names {unknown}, which are not classes; known: {', '.join(challenger.classes)}")
     if not challenger.images:
         raise GateError("reports/confusions.npz holds no test image; give the test split images with masks")
-    verdict = _judge(challenger, champion, gate)
+    verdict = _judge(challenger, champion, gate, comparison)
     if experiment is None or verdict.verdict != "promoted":
         return verdict
     reason = (
@@ -99,7 +111,7 @@ def judge(challenger: Scored, champion: Scored | None, gate: config.Gate, *, exp
     return replace(verdict, verdict="kept", reason=reason)
 
 
-def _judge(challenger: Scored, champion: Scored | None, gate: config.Gate) -> Verdict:
+def _judge(challenger: Scored, champion: Scored | None, gate: config.Gate, comparison: int) -> Verdict:
     miou = scores.miou(challenger.confusion_NKK.sum(0))
     if champion is None:
         if not miou >= gate.minimum_miou:
@@ -113,10 +125,10 @@ def _judge(challenger: Scored, champion: Scored | None, gate: config.Gate) -> Ve
     reason = _incomparable(challenger, champion, rest)
     if reason is not None or rest is None:
         return Verdict("refused", reason or "", miou=number(miou))
-    return _compare(challenger, rest, gate)
+    return _compare(challenger, rest, gate, comparison)
 
 
-def _compare(challenger: Scored, champion_NKK: NDArray[np.int64], gate: config.Gate) -> Verdict:
+def _compare(challenger: Scored, champion_NKK: NDArray[np.int64], gate: config.Gate, comparison: int) -> Verdict:
     pair = (challenger.confusion_NKK, champion_NKK)
     drawn = [scores.bootstrap(conf, samples=gate.bootstrap, seed=SEED) for conf in pair]
     new, old = (scores.iou(conf.sum(0)) for conf in pair)
@@ -144,14 +156,18 @@ def _compare(challenger: Scored, champion_NKK: NDArray[np.int64], gate: config.G
         }  # fmt: skip
     if spread is None or np.isnan(delta):
         return Verdict("kept", "no pixel of the test set could be compared", per_class=per_class)
-    told = f"delta mIoU {delta:+.2f}, {100 * gate.confidence:g}% interval [{spread.low:+.2f}, {spread.high:+.2f}]"
+    wider = comparisons.widening(gate, comparison, len(challenger.images))
+    low, high = (delta + wider * (end - delta) for end in (spread.low, spread.high))
+    told = f"delta mIoU {delta:+.2f}, {100 * gate.confidence:g}% interval [{low:+.2f}, {high:+.2f}]"
+    if wider > 1:
+        told += f", {wider:.2f} times as wide as at first: challenger {comparison} on this test set"
     if fallen:
         verdict: VERDICTS = "kept"
         reason = f"{'; '.join(fallen)}; {told}"
     elif len(challenger.images) < 2:
         verdict, reason = "kept", f"{told}, but one test image says nothing about the spread: add test images"
-    elif spread.low > 0:
+    elif low > 0:
         verdict, reason = "promoted", told
     else:
         verdict, reason = "kept", f"not better beyond chance: {told}"
-    return Verdict(verdict, reason, delta, spread.as_list(), per_class, miou, champion_miou)
+    return Verdict(verdict, reason, delta, [low, high], per_class, miou, champion_miou, comparison)
