@@ -95,3 +95,15 @@ def test_threads_default_to_cores_that_may_be_used(opened: runtime.Runtime) -> N
         assert machine.cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_on_a_cpu_no_more_pixels_run_together_than_the_largest_image_has(tmp_path: Path) -> None:
+    here = runtime.Runtime(tiny_onnx.write(tmp_path / "b", long_side=64), provider="cpu", threads=1)
+    seen: list[tuple[int, ...]] = []
+    real = here._session.run
+    here._session.run = lambda images: (seen.append(images.shape), real(images))[1]  # type: ignore[method-assign]
+    small, large = (RNG.integers(0, 256, (7, side, side, 3), dtype=np.uint8) for side in (32, 64))
+    for batch in (small, large):
+        label, _ = here.run(batch)
+        np.testing.assert_array_equal(label, tiny_onnx.expected(batch)[0])
+    assert [shape[0] for shape in seen] == [4, 2, 1] + [1] * 7
