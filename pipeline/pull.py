@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import config, demo, doom, files, images, progress, shards
@@ -20,6 +21,7 @@ from pipeline.formats import cityscapes, coco, folders, geotiff, labelme, tree, 
 from pipeline.formats.source import LISTS, Source
 
 PULLED, OFFERED = Path("data/pulled"), Path("data/offered")
+Pulled = tuple[dict[str, Any], dict[Path, int], list[tuple[str, str]]]  # source.json, images per archive, rows to show
 Reader = Callable[..., Source]  # read(root, data, *, max_pixels)
 READERS: dict[str, Reader] = {
     "folder": folders.read,
@@ -66,7 +68,7 @@ def demo_members(
             yield f"masks/{group}/{n:03d}.png", frame.mask_png
 
 
-def pull_demo(params: config.Params, console: Console) -> tuple[dict[str, Any], dict[Path, int]]:
+def pull_demo(params: config.Params, console: Console) -> Pulled:
     """Render the demo: base.tar, and one archive per later dump in data/offered/ that the user may register."""
     recipe = demo.load_recipe(Path(params.data.path))
     wanted = demo.counts(recipe)
@@ -77,10 +79,10 @@ def pull_demo(params: config.Params, console: Console) -> tuple[dict[str, Any], 
     written |= {OFFERED / f"{name}.tar": list(part.levels) for name, part in recipe.dumps.items()}
     for path, levels in written.items():
         shards.write_tar(path, demo_members(frames, levels, with_masks=path.parent == PULLED))
-    return demo_source(recipe), {path: sum(wanted[level] for level in levels) for path, levels in written.items()}
+    return demo_source(recipe), {path: sum(wanted[level] for level in levels) for path, levels in written.items()}, []
 
 
-def pull_labels(params: config.Params, console: Console) -> tuple[dict[str, Any], dict[Path, int]]:
+def pull_labels(params: config.Params, console: Console) -> Pulled:
     """Pack what the format's reader finds into base.tar, rendering masks one at a time."""
     data, path, counted = params.data, PULLED / "base.tar", Counter[str]()
     if data.source not in READERS:
@@ -101,21 +103,19 @@ def pull_labels(params: config.Params, console: Console) -> tuple[dict[str, Any]
     about |= {"groups": source.groups, "group_pattern": data.group}  # the pattern also serves later dumps
     if refused:
         about["refused"] = [list(item) for item in sorted(refused)]
-    show(source, counted, refused, console)
-    return about, {path: counted["images"]}
+    return about, {path: counted["images"]}, told(source, counted["masks"], refused)
 
 
-def show(source: Source, counted: Mapping[str, int], refused: list[tuple[str, str, str]], console: Console) -> None:
-    """What the reader decided, and what came of it."""
-    for line in source.notes:
-        console.print(line, markup=False)
-    rendered = sum(not isinstance(origin, Path) for _, origin in source.files)
-    console.print(f"{counted['masks']} masks, {rendered} of them to be rendered")
-    for what, count in sorted(source.tally.items()):
-        console.print(f"{what}: {count}", markup=False)
+def told(source: Source, masks: int, refused: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """What the reader decided and what came of it, as rows of the table."""
+    rendered = sum(not isinstance(origin, Path) and name.startswith("masks/") for name, origin in source.files)
+    rows = [("decided", line) for line in source.notes]
+    rows.append(("masks", f"{masks}, {'rendered from labels' if rendered else 'as they came'}"))
+    rows += [(what, str(count)) for what, count in sorted(source.tally.items())]
     for code, count in sorted(Counter(code for _, code, _ in refused).items()):
         first = next(f"{name}: {reason}" for name, found, reason in refused if found == code)
-        console.print(f"refused, {code}: {count}, the first: {first}", markup=False, style="yellow")
+        rows.append((f"refused: {code}", f"{count}, the first: {first}"))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,19 +126,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         params = config.load(arguments.params)
         OFFERED.mkdir(parents=True, exist_ok=True)
-        source, written = (pull_demo if params.data.source == "demo" else pull_labels)(params, console)
+        pull = pull_demo if params.data.source == "demo" else pull_labels
+        source, written, rows = pull(params, console)
     except (config.ConfigError, ValueError, OSError) as error:
         Console(stderr=True).print(f"pull: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     files.write_json(PULLED / "source.json", source)
-    table = Table(title=f"pull: {params.data.source}, {time.monotonic() - begun:.1f} s")
-    for column in ("archive", "images", "MiB"):
-        table.add_column(column, justify="left" if column == "archive" else "right")
-    for path, count in written.items():
-        table.add_row(str(path), str(count), f"{path.stat().st_size / 2**20:.1f}")
-    console.print(table)
     listed = ", ".join(f"{len(ids)} {part}" for part, ids in source["lists"].items() if ids is not None)
-    console.print(f"{len(source['classes'])} classes; lists: {listed or 'none (split by group)'}")
+    names = [c["name"] for c in source["classes"]]
+    rows.append(("classes", f"{len(names)}: {', '.join(names[:12])}{', ...' * (len(names) > 12)}"))
+    rows.append(("lists", listed or "none (split by group)"))
+    rows += [(str(path), f"{n} images, {path.stat().st_size / 2**20:.1f} MiB") for path, n in written.items()]
+    table = Table("what", "found", title=f"pull: {params.data.source}, {time.monotonic() - begun:.1f} s")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
     return 0
 
 

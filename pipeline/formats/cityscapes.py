@@ -36,7 +36,7 @@ LABELS: tuple[tuple[str, int, tuple[int, int, int]], ...] = (
 CLASSES: class_lists.Classes = [
     {"id": train_id, "name": name, "color": list(colour)} for name, train_id, colour in LABELS if train_id != _VOID
 ]
-_IMAGE = re.compile(r"(?P<key>(?P<split>[^/]+)/(?P<city>[^/]+)/[^/]+)_leftImg8bit\.[^./]+")
+_IMAGE = re.compile(r"(?P<key>[^/]+/(?:(?P<city>.+)/)?[^/]+)_leftImg8bit\.[^./]+")
 _KINDS = {"trainIds": "labelTrainIds", "labelIds": "labelIds"}
 
 
@@ -65,7 +65,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     masked = {name[len("masks/") : -len(".png")] for name, _ in files}
     parts = {part: [key for key in found if key.startswith(f"{part}/")] for part in ("val", "test")}
     listed, left_out, notes = lists.own(parts, masked)
-    groups = groups_by(data.group, list(found)) or {key: city for key, (city, _, _) in found.items()}
+    groups = groups_by(data.group, list(found)) or {key: city or key for key, (city, _, _) in found.items()}
     ids = found.keys() - left_out
     if lists.given(data.lists):
         listed = lists.read(root, data.lists, ids, {f"leftImg8bit/{key}_leftImg8bit": key for key in ids})

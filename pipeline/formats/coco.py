@@ -8,8 +8,8 @@ file's order. `iscrowd` regions are of their class like any other: Datumaro and 
 An image without an annotation is unlabelled. One broken annotation refuses its image's mask.
 
 Images are looked for by file_name in the source, its images/, the folder of the JSON file, and the folder that the JSON
-file's name ends in (instances_train2017.json -> train2017/). Each image is a group of its own, or belongs to the folder
-in its file_name.
+file's name ends in (instances_train2017.json -> train2017/). That end also says which images are val or test. Each image
+is a group of its own, or belongs to the folder in its file_name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,13 +28,15 @@ _OTHERS = ("captions_", "person_keypoints_", "image_info_")
 
 
 class Picture(NamedTuple):
-    """One image of the label files. `key` is its name id; height and width are as the file says, to be checked."""
+    """One image of the label files. `key` is its name id, `name` its file_name; height and width are as the file says, to
+    be checked; `part` is val, test or train, as the label file's name says."""
 
     key: str
     path: Path
-    folder: str
+    name: str
     height: Any
     width: Any
+    part: str
 
 
 class Found(NamedTuple):
@@ -64,16 +66,23 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         numbers = {category: ids[name] for category, name in names.items()}
         made[key] = partial(coco_panoptic.render, png, annotation, numbers, empty, max_pixels)
     keys = sorted(found.pictures)
-    own = {key: found.pictures[key].folder or key for key in keys}
-    bare = {name_id(found.pictures[key].path.name): key for key in keys}
+    stated = {name_id(found.pictures[key].name): key for key in keys}
+    aliases = (stated if len(stated) == len(keys) else {}) | {f"images/{key}": key for key in keys}
+    listed, left_out = lists.read(root, data.lists, set(keys), aliases), set[str]()
+    if not lists.given(data.lists):
+        parts = {part: [key for key in keys if found.pictures[key].part == part] for part in ("val", "test")}
+        listed, left_out, said = lists.own(parts, set(made))
+        notes += said
     files: list[tuple[str, Path | Maker]] = [
-        (f"images/{key}{found.pictures[key].path.suffix}", found.pictures[key].path) for key in keys
+        (f"images/{key}{found.pictures[key].path.suffix}", found.pictures[key].path)
+        for key in keys
+        if key not in left_out
     ]
     return Source(
         files=files + [(f"masks/{key}.png", made[key]) for key in sorted(made)],
         classes=classes,
-        lists=lists.read(root, data.lists, set(keys), (bare if len(bare) == len(keys) else {}) | _aliases(keys)),
-        groups=groups_by(data.group, keys) or own,
+        lists=listed,
+        groups=groups_by(data.group, keys) or {k: found.pictures[k].name.rpartition("/")[0] or k for k in keys},
         refused=found.refused,
         notes=[
             f"label files: {', '.join(path.name for path in used)}",
@@ -81,10 +90,6 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
             *notes,
         ],
     )
-
-
-def _aliases(keys: Sequence[str]) -> dict[str, str]:
-    return {f"images/{key}": key for key in keys}
 
 
 def label_files(root: Path, data: config.Data) -> list[Path]:
@@ -115,7 +120,7 @@ def _collect(root: Path, path: Path, found: Found) -> None:
     by_id: dict[Any, str] = {}
     taken: set[str] = set()
     for record in pictures:
-        key = _add_picture(root, record, places, by_id, found, path.name)
+        key = _add_picture(root, record, places, by_id, found, path.name, _part(root, path))
         if key in taken:
             reason = f"{path.name} names this image, or another with its name id, twice"
             found.refused.append((f"labels/{path.name}:images", "duplicate-name", f"{key}: {reason}"))
@@ -150,8 +155,14 @@ def _places(root: Path, path: Path) -> list[Path]:
     return [root, root / "images", *named, path.parent]
 
 
+def _part(root: Path, path: Path) -> str:
+    """train, val or test: by the end of the label file's name (instances_val2017.json), or by its folder (valid/)."""
+    words = (path.stem.rpartition("_")[2], path.parent.name if path.parent != root else "")
+    return next((part for part in ("val", "test") if any(word.startswith(part) for word in words)), "train")
+
+
 def _add_picture(
-    root: Path, record: Any, places: Sequence[Path], by_id: Mapping[Any, str], found: Found, file: str
+    root: Path, record: Any, places: Sequence[Path], by_id: Mapping[Any, str], found: Found, file: str, part: str
 ) -> str | None:
     """Name id of one entry of `images`, None (and a refusal) where it cannot be used."""
     shown = f"labels/{file}:images"
@@ -168,9 +179,7 @@ def _add_picture(
         found.refused.append((f"images/{safe}", "image-missing", f"{file} names it, but it is not below data.path"))
         return None
     key = name_id(path.relative_to(root).as_posix().removeprefix("images/"))
-    known = found.pictures.setdefault(
-        key, Picture(key, path, safe.rpartition("/")[0], record.get("height"), record.get("width"))
-    )
+    known = found.pictures.setdefault(key, Picture(key, path, safe, record.get("height"), record.get("width"), part))
     if known.path != path:
         found.refused.append((f"images/{safe}", "duplicate-name", f"same name id as {known.path.name}; rename one"))
         return None

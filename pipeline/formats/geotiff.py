@@ -5,8 +5,9 @@ neighbours never stand on two sides of a split. Tiles begin at multiples of the 
 are smaller. Pixels without data, of the image (nodata value, alpha or mask band) or of the mask, are ignored in the
 mask and black in the picture; tiles without any data are left out.
 
-Bands: the first three are red, green and blue; one or two are grey (and alpha). 16-bit samples become their high byte, as
-everywhere here: stretch the values first where they fill only the lowest of the 65,536.
+Bands: the first three are red, green and blue; one or two are grey (and alpha). A last band that the file declares to be
+alpha says where there is data; GDAL declares so by itself when it writes four bands of 8 bits. 16-bit samples become
+their high byte, as everywhere here: stretch the values first where they fill only the lowest of the 65,536.
 
 Needs the extra `geotiff` (rasterio). Only the tile at hand is read.
 """

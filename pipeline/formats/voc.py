@@ -83,7 +83,10 @@ def classes(root: Path, data: config.Data) -> class_lists.Classes:
         if line.startswith("#"):
             continue
         name, _, rest = line.partition(":")
-        numbers = rest.partition(":")[0].split(",")
+        stated = rest.partition(":")[0] or ",".join(
+            map(str, colour(len(lines)))
+        )  # Datumaro may leave it to VOC's palette
+        numbers = stated.split(",")
         if not name or len(numbers) != 3 or not all(n.strip().isdigit() for n in numbers):
             raise SourceError(f"{path}: line {number}: {line!r} is not `name:r,g,b:parts:actions`")
         lines.append(f"{name} {' '.join(n.strip() for n in numbers)}")

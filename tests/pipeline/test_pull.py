@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_labels
 import tiny_source
 import yaml
 
-from pipeline import shards
+from pipeline import config, pull, shards
 
 
 def test_a_folder_is_packed_byte_for_byte_and_always_the_same(tmp_path: Path) -> None:
@@ -61,3 +62,30 @@ def test_real_photographs_go_through_every_data_stage(shared_data: Path, tmp_pat
     assert summary["missing"] == {"labelled": ["bicyclist"], "val": [], "test": []}  # four pictures are few
     assert all(row.width == 480 and row.height == 360 for row in tiny_source.rows(root).values())
     assert tiny_source.quarantine(root) == {}
+
+
+def test_the_table_says_what_was_decided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_source.write_project(tmp_path / "project", tiny_labels.GOLDEN / "voc", {"source": "voc"})
+    assert tiny_source.run(tmp_path / "project", upto="pull") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "pull: voc" in said
+    assert "masks: colours" in said
+    assert "3: background, cat, dog" in said
+    assert "2 test" in said
+
+
+def test_a_format_without_a_reader_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_source.write_project(tmp_path, tmp_path, {"source": "vocc"})
+    assert tiny_source.run(tmp_path, upto="pull") == 1
+    assert "data.source: Input should be 'demo', 'folder', 'voc'" in capsys.readouterr().err
+
+
+def test_every_source_of_the_settings_has_a_reader() -> None:
+    stated = set(config.Data.model_fields["source"].annotation.__args__)
+    assert stated - {"demo"} - {"cvat", "labelstudio"} == pull.READERS.keys() - {"cvat", "labelstudio"}
+
+
+def test_params_yaml_and_the_settings_agree_on_what_there_is() -> None:
+    """Every key of data is in the project's own params.yaml, so that a user finds it there."""
+    text = (Path(__file__).parents[2] / "params.yaml").read_text()
+    assert yaml.safe_load(text)["data"].keys() == config.Data.model_fields.keys()
