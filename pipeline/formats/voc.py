@@ -78,7 +78,7 @@ def classes(root: Path, data: config.Data) -> class_lists.Classes:
     path = root / "labelmap.txt"
     if not path.exists():
         return [{"id": k, "name": name, "color": colour(k)} for k, name in enumerate(NAMES)]
-    lines = []
+    lines: list[str] = []
     for number, line in enumerate(class_lists.read_lines(path, "write it"), 1):
         if line.startswith("#"):
             continue
