@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline import config, demo, doom, files, images, progress, shards
-from pipeline.formats import cityscapes, coco, folders, geotiff, labelme, tree, voc
+from pipeline.formats import cityscapes, coco, cvat, folders, geotiff, labelme, labelstudio, tree, voc
 from pipeline.formats.source import LISTS, Source
 
 PULLED, OFFERED = Path("data/pulled"), Path("data/offered")
@@ -30,6 +30,8 @@ READERS: dict[str, Reader] = {
     "coco": coco.read,
     "labelme": labelme.read,
     "geotiff": geotiff.read,
+    "cvat": cvat.read,
+    "labelstudio": labelstudio.read,
 }
 
 

@@ -1,0 +1,205 @@
+"""Label Studio: the JSON export (a list of tasks), and tasks with pre-labels as predictions.
+
+Read: brush, polygon, rectangle (turned about its top left corner) and ellipse, whatever control tag drew them: the
+value's own fields say what it is. Coordinates are percent of the image; later regions lie over earlier ones. Of several
+annotations of a task, cancelled ones never count; one marked as ground truth comes before the others, then the one
+changed last. Predictions are never labels. Tasks without an annotation are pictures without shapes.
+
+Written: one brush region per region as `regions.regions` cuts them, ignored pixels under the label `ignore` (or the
+next free name), and the image id in the task's data, where it survives every export.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+
+from pipeline import config, files, masks
+from pipeline.formats import brush, documents, tool_source
+from pipeline.formats.pictures import IGNORE, Patch, Picture, Shape, ellipse, ignore_name, polygon, rectangle, turned
+from pipeline.formats.regions import regions
+from pipeline.formats.source import Source, SourceError
+from pipeline.formats.task import Item
+from pipeline.images import Refused
+
+MAX_BYTES = 1 << 29
+ID = "marginalia_id"  # the task data's field that holds the image id
+_LABELS = ("brushlabels", "polygonlabels", "rectanglelabels", "ellipselabels", "labels")
+
+
+def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
+    """images/ and the JSON export (`data.annotations`, or the only .json in the folder). Raises SourceError."""
+    beside = [root / data.annotations] if data.annotations else sorted(root.glob("*.json"))
+    if len(beside) != 1:
+        raise SourceError(f"{root}: {len(beside)} .json files in it; name the export in data.annotations")
+    found = load(beside[0])
+    names = sorted({shape.label for picture in found for shape in picture.shapes})
+    return tool_source.source(root, data, found, names, {}, max_pixels)
+
+
+def load(path: Path) -> list[Picture]:
+    """The JSON export -> pictures in the file's order.
+
+    Raises:
+        SourceError: larger than 512 MB, not JSON, nested too deeply, not a list of tasks; names the file.
+    """
+    tasks = documents.read_json(path, max_bytes=MAX_BYTES)
+    if not isinstance(tasks, list) or not all(isinstance(t, dict) and isinstance(t.get("data"), dict) for t in tasks):
+        raise SourceError(f"{path}: not a list of tasks with `data`; export as JSON, not as JSON-MIN or COCO")
+    return [_picture(task) for task in tasks]
+
+
+def _picture(task: dict[str, Any]) -> Picture:
+    texts = {key: value for key, value in task["data"].items() if isinstance(value, str)}
+    name = image_name(texts.get("image") or next((v for k, v in texts.items() if k != ID), ""))
+    results = [r for r in _chosen(task) if isinstance(r, dict) and isinstance(r.get("value"), dict)]
+    drawn = [Shape(*found) for number, result in enumerate(results) for found in _shape(result, number)]
+    sizes = {(_whole(r.get("original_height")), _whole(r.get("original_width"))) for r in results if drawn}
+    height, width = max(sizes, default=(0, 0))
+    if len(sizes - {(0, 0)}) > 1 or (drawn and 0 in (height, width)):
+        drawn = [drawn[0]._replace(draw=lambda height, width: _no_size(sizes))]
+    return Picture(name or f"task {task.get('id')}", height, width, drawn, texts.get(ID, ""))
+
+
+def _no_size(sizes: set[tuple[int, int]]) -> Patch:
+    raise Refused("bad-shape", f"its regions state the sizes {sorted(sizes)} (height, width); export the task again")
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _chosen(task: dict[str, Any]) -> Sequence[Any]:
+    """The regions of the one annotation that counts."""
+    given = task.get("annotations", task.get("completions")) or []
+    live = [
+        a for a in given if isinstance(a, dict) and not a.get("was_cancelled") and isinstance(a.get("result"), list)
+    ]
+
+    def rank(one: dict[str, Any]) -> tuple[bool, str, int]:
+        return (
+            bool(one.get("ground_truth")),
+            str(one.get("updated_at") or one.get("created_at") or ""),
+            _whole(one.get("id")),
+        )
+
+    result: Sequence[Any] = max(live, key=rank)["result"] if live else []
+    return result
+
+
+def image_name(reference: str) -> str:
+    """What an image was called, out of the task's reference to it: an upload, a local or cloud file, or a URL.
+
+    Label Studio puts eight hex digits and a dash before an uploaded file's name; they are dropped.
+    """
+    parts = urlsplit(reference)
+    if parts.scheme == "data":
+        return ""
+    local = parse_qs(parts.query).get("d") if "/local-files" in parts.path else None
+    path = local[0] if local else unquote(parts.path)
+    if "/upload/" in path:
+        path = re.sub(r"^[0-9a-f]{8}-", "", path.rpartition("/")[2])
+    return path.lstrip("/")
+
+
+def _shape(result: Mapping[str, Any], number: int) -> Iterator[tuple[str, Any, int]]:
+    """The arguments of a Shape; nothing for a result that is no region or has no label (its twin with one follows)."""
+    value: dict[str, Any] = result["value"]
+    labels = next((value[key] for key in _LABELS if isinstance(value.get(key), list) and value[key]), None)
+    draw = next((draw for key, draw in _DRAW if key in value), None)
+    if labels is None or draw is None:
+        return
+
+    def checked(height: int, width: int) -> Patch:
+        if result.get("image_rotation"):
+            raise Refused("bad-shape", "the image was turned in Label Studio; turn it back there before labelling")
+        try:
+            return draw(value, height, width)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, Refused):
+                raise
+            raise Refused("bad-shape", f"region {result.get('id')} is malformed ({error!r}); draw it again") from error
+
+    yield str(labels[0]), checked, number
+
+
+def _brush(value: Mapping[str, Any], height: int, width: int) -> Patch:
+    if value.get("format", "rle") != "rle":
+        raise Refused("bad-rle", f"a brush region in the format {value['format']!r}; only rle is known")
+    return Patch(0, 0, brush.decode(value["rle"], height, width))
+
+
+def _polygon(value: Mapping[str, Any], height: int, width: int) -> Patch:
+    points = np.array(value["points"], np.float64).reshape(-1, 2) * (width / 100, height / 100)
+    return polygon(points, height, width)
+
+
+def _ellipse(value: Mapping[str, Any], height: int, width: int) -> Patch:
+    x, y = value["x"] * width / 100, value["y"] * height / 100
+    ring = ellipse(x, y, value["radiusX"] * width / 100, value["radiusY"] * height / 100)
+    return polygon(turned(ring, float(value.get("rotation", 0)), (x, y)), height, width)
+
+
+def _rectangle(value: Mapping[str, Any], height: int, width: int) -> Patch:
+    x, y, w, h = (value[k] * n / 100 for k, n in zip(("x", "y", "width", "height"), (width, height) * 2, strict=True))
+    corners = turned(rectangle(x, y, x + w, y + h), float(value.get("rotation", 0)), (x, y))
+    return polygon(corners, height, width)
+
+
+_DRAW = (("rle", _brush), ("points", _polygon), ("radiusX", _ellipse), ("width", _rectangle))
+
+
+def config_xml(classes: Sequence[dict[str, Any]]) -> str:
+    """The labeling interface for `write`'s tasks: a brush and a polygon tool with the classes in their colours."""
+    ignore = ignore_name([c["name"] for c in classes])
+    named = [*((c["name"], c["color"]) for c in classes), (ignore, masks.IGNORE_COLOUR)]
+    labels = "".join(
+        f'    <Label value={quoteattr(name)} background="#{bytes(colour).hex()}"/>\n' for name, colour in named
+    )
+    return (
+        '<View>\n  <Image name="image" value="$image" zoom="true" zoomControl="true"/>\n'
+        f'  <BrushLabels name="brush" toName="image">\n{labels}  </BrushLabels>\n'
+        f'  <PolygonLabels name="polygon" toName="image">\n{labels}  </PolygonLabels>\n</View>\n'
+    )
+
+
+def write(path: Path, items: Iterable[Item], classes: Sequence[dict[str, Any]], folder: str, model: str = "") -> int:
+    """tasks.json whose images Label Studio serves from local storage, with pre-labels as predictions.
+
+    Args:
+        items: read once; their images are not written here.
+        folder: where the images lie below Label Studio's document root; the tasks name `FOLDER/NAME`.
+        model: `model_version` of the predictions.
+    """
+    count = 0
+    with files.replacing(path) as file:
+        file.write(b"[")
+        for count, item in enumerate(items, 1):
+            text = json.dumps(task(item, classes, folder, model), ensure_ascii=False, separators=(",", ":"))
+            file.write((",\n" if count > 1 else "\n").encode() + text.encode())
+        file.write(b"\n]\n")
+    return count
+
+
+def task(item: Item, classes: Sequence[dict[str, Any]], folder: str, model: str = "") -> dict[str, Any]:
+    """One task; its labels, if it has some, as a prediction."""
+    names = [c["name"] for c in classes]
+    results: list[dict[str, Any]] = []
+    for value, (top, left, patch_HW) in regions(item.label_HW) if item.label_HW is not None else ():
+        mask_HW = np.zeros((item.height, item.width), bool)
+        mask_HW[top : top + patch_HW.shape[0], left : left + patch_HW.shape[1]] = patch_HW
+        label = ignore_name(names) if value == IGNORE else names[value]
+        results.append(
+            {
+                "id": f"{item.id[:6]}{len(results):04d}", "type": "brushlabels", "from_name": "brush", "to_name": "image",
+                "original_width": item.width, "original_height": item.height, "image_rotation": 0,
+                "value": {"format": "rle", "rle": brush.encode(mask_HW), "brushlabels": [label]},
+            }
+        )  # fmt: skip
+    data = {"image": f"/data/local-files/?d={quote(f'{folder}/{item.name}')}", ID: item.id}
+    return {"data": data, "predictions": [{"model_version": model, "result": results}] if results else []}

@@ -1,0 +1,83 @@
+"""A label tool's pictures and a folder of images -> a source."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline import config, masks
+from pipeline.formats import classes as class_lists
+from pipeline.formats import lists, pictures
+from pipeline.formats.pictures import Picture
+from pipeline.formats.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.images import Refused
+from pipeline.mask_png import Colour
+
+
+def source(
+    root: Path,
+    data: config.Data,
+    found: Sequence[Picture],
+    names: Sequence[str],
+    colours: Mapping[str, Colour],
+    max_pixels: int,
+) -> Source:
+    """Images lie in `root`/images. A picture's name is its path there, or, where only one image has it, its last part.
+
+    Args:
+        names: the tool's labels; one that stands for ignored pixels becomes 255.
+        colours: of some labels.
+
+    Raises:
+        SourceError: no image, or what class and id lists raise.
+    """
+    files = walk(root / "images")
+    if not files:
+        raise SourceError(f"{root}: no files under images/; export the task with its images, or put them there")
+    by_end = defaultdict(list)
+    for name in files:
+        by_end[name.rpartition("/")[2]].append(name)
+    given = class_lists.read(root, data)
+    ignored = pictures.ignore_label(names, [c["name"] for c in given[0]] if given else ())
+    classes, ids, notes = class_lists.named(root, data, [n for n in names if n != ignored], colours)
+    ids = ids | ({ignored: masks.IGNORE} if ignored else {})
+    empty = class_lists.empty_id(data, ids)
+    members: list[tuple[str, Path | Maker]] = [(f"images/{name}", path) for name, path in files.items()]
+    refused: list[tuple[str, str, str]] = []
+    taken: set[str] = set()
+    for picture in found:
+        file = _file(picture.name, files, by_end)
+        if file is None:
+            refused.append(
+                (picture.name, "labels-without-image", "no image under images/ has this name, or several have")
+            )
+        elif name_id(file) in taken:
+            refused.append((picture.name, "labels-twice", f"images/{file} has labels already; export one task of it"))
+        elif picture.shapes:
+            taken.add(name_id(file))
+            members.append((f"masks/{name_id(file)}.png", _maker(picture, ids, empty, max_pixels)))
+    names_ids = [name_id(name) for name in files]
+    return Source(
+        files=members,
+        classes=classes,
+        lists=lists.read(root, data.lists, set(names_ids)),
+        groups=groups_by(data.group, names_ids),
+        refused=refused,
+        notes=notes,
+    )
+
+
+def _file(name: str, files: Mapping[str, Path], by_end: Mapping[str, list[str]]) -> str | None:
+    for candidate in (name, name.removeprefix("images/"), name.rpartition("images/")[2]):
+        if candidate in files:
+            return candidate
+    same = by_end.get(name.rpartition("/")[2], [])
+    return same[0] if len(same) == 1 else None
+
+
+def _maker(picture: Picture, ids: Mapping[str, int], empty: int, max_pixels: int) -> Maker:
+    def render() -> bytes:
+        if not picture.height or not picture.width:
+            raise Refused("bad-shape", "its labels state no image size; export it again")
+        return masks.encode_png(pictures.paint(picture, ids, max_pixels=max_pixels, unannotated=empty))
+
+    return render
