@@ -39,6 +39,44 @@ def add_dump(
     raise typer.Exit(code)
 
 
+@app.command("export-labels")
+def export_labels(
+    format: Annotated[str, typer.Option(help="cvat, labelstudio, coco or voc")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="cvat: a zip; else a folder, replaced whole")],
+    split: Annotated[
+        list[str] | None, typer.Option(help="labelled (default), unlabelled, val, test; repeatable")
+    ] = None,
+    params: Annotated[Path, typer.Option(help="settings file")] = Path("params.yaml"),
+) -> None:
+    """Write the project's images with their labels, or pre-labels where there are none, for a label tool."""
+    from pipeline import label_export
+
+    splits = [word for part in split or [] for word in ("--split", part)]
+    raise typer.Exit(label_export.main(["--format", format, "-o", str(output), "--params", str(params), *splits]))
+
+
+@app.command("import-labels")
+def import_labels(
+    path: Annotated[Path, typer.Argument(help="CVAT's xml or zip, Label Studio's or COCO's json, a folder of masks")],
+    format: Annotated[str, typer.Option(help="auto, cvat, labelstudio, coco or folder")] = "auto",
+    by: Annotated[str | None, typer.Option(help="who gave the labels; default: you")] = None,
+    accept_unchanged: Annotated[
+        bool, typer.Option("--accept-unchanged", help="also take masks that are just the pre-label")
+    ] = False,
+    params: Annotated[Path, typer.Option(help="settings file")] = Path("params.yaml"),
+) -> None:
+    """Take corrected labels back; `dvc repro` then trains with them. What is known already changes nothing."""
+    from pipeline import label_import, labels, versioning
+
+    options = [*(["--by", by] if by else []), *(["--accept-unchanged"] if accept_unchanged else [])]
+    code = label_import.main([str(path), "--format", format, "--params", str(params), *options])
+    if code == 0:
+        keep = [Path(entry.archive) for entry in labels.read().labels.values()]
+        if problem := versioning.track([path for path in keep if not versioning.tracked(path)]):
+            typer.secho(f"not versioned by DVC: {problem}", fg="yellow", err=True)
+    raise typer.Exit(code)
+
+
 @app.command()
 def serve(
     host: Annotated[str, typer.Option()] = "127.0.0.1",

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import config, duplicates, files, ingest, manifest, registry
+from pipeline import config, duplicates, files, ingest, labels, manifest, registry
 
 MANIFEST, QUARANTINE = Path("data/manifest.parquet"), Path("data/quarantine.json")
 RANKED = ("test", "val", "labelled")
@@ -94,11 +94,14 @@ def main(argv: list[str] | None = None) -> int:
         homes = [ingest.INGESTED / name for name in names]
         archives = [manifest.read(home / "rows.parquet") for home in homes]
         refused = [item for home in homes for item in files.read_json(home / "quarantine.json")]
-        lists = files.read_json(ingest.SOURCE)["lists"]
+        source = files.read_json(ingest.SOURCE)
+        lists = source["lists"]
+        imported = labels.places(labels.read(), [c["name"] for c in source["classes"]])
         rows, dropped = deduplicate(archives, lists, params.ingest.near_duplicate_bits)
     except (config.ConfigError, ValueError, OSError) as error:
         Console(stderr=True).print(f"index: {error}", style="red", markup=False, soft_wrap=True)
         return 1
+    rows = labels.attach(rows, imported)
     manifest.write(MANIFEST, rows)
     files.write_json(QUARANTINE, refused + dropped)
     table = Table(title=f"index: {len(rows)} images, {time.monotonic() - begun:.1f} s")
@@ -111,6 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         cells = (len(archive), codes[name, "duplicate"], codes[name, "near-duplicate"], kept[name], out[name])
         table.add_row(name, *map(str, cells))
     console.print(table)
+    if imported:
+        used = sum(row.mask_import is not None for row in rows)
+        console.print(f"{used} masks from {labels.FILE}; {len(imported) - used} more are of images that are not kept")
     if refused or dropped:
         console.print(f"{len(refused) + len(dropped)} entries with their reasons: {QUARANTINE}")
     return 0

@@ -3,31 +3,22 @@
 Per image, doubt = sum over predicted classes of w_c * (1 - refined margin) over all its pixels, w_c = min(4,
 sqrt(f_max / f_c)) with f_c the class's share of labelled pixels: a doubtful pixel of a rare class counts up to four
 times. From a shortlist by doubt, images are taken greedily by doubt x distance to the nearest labelled or already
-taken image in feature space (k-centre, weighted), with at most twice an even share from one group. Pre-labels come
-from predict.
+taken image in feature space (k-centre, weighted), with at most twice an even share from one group.
+Pre-labels come from predict, and `pipeline.label_next` packs what was chosen.
 """
 
-import csv
-import io
 import math
-import sys
-import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from pipeline import config, files, images, manifest, pool
-from pipeline.pool import Floats, Pool, PoolError
+from pipeline.pool import Floats, Pool
 
 SHORTLIST = 4  # candidates per image asked for
 RARITY_CAP = 4.0
-SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 
 
 @dataclass(frozen=True)
@@ -126,76 +117,3 @@ def choose(seen: Pool, frequency_K: Floats, count: int) -> list[Choice]:
         taken[str(seen.group[rows[best]])] += 1
         nearest = np.minimum(nearest, np.linalg.norm(place[rows] - place[rows[best]], axis=1))
     return choices
-
-
-def export_names(names: Sequence[str], dumps: Sequence[str]) -> list[str]:
-    """File names without extension inside label_next; a name that occurs twice gets its dump as a folder."""
-    often = Counter(names)
-    return [name if often[name] == 1 else f"{dump}/{name}" for name, dump in zip(names, dumps, strict=True)]
-
-
-def write_folder(
-    folder: Path, choices: Sequence[Choice], seen: Pool, rows: Mapping[str, manifest.Row], prelabels: Path
-) -> None:
-    """images/, masks/ (pre-labels) and classes.txt, as the `folder` source reads them; replaces the folder as a whole.
-
-    Raises:
-        PoolError: a chosen image has no pre-label or no row, because predict and rank saw different data.
-    """
-    chosen = [c.index for c in choices]
-    names = export_names([str(seen.name[i]) for i in chosen], [str(seen.dump[i]) for i in chosen])
-    with files.replacing_folder(folder) as fresh, tarfile.open(prelabels) as archive:
-        masks = {member.name: member for member in archive}
-        for i, name in zip(chosen, names, strict=True):
-            id = str(seen.id[i])
-            member = masks.get(f"{id}.png")
-            if member is None or id not in rows:
-                raise PoolError(f"image {seen.name[i]} has no pre-label in {prelabels}; run the predict stage again")
-            data = manifest.read_image_bytes(rows[id])
-            stream = archive.extractfile(member)
-            assert stream is not None
-            files.write_bytes(fresh / "images" / f"{name}.{SUFFIX[images.probe(data)[0]]}", data)
-            files.write_bytes(fresh / "masks" / f"{name}.png", stream.read())
-        files.write_text(fresh / "classes.txt", "".join(f"{name}\n" for name in seen.classes))
-
-
-def table_csv(choices: Sequence[Choice], seen: Pool) -> str:
-    """rank.csv: place, id, name, dump, group, doubt, distance, mean refined margin and the most doubted class."""
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(("place", "id", "name", "dump", "group", "doubt", "distance", "margin", "most_doubted"))
-    for place, c in enumerate(choices, 1):
-        i = c.index
-        row = (seen.id[i], seen.name[i], seen.dump[i], seen.group[i], f"{c.doubt:.6f}", f"{c.distance:.4f}")
-        out.writerow((place, *row, f"{seen.margin[i]:.6f}", seen.classes[int(np.argmax(seen.doubt[i]))]))
-    return text.getvalue()
-
-
-def run(params: config.Params, console: Console) -> None:
-    """The stage: data/pool and data/split -> reports/rank.csv and reports/label_next/. Raises PoolError."""
-    seen = pool.read()
-    summary = files.read_json(Path("data/split/summary.json"))
-    choices = choose(seen, label_frequency(summary, list(map(str, seen.classes))), params.pool.label_next)
-    rows = {row.id: row for row in manifest.read(Path("data/split/manifest.parquet"))}
-    write_folder(Path("reports/label_next"), choices, seen, rows, pool.PRELABELS)
-    files.write_text(Path("reports/rank.csv"), table_csv(choices, seen))
-    table = Table("", "image", "group", "doubt", "most doubted class", title="label these next: reports/label_next")
-    for place, c in enumerate(choices[:10], 1):
-        doubted = str(seen.classes[int(np.argmax(seen.doubt[c.index]))])
-        table.add_row(str(place), str(seen.name[c.index]), str(seen.group[c.index]), f"{c.doubt:.3f}", doubted)
-    if len(choices) > 10:
-        table.caption = f"and {len(choices) - 10} more in reports/rank.csv"
-    console.print(table)
-
-
-def main() -> int:
-    try:
-        run(config.load(), Console())
-    except (PoolError, manifest.ManifestError, config.ConfigError) as error:
-        Console(stderr=True).print(f"rank: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,9 @@
   into a test place; in return the shares are of groups and only approximate. Two exceptions keep few groups useful: the
   group with the highest draw always trains, and a part that nobody drew gets the lowest group that is left. Those a
   later group can replace, which is warned about.
-- Images without a mask are unlabelled; later archives always are.
+- Images without a mask are unlabelled; later archives are, too.
+- An unlabelled image whose mask was imported (labels.yaml) is labelled, whatever list or dump it is from. Such masks
+  have no say in the drawing: a corrected label never moves a group to val or test.
 - An unlisted image whose group is in val or test is unused: it would leak the place into training.
 """
 
@@ -55,9 +57,8 @@ def assign(rows: Sequence[Row], lists: Lists, params: config.Split) -> tuple[lis
     base = [row for row in rows if row.dump == registry.BASE]
     split = {row.name: part_of[row.name] for row in base if row.name in part_of}
     used_groups = {row.group for row in base if row.name in split}
-    free = [
-        row for row in base if row.name not in split and row.mask_shard is not None and row.group not in used_groups
-    ]
+    own = [row for row in base if row.mask_shard is not None and row.mask_import is None]
+    free = [row for row in own if row.name not in split and row.group not in used_groups]
     split |= _by_group(free, lists, params)
     held = {row.group: split[row.name] for row in base if split.get(row.name) in ("val", "test")}
     out: list[Row] = []
@@ -72,6 +73,8 @@ def assign(rows: Sequence[Row], lists: Lists, params: config.Split) -> tuple[lis
                 reason = "no list names it"
             if reason:
                 part, unused[f"{row.dump}/{row.name}"] = "unused", reason
+        if part == "unlabelled" and row.mask_import is not None:
+            part = "labelled"
         out.append(replace(row, split=part))
     return out, unused
 

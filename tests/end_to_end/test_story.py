@@ -50,8 +50,9 @@ class Project:
         self.root = root / "project"
         for room in ("pipeline", "training", "export", "serving"):
             shutil.copytree(ROOT / room, self.root / room, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("dvc.yaml", "dumps.yaml", ".gitignore", ".dvcignore", "marginalia.py"):
+        for name in ("dvc.yaml", "dumps.yaml", "labels.yaml", ".gitignore", ".dvcignore", "marginalia.py"):
             shutil.copy(ROOT / name, self.root / name)
+        put(self.root, "data/labels/.gitkeep", b"")
         shutil.copytree(
             ROOT / ".dvc", self.root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local")
         )
@@ -222,3 +223,23 @@ def test_methods_are_compared_as_experiments_without_touching_the_workspace(proj
     project.run(*compare)  # nothing is trained twice
     assert project.run("dvc", "exp", "list", "--name-only").split() == [name]
     assert (project.root / "params.yaml").read_text().count("s4mc") == 1
+
+
+def test_corrected_labels_run_index_and_split_and_nothing_upstream(project: Project, first: str) -> None:
+    """A few images of label_next come back from Label Studio as they were sent, submitted."""
+    before = project.json("data/split/summary.json")["counts"]
+    tasks = project.json("reports/label_next/labelstudio.json")[:2]
+    for task in tasks:
+        task["annotations"] = [{"result": found["result"]} for found in task.pop("predictions")]
+    (project.root.parent / "back.json").write_text(json.dumps(tasks))
+    for words in ("next: `dvc repro`", "nothing new"):
+        assert words in project.run("marginalia", "import-labels", str(project.root.parent / "back.json"))
+    assert (project.root / "data/labels/back.tar.dvc").exists()
+    assert project.ran(project.run("dvc", "repro", "split")) == {"index", "split"}
+    after = project.json("data/split/summary.json")["counts"]
+    assert after == before | {"labelled": before["labelled"] + 2, "unlabelled": before["unlabelled"] - 2}
+    assert project.ran(project.run("dvc", "repro", "split")) == set()
+    status = project.run("git", "status", "--porcelain", "data/labels", "labels.yaml")
+    assert sorted(line[3:] for line in status.splitlines()) == ["data/labels/back.tar.dvc", "labels.yaml"]
+    rows = project.run("marginalia", "export-labels", "--format", "voc", "-o", "out", "--split", "labelled")
+    assert f"{after['labelled']} images for voc" in rows

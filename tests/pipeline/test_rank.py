@@ -1,16 +1,9 @@
-"""Ranking: rarity, doubt, diversity, group caps against closed cases; the folder reads back."""
-
-import csv
-import io
-from pathlib import Path
+"""Ranking: rarity, doubt, diversity, group caps against closed cases."""
 
 import numpy as np
-import pytest
 import tiny_project
-from PIL import Image
 
-from pipeline import config, files, manifest, pool, rank
-from training import predict
+from pipeline import pool, rank
 
 
 def made(doubt_NK: list[list[float]], place: list[list[float]], groups: str = "", labelled: int = 0) -> pool.Pool:
@@ -83,61 +76,3 @@ def test_the_order_of_files_decides_nothing() -> None:
     frequency = np.array([0.5, 0.3, 0.2])
     first = [str(seen.id[c.index]) for c in rank.choose(seen, frequency, 6)]
     assert first == [str(shuffled.id[c.index]) for c in rank.choose(shuffled, frequency, 6)]
-
-
-def test_equal_names_get_their_dump_as_a_folder() -> None:
-    names = rank.export_names(["x", "y", "x"], ["base", "base", "night"])
-    assert names == ["base/x", "y", "night/x"]
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
-    monkeypatch.chdir(tmp_path)
-    params = tiny_project.write(tmp_path)
-    assert predict.main() == 0
-    return params
-
-
-def test_stage_writes_a_folder_with_pre_labels(project: config.Params) -> None:
-    Path("reports/label_next/images").mkdir(parents=True)
-    Path("reports/label_next/images/old.png").write_bytes(b"of an earlier run")
-    assert rank.main() == 0
-    folder = Path("reports/label_next")
-    rows = {r.name: r for r in manifest.read(Path("data/split/manifest.parquet"))}
-    table = list(csv.DictReader(io.StringIO(Path("reports/rank.csv").read_text())))
-    assert [row["place"] for row in table] == ["1", "2", "3", "4"]
-    for row in table:
-        source = rows[row["name"]]
-        assert source.split == "unlabelled"
-        assert (folder / f"images/{row['name']}.png").read_bytes() == manifest.read_image_bytes(source)
-        with Image.open(folder / f"masks/{row['name']}.png") as mask:
-            assert mask.size == (source.width, source.height)
-            assert np.array(mask).max() < 4
-    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    assert len(found) == 9  # four pairs and the class list: nothing of the earlier run
-    assert (folder / "classes.txt").read_text().split() == tiny_project.NAMES
-    before = Path("reports/rank.csv").read_bytes()
-    assert rank.main() == 0
-    assert Path("reports/rank.csv").read_bytes() == before
-
-
-def test_pre_labels_of_another_run_are_an_error(project: config.Params, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline import shards
-
-    assert rank.main() == 0
-    Path("reports/rank.csv").unlink()
-    before = {p: p.read_bytes() for p in Path("reports").rglob("*") if p.is_file()}
-    shards.write_tar(pool.PRELABELS, [])
-    assert rank.main() == 1
-    assert "run the predict stage again" in capsys.readouterr().err
-    assert not Path("reports/rank.csv").exists()
-    assert {p: p.read_bytes() for p in Path("reports").rglob("*") if p.is_file()} == before  # the old folder, whole
-
-
-def test_a_pool_without_an_array_is_named(project: config.Params) -> None:
-    with np.load(pool.FILE) as arrays:
-        kept = {key: arrays[key] for key in arrays if key != "doubt"}
-    with files.replacing(pool.FILE) as file:
-        np.savez(file, **kept)
-    with pytest.raises(pool.PoolError, match="'doubt'"):
-        pool.read()

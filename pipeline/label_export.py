@@ -1,0 +1,108 @@
+"""The project's images, labels and pre-labels, written out for label tools and other programs.
+
+An image that training sees with a label, or that is held out, has its own; any other has its pre-label where predict made
+one (hidden labels of unlabelled images stay hidden). Files are named `task_name`: the image's id in front, so that
+`import-labels` knows each one again for certain.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline import config, files, images, ingest, manifest, masks, pool, shards, split
+from pipeline.formats import coco_write, cvat, labelstudio, voc_write
+from pipeline.formats.task import Item, task_name
+
+FORMATS = ("cvat", "labelstudio", "coco", "voc")
+SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
+OWN = ("labelled", "val", "test")
+
+
+def prelabels(root: Path = Path()) -> dict[str, shards.Member]:
+    """Image id -> its pre-label in the pool; {} where predict has not run."""
+    path = root / pool.PRELABELS
+    return {member.name.removesuffix(".png"): member for member in shards.members(path)} if path.exists() else {}
+
+
+def items(
+    rows: Iterable[manifest.Row], made: Mapping[str, shards.Member], max_pixels: int, root: Path = Path()
+) -> Iterator[Item]:
+    """One image in memory at a time. Raises manifest.ManifestError, or ValueError for a damaged pre-label."""
+    for row in rows:
+        data = manifest.read_image_bytes(row, root)
+        label_HW = manifest.open_mask(row, max_pixels, root) if row.split in OWN else None
+        if label_HW is None and (member := made.get(row.id)):
+            png = shards.read(root / pool.PRELABELS, member.offset, member.length)
+            label_HW = masks.decode_mask(png, max_pixels=max_pixels).astype("uint8")
+        name = task_name(row.id, f"{row.name}.{SUFFIX[images.sniff(data)]}")
+        yield Item(name, row.id, data, row.height, row.width, label_HW)
+
+
+def write(
+    path: Path,
+    form: str,
+    found: Iterable[Item],
+    classes: Sequence[dict[str, Any]],
+    splits: Mapping[str, str] | None = None,
+) -> int:
+    """A zip for cvat, a folder for the others; returns how many images."""
+    if form == "cvat":
+        return cvat.write(path, found, classes)
+    if form == "coco":
+        return coco_write.write(path, found, classes)
+    if form == "voc":
+        return voc_write.write(path, found, classes, splits)
+    with files.replacing_folder(path) as fresh:
+
+        def stored() -> Iterator[Item]:
+            for item in found:
+                files.write_bytes(fresh / "images" / item.name, item.image)
+                yield item._replace(image=b"")
+
+        count = labelstudio.write(fresh / "tasks.json", stored(), classes, f"{path.resolve().name}/images")
+        files.write_text(fresh / "config.xml", labelstudio.config_xml(classes))
+    return count
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.label_export", description="Write labels for other tools."
+    )
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--output", "-o", type=Path, required=True, help="cvat: a zip; else a folder, replaced whole")
+    parser.add_argument("--split", action="append", choices=manifest.SPLITS, help="default: labelled")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    given = parser.parse_args(argv)
+    wanted = given.split or ["labelled"]
+    try:
+        params = config.load(given.params)
+        classes = files.read_json(ingest.SOURCE)["classes"]
+        rows = [row for row in manifest.read(split.OUT) if row.split in wanted]
+        if not rows:
+            raise ValueError(f"no image in {', '.join(wanted)}")
+        if given.output.is_dir() and not _ours(given.output):
+            raise ValueError(
+                f"{given.output}: holds files of other kinds, and would be replaced whole; name a new folder"
+            )
+        found = items(rows, prelabels(), params.ingest.max_pixels)
+        count = write(given.output, given.format, found, classes, {row.id: row.split for row in rows})
+    except (config.ConfigError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"export-labels: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    Console().print(f"{given.output}: {count} images for {given.format}", markup=False)
+    return 0
+
+
+def _ours(folder: Path) -> bool:
+    """Whether an earlier export, or nothing, lies there: a folder is replaced whole."""
+    return {p.name for p in folder.iterdir()} <= {
+        "images", "annotations", "tasks.json", "config.xml", "JPEGImages", "SegmentationClass", "ImageSets", "labelmap.txt",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

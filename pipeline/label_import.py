@@ -1,0 +1,232 @@
+"""Take corrected labels back: checked record by record, packed into one archive, then named in labels.yaml.
+
+A record that cannot be used is refused with its reason and stops no other. What is in force already is left out, so the
+same file imported twice changes nothing, and a task that is exported every week adds only what is new in it. The
+registry is written last and atomically, under a lock, as for dumps.
+"""
+
+import argparse
+import fcntl
+import getpass
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import config, files, images, ingest, label_export, labels, manifest, masks, pool, returned, shards, split
+
+LOCK = Path(".marginalia/labels.lock")
+OPEN = ("labelled", "unlabelled")  # splits whose labels may change
+
+
+class Refusal(NamedTuple):
+    """A record that was not taken."""
+
+    name: str
+    code: str
+    reason: str
+
+
+class Imported(NamedTuple):
+    """What became of a delivery. `name` is None where nothing in it was new; `unchanged` counts what is in force already."""
+
+    name: str | None
+    tool: str
+    taken: int
+    unchanged: int
+    refused: list[Refusal]
+
+
+def add(
+    path: Path,
+    *,
+    params: config.Params,
+    root: Path = Path(),
+    tool: str = "auto",
+    by: str | None = None,
+    accept_unchanged: bool = False,
+) -> Imported:
+    """Register the labels of a CVAT xml or zip, a Label Studio or COCO json, or a folder of masks.
+
+    Args:
+        root: the project's folder; its last `dvc repro` says which images there are and which are for val and test.
+        by: who gave the labels; default: who runs this.
+        accept_unchanged: also take masks that are just the pre-label; else only Label Studio's, where submitting is an
+            act of its own.
+
+    Raises:
+        SourceError: the delivery as a whole cannot be read.
+        labels.LabelsError, manifest.ManifestError: the project is not in order; nothing was changed.
+    """
+    tool = returned.detect(path) if tool == "auto" else tool
+    classes = files.read_json(root / ingest.SOURCE)["classes"]
+    names = [c["name"] for c in classes]
+    rows = manifest.read(root / split.OUT)
+    labels.places(labels.read(root / labels.FILE), names, root)  # a broken registry stops the work before it begins
+    prelabels = {} if accept_unchanged or tool == "labelstudio" else label_export.prelabels(root)
+    home = root / labels.HOME
+    home.mkdir(parents=True, exist_ok=True)
+    digests: dict[str, str] = {}
+    about: dict[str, dict[str, str]] = {}
+    refused: list[Refusal] = []
+    finder, palette = returned.Finder(rows), [tuple(c["color"]) for c in classes]
+    with tempfile.TemporaryDirectory(prefix=".importing-", dir=home) as folder:
+        spool = Path(folder) / "spool.tar"
+        with shards.replacing_tar(spool) as put:
+            for record in returned.read(path, tool, classes, params.ingest.max_pixels):
+                try:
+                    row = finder.find(record)
+                    _may_change(row, digests)
+                    mask_HW = record.draw(row)
+                    if (mask_HW == masks.IGNORE).all():
+                        raise images.Refused("mask-all-ignore", "every pixel is ignored: nothing to learn from it")
+                    digest = manifest.mask_digest(mask_HW)
+                    if (
+                        row.split == "unlabelled"
+                        and row.id in prelabels
+                        and digest == _digest(root, prelabels[row.id], params)
+                    ):
+                        raise images.Refused(
+                            "unchanged-pre-label", "just as it was handed out; --accept-unchanged takes it as correct"
+                        )
+                except images.Refused as error:
+                    refused.append(Refusal(record.name, error.code, str(error)))
+                    continue
+                put(f"{row.id}.png", masks.encode_png(mask_HW, palette))
+                digests[row.id] = digest
+                about[row.id] = {"digest": digest, "name": record.name, "image": f"{row.dump}/{row.name}"}
+        with _locked(root):
+            own = {r.id: r.mask_digest for r in rows if r.split == "labelled" and r.mask_import is None}
+            return _register(root, path, tool, by or _user(), names, spool, digests, about, refused, own)
+
+
+def _may_change(row: manifest.Row, taken: dict[str, str]) -> None:
+    if row.id in taken:
+        raise images.Refused("labels-twice", f"this delivery has labels for {row.dump}/{row.name} already")
+    if row.split in ("val", "test"):
+        raise images.Refused(
+            "held-out",
+            f"{row.dump}/{row.name} is in {row.split}, which must not change under the gate; correct it in the source itself",
+        )
+    if row.split not in OPEN:
+        raise images.Refused("unused", f"{row.dump}/{row.name} takes no part: data/split/summary.json says why")
+
+
+def _digest(root: Path, member: shards.Member, params: config.Params) -> str:
+    data = shards.read(root / pool.PRELABELS, member.offset, member.length)
+    return manifest.mask_digest(masks.decode_mask(data, max_pixels=params.ingest.max_pixels).astype("uint8"))
+
+
+def _user() -> str:
+    with suppress(OSError, KeyError):  # a container's user may have no name
+        return getpass.getuser()
+    return "unknown"
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    lock = root / LOCK
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+        yield
+
+
+def _register(
+    root: Path,
+    path: Path,
+    tool: str,
+    by: str,
+    classes: Sequence[str],
+    spool: Path,
+    digests: dict[str, str],
+    about: dict[str, dict[str, str]],
+    refused: list[Refusal],
+    own: dict[str, str | None],
+) -> Imported:
+    """`own`: digests of the source's own masks that training sees."""
+    known = labels.read(root / labels.FILE)
+    force = own | {id_: place.digest for id_, place in labels.places(known, classes, root).items()}
+    new = {id_: digest for id_, digest in digests.items() if force.get(id_) != digest}
+    outcome = Imported(None, tool, len(new), len(digests) - len(new), refused)
+    if not new:
+        return outcome
+    name, added = _free_name(path, known, root), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    archive = labels.HOME / f"{name}.tar"
+    origin = labels.provenance(
+        classes, {id_: about[id_] for id_ in sorted(new)}, tool=tool, by=by, added=added, file=path.name
+    )
+    lie = {member.name: member for member in shards.members(spool)}
+    with shards.replacing_tar(root / archive) as put:
+        put(labels.PROVENANCE, origin)
+        for id_ in sorted(new):
+            put(f"{id_}.png", shards.read(spool, *lie[f"{id_}.png"][1:]))
+    entry = labels.Entry(
+        archive=archive.as_posix(), sha256=labels.content_hash(new), images=len(new), added=added, tool=tool, by=by
+    )
+    labels.write(labels.Registry(labels={**known.labels, name: entry}), root / labels.FILE)
+    return outcome._replace(name=name)
+
+
+def _free_name(path: Path, known: labels.Registry, root: Path) -> str:
+    """The file's own name in a safe form, numbered if it is taken, be it only by an archive that no registry names."""
+    stem = re.sub(r"[^a-z0-9_-]+", "-", path.resolve().stem.lower()).strip("-_")[:56] or "labels"
+    number = 1
+    while (name := stem if number == 1 else f"{stem}-{number}") in known.labels or (
+        root / labels.HOME / f"{name}.tar"
+    ).exists():
+        number += 1
+    return name
+
+
+def show(path: Path, result: Imported, console: Console) -> None:
+    """One table of what was taken and what was not, and the refused ones by name."""
+    table = Table("outcome", "images", title=f"{result.tool}: {path}")
+    table.add_row("labels taken", str(result.taken))
+    table.add_row("in force already", str(result.unchanged))
+    for code, count in Counter(item.code for item in result.refused).most_common():
+        table.add_row(f"refused: {code}", str(count))
+    console.print(table)
+    for item in result.refused:
+        console.print(f"{item.name}: {item.code}: {item.reason}", markup=False, soft_wrap=True)
+    if result.name:
+        console.print(
+            f"next: `dvc repro` trains with {result.name!r}; commit {labels.FILE} and {labels.HOME}/{result.name}.tar.dvc"
+        )
+    elif result.unchanged:
+        console.print(f"nothing new: {path} says what is in force already", markup=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.label_import", description="Take corrected labels back.")
+    parser.add_argument("path", type=Path, help="CVAT xml or zip, Label Studio or COCO json, or a folder of masks")
+    parser.add_argument("--format", default="auto", choices=("auto", *returned.TOOLS))
+    parser.add_argument("--by", help="who gave the labels; default: you")
+    parser.add_argument("--accept-unchanged", action="store_true", help="also take masks that are just the pre-label")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    given = parser.parse_args(argv)
+    try:
+        result = add(
+            given.path,
+            params=config.load(given.params),
+            tool=given.format,
+            by=given.by,
+            accept_unchanged=given.accept_unchanged,
+        )
+    except (config.ConfigError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"import-labels: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    show(given.path, result, Console())
+    return 0 if result.name or result.unchanged else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What came back from a label tool: records with a name and a label map, and which image of ours each one is."""
+
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import files, images, manifest, masks
+from pipeline.formats import classes as class_files
+from pipeline.formats import coco, cvat, documents, labelstudio, pictures
+from pipeline.formats.pictures import Picture
+from pipeline.formats.source import SourceError, name_id, walk
+from pipeline.formats.task import PREFIX, id_prefix
+
+TOOLS = ("cvat", "labelstudio", "coco", "folder")
+NAMES = "names.json"  # in an exported folder: name id -> image id
+MASKS = (".png", ".bmp", ".tif", ".tiff")
+
+
+class Record(NamedTuple):
+    """`name` as the tool has it, `id` the image id where it was carried along. `draw(row)` -> ids H x W, 255 = ignore.
+
+    `draw` raises images.Refused where the labels cannot be used.
+    """
+
+    name: str
+    id: str
+    draw: Callable[[manifest.Row], NDArray[np.uint8]]
+
+
+def detect(path: Path) -> str:
+    """Which tool wrote it. Raises SourceError where that cannot be told."""
+    if path.is_dir():
+        return "cvat" if (path / cvat.NAME).exists() else "folder"
+    if not path.exists():
+        raise SourceError(f"{path}: no such file or folder")
+    if path.suffix.lower() == ".xml" or zipfile.is_zipfile(path):
+        return "cvat"
+    with path.open("rb") as file:
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if head in (b"[", b"{"):
+        return "labelstudio" if head == b"[" else "coco"
+    raise SourceError(f"{path}: neither CVAT's xml or zip, nor Label Studio's or COCO's json, nor a folder of masks")
+
+
+def read(path: Path, tool: str, classes: Sequence[Mapping[str, Any]], max_pixels: int) -> Iterator[Record]:
+    """Records of a delivery; images that nobody annotated are left out.
+
+    Raises:
+        SourceError: the delivery as a whole cannot be read.
+    """
+    if tool == "folder":
+        return _folder(path, classes, max_pixels)
+    if tool == "cvat":
+        return _drawn(cvat.load(path / cvat.NAME if path.is_dir() else path)[1], classes, max_pixels)
+    if tool == "labelstudio":
+        return _drawn(labelstudio.load(path), classes, max_pixels)
+    return _coco(path, classes, max_pixels)
+
+
+def _drawn(found: Sequence[Picture], classes: Sequence[Mapping[str, Any]], max_pixels: int) -> Iterator[Record]:
+    ids = pictures.class_ids([c["name"] for c in classes])
+    for picture in found:
+        if not picture.shapes:
+            continue
+
+        def draw(row: manifest.Row, picture: Picture = picture) -> NDArray[np.uint8]:
+            check_size(picture.height, picture.width, row)  # before anything of that size is made
+            return pictures.paint(picture, ids, max_pixels=max_pixels)
+
+        yield Record(picture.name, picture.id, draw)
+
+
+def _coco(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -> Iterator[Record]:
+    """One label file, painted as `coco.render` does: the largest annotation first."""
+    document = documents.read_json(path)
+    try:
+        pictures_ = {record["id"]: record for record in documents.field(document, "images", list)}
+        names = {record["id"]: str(record["name"]) for record in documents.field(document, "categories", list)}
+        drawn: dict[Any, list[tuple[str | None, Any]]] = {}
+        for one in documents.field(document, "annotations", list):
+            drawn.setdefault(one["image_id"], []).append((names.get(one.get("category_id")), one))
+    except (documents.Broken, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{path}: not a COCO file with instances ({error!r}); export it again") from error
+    ids = pictures.class_ids([c["name"] for c in classes])
+    for number, record in pictures_.items():
+        if number not in drawn:
+            continue
+        name, height, width = str(record.get("file_name")), record.get("height"), record.get("width")
+        picture = coco.Picture("", path, name, height, width, "")
+
+        def draw(
+            row: manifest.Row, picture: coco.Picture = picture, mine: list[tuple[str | None, Any]] = drawn[number]
+        ) -> NDArray[np.uint8]:
+            check_size(picture.height, picture.width, row)
+            if unknown := sorted({str(what) for what, _ in mine} - ids.keys()):
+                listed = ", ".join(pictures.nearest(what, list(ids)) for what in unknown[:5])
+                raise images.Refused("unknown-class", f"unknown classes: {listed}; rename them in the tool")
+            png = coco.render(picture, mine, ids, masks.IGNORE, max_pixels)
+            return masks.decode_mask(png, max_pixels=max_pixels).astype(np.uint8)
+
+        yield Record(name, "", draw)
+
+
+def check_size(height: Any, width: Any, row: manifest.Row) -> None:
+    """Raises images.Refused("mask-size") where the labels are not of the image's size."""
+    if (height, width) != (row.height, row.width):
+        raise images.Refused(
+            "mask-size",
+            f"the labels are {width} x {height}, the image {row.width} x {row.height}; label this very image",
+        )
+
+
+def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -> Iterator[Record]:
+    """masks/ or the folder itself; class ids by the folder's classes.txt where it has one, matched by name."""
+    home = path / "masks" if (path / "masks").is_dir() else path
+    found = {name: file for name, file in walk(home).items() if name.lower().endswith(MASKS)}
+    if not found:
+        raise SourceError(f"{home}: no mask in it; expected class ids as PNG")
+    known = files.read_json(path / NAMES) if (path / NAMES).exists() else {}
+    names = [c["name"] for c in classes]
+    theirs = names
+    if (path / "classes.txt").exists():
+        lines = class_files.read_lines(path / "classes.txt", "write it")
+        theirs = [c["name"] for c in class_files.parse(lines, path / "classes.txt")[0]]
+    table = np.full(256, -1, np.int64)
+    table[: len(theirs)] = [names.index(name) if name in names else -1 for name in theirs]
+    table[masks.IGNORE] = masks.IGNORE
+    colours = {tuple(c["color"]): theirs.index(c["name"]) for c in classes if c["name"] in theirs}
+    colours |= {masks.IGNORE_COLOUR: masks.IGNORE}
+    for name, file in found.items():
+
+        def draw(row: manifest.Row, file: Path = file) -> NDArray[np.uint8]:
+            ids_HW = masks.decode_mask(file.read_bytes(), max_pixels=max_pixels, colours=colours)
+            check_size(ids_HW.shape[0], ids_HW.shape[1], row)
+            void_HW = ids_HW == (65535 if ids_HW.dtype == np.uint16 else masks.IGNORE)
+            if (ids_HW[~void_HW] > 255).any():
+                raise images.Refused("mask-class-id", f"ids up to {ids_HW.max()}; there are {len(names)} classes")
+            mapped_HW = table[np.where(void_HW, masks.IGNORE, ids_HW)]
+            if (odd := np.unique(ids_HW[mapped_HW < 0])).size:
+                _refuse(odd.tolist(), theirs, names)
+            return mapped_HW.astype(np.uint8)
+
+        yield Record(name, str(known.get(name_id(name), "")), draw)
+
+
+def _refuse(ids: Sequence[int], theirs: Sequence[str], names: Sequence[str]) -> None:
+    alien = [theirs[i] for i in ids if i < len(theirs)]
+    if alien:
+        listed = ", ".join(pictures.nearest(name, names) for name in alien[:5])
+        raise images.Refused("unknown-class", f"unknown classes: {listed}; rename them in classes.txt")
+    raise images.Refused("mask-class-id", f"ids outside 0..{len(theirs) - 1}: {ids[:5]}; map them to a class or to 255")
+
+
+class Finder:
+    """Which row a record means: by the id that it carries, by the digits before its name, else by its whole name.
+
+    A name counts as a whole (`DUMP/NAME` or `NAME`, what stands before an `images/` in it apart), never by its last
+    part alone: another image of that name would take the labels unseen.
+    """
+
+    def __init__(self, rows: Sequence[manifest.Row]) -> None:
+        self._by_id = {row.id: row for row in rows}
+        self._by_prefix, self._by_name = defaultdict(list), defaultdict(list)
+        for row in rows:
+            self._by_prefix[row.id[:PREFIX]].append(row)
+            self._by_name[row.name].append(row)
+            self._by_name[f"{row.dump}/{row.name}"].append(row)
+
+    def find(self, record: Record) -> manifest.Row:
+        """Raises images.Refused("unknown-image" | "ambiguous-name")."""
+        if record.id in self._by_id:
+            return self._by_id[record.id]
+        found = self._by_prefix.get(id_prefix(record.name) or "", [])
+        for name in (record.name, record.name.rpartition("images/")[2]):
+            found = found or self._by_name.get(name, []) or self._by_name.get(name_id(name), [])
+        if not found:
+            raise images.Refused("unknown-image", "no image of this project has that id or name")
+        if len({row.id for row in found}) > 1:
+            listed = ", ".join(f"{row.dump}/{row.name}" for row in found[:4])
+            raise images.Refused("ambiguous-name", f"could be {listed}; name it as the export did, or DUMP/NAME")
+        return found[0]
