@@ -24,6 +24,7 @@ from pipeline.formats import classes as class_lists
 from pipeline.formats import coco_panoptic, documents, lists, shapes
 from pipeline.formats.source import Maker, Source, SourceError, groups_by, name_id
 
+MAX_HELD = 1 << 30  # bytes of one image's annotations, each cut to its box
 _OTHERS = ("captions_", "person_keypoints_", "image_info_")
 
 
@@ -200,7 +201,8 @@ def render(
         images.check_pixels(width, height, max_pixels)
     except documents.Broken as error:
         raise images.Refused("label-file", str(error)) from error
-    pieces = []
+    pieces: list[tuple[int, tuple[slice, slice], shapes.Mask_HW, int]] = []
+    held = 0
     for name, annotation in annotations:
         where = f"annotation {_hashable(annotation, 'id')}"
         if name is None:
@@ -209,11 +211,22 @@ def render(
             inside_HW = pixels(annotation.get("segmentation"), height, width)
         except images.Refused as error:
             raise images.Refused(error.code, f"{where}: {error}") from error
-        pieces.append((int(inside_HW.sum()), np.packbits(inside_HW), ids[name]))
+        window = _window(inside_HW)
+        held += inside_HW[window].size
+        if held > MAX_HELD:
+            raise images.Refused("label-file", f"{where}: the image's annotations cover {held} pixels; merge some")
+        pieces.append((int(inside_HW.sum()), window, inside_HW[window].copy(), ids[name]))
     label_HW = np.full((height, width), empty, np.uint8)
-    for _, packed, number in sorted(pieces, key=lambda piece: -piece[0]):
-        label_HW[np.unpackbits(packed, count=height * width).reshape(height, width).astype(np.bool_)] = number
+    for _, window, inside_HW, number in sorted(pieces, key=lambda piece: -piece[0]):
+        label_HW[window][inside_HW] = number
     return masks.encode_png(label_HW)
+
+
+def _window(inside_HW: shapes.Mask_HW) -> tuple[slice, slice]:
+    """The rows and columns that hold every pixel inside."""
+    spans = [np.flatnonzero(inside_HW.any(axis=axis)) for axis in (1, 0)]
+    rows, columns = (slice(int(s[0]), int(s[-1]) + 1) if s.size else slice(0, 0) for s in spans)
+    return rows, columns
 
 
 def pixels(segmentation: Any, height: int, width: int) -> shapes.Mask_HW:

@@ -7,7 +7,7 @@ leave a gap. The tools' own fills differ from this by pixels on the outline: Pil
 pixel that the outline touches, pycocotools rounds the outline to a fifth of a pixel first.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from pipeline import images
 
 Mask_HW = NDArray[np.bool_]
 MAX_POINTS = 1_000_000
+MAX_CROSSINGS = 1 << 22  # of one ring with the rows' centre lines: 2 a row for a plain shape, and 64 bytes each
 FAR = 1e7  # pixels: no image is this large, and beyond it float64 arithmetic on crossings loses sense
 
 
@@ -40,16 +41,20 @@ def ring(points: Any) -> NDArray[np.float64]:
     return values.reshape(-1, 2)
 
 
-def fill(rings: Iterable[NDArray[np.float64]], height: int, width: int) -> Mask_HW:
+def fill(rings: Sequence[NDArray[np.float64]], height: int, width: int) -> Mask_HW:
     """Rings (N x 2 float64 of x, y; closed by themselves) -> H x W, True where a centre is inside by even-odd.
 
     All rings count together, so a ring inside another is a hole. Parts outside the image are cut off.
+
+    Raises:
+        images.Refused("bad-polygon"): a ring crosses the rows more than `MAX_CROSSINGS` times, which no drawn one does.
     """
-    flips_HW = np.zeros((height, width + 1), np.bool_)
-    for points in rings:
-        rows, columns = _crossings(points, height, width)
-        np.logical_xor.at(flips_HW, (rows, columns), True)
-    filled_HW: Mask_HW = np.logical_xor.accumulate(flips_HW, axis=1)[:, :-1]
+    filled_HW = np.zeros((height, width), np.bool_)
+    flat = filled_HW.reshape(-1)
+    places = [rows * width + columns for rows, columns in (_crossings(points, height, width) for points in rings)]
+    # Each ring crosses a row an even number of times, so in order the crossings are begins and ends of what is inside.
+    for begin, end in np.sort(np.concatenate([*places, np.empty(0, np.intp)])).reshape(-1, 2).tolist():
+        flat[begin:end] = True
     return filled_HW
 
 
@@ -59,6 +64,8 @@ def _crossings(points: NDArray[np.float64], height: int, width: int) -> tuple[ND
     upper, lower = np.where(a[:, 1:] <= b[:, 1:], a, b), np.where(a[:, 1:] <= b[:, 1:], b, a)
     first = np.clip(np.ceil(upper[:, 1] - 0.5), 0, height).astype(np.intp)  # rows with y0 <= r + 0.5 < y1
     counts = np.clip(np.ceil(lower[:, 1] - 0.5), 0, height).astype(np.intp) - first
+    if counts.sum() > MAX_CROSSINGS:
+        raise images.Refused("bad-polygon", f"a polygon whose outline crosses rows {counts.sum()} times; simplify it")
     edge = np.repeat(np.arange(len(points)), counts)
     rows = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + first[edge]
     (x0, y0), (x1, y1) = upper[edge].T, lower[edge].T

@@ -11,7 +11,8 @@ import pytest
 import tiny_labels
 import tiny_source
 
-from pipeline.formats import coco, documents, labelme
+from pipeline import images
+from pipeline.formats import coco, documents, labelme, shapes
 from pipeline.formats.source import SourceError
 
 BOX = [0, 0, 30, 0, 30, 20, 0, 20]
@@ -62,6 +63,23 @@ def test_f18_a_broken_record_costs_its_own_mask(tmp_path: Path, what: str) -> No
     rows = {row.name: row for row in tiny_source.rows(project, "data/ingested/base/rows.parquet").values()}
     assert rows["good"].mask_shard is not None
     assert rows["bad"].mask_shard is None
+
+
+def test_f18_a_zigzag_is_refused_before_it_fills_the_memory() -> None:
+    """300 kB of text that cross 20,000 rows 30,000 times."""
+    zigzag = np.array([(n % 64, 20_000 * (n % 2)) for n in range(30_000)], float)
+    tracemalloc.start()
+    with pytest.raises(images.Refused, match="crosses rows 600000000 times"):
+        shapes.fill([zigzag], 20_000, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_f18_annotations_beyond_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco, "MAX_HELD", 5 * 30 * 20)
+    root = tree(tmp_path, [GOOD | {"image_id": n} for n in (1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2)])
+    assert tiny_labels.refusals(tiny_labels.read(coco.read, root, "coco")) == {"masks/bad.png": "label-file"}
 
 
 @pytest.mark.parametrize("annotation", [7, None, {}, {"image_id": 99}, {"image_id": [1]}, {"image_id": True}, []])

@@ -44,6 +44,18 @@ def test_a_ring_within_a_ring_is_a_hole_and_a_union_has_none() -> None:
     assert shapes.union([outer, inner], 8, 8).all()
 
 
+def test_what_is_no_area_or_lies_outside_fills_nothing() -> None:
+    for ring in ([(1, 1), (5, 1), (3, 1)], [(-9, 1), (-2, 1), (-5, 6)], [(1, 20), (5, 20), (3, 26)]):
+        assert not shapes.fill([np.array(ring, float)], 8, 9).any()
+    assert not shapes.fill([], 8, 9).any()
+
+
+def test_a_ring_wound_300_times_counts_modulo_2() -> None:
+    square = [(1, 1), (6, 1), (6, 6), (1, 6)]
+    assert not shapes.fill([np.array(square * 300, float)], 8, 8).any()
+    assert shapes.fill([np.array(square * 301, float)], 8, 8).sum() == 25
+
+
 def test_box_and_disc() -> None:
     box_HW = shapes.box(6, 5, 2, 1, 8, 9)
     assert box_HW[1:5, 2:6].all()
