@@ -113,6 +113,13 @@ def test_transparent_pixels_are_ignored_and_half_transparent_ones_refused(root: 
     assert source.tally["colour masks with transparent pixels (ignored)"] == 2  # rendered twice
 
 
+def test_transparent_pixels_are_ignored_also_where_a_class_has_the_colour_of_ignore(root: Path) -> None:
+    (root / "classes.txt").write_text("sky 224 224 192\nwall 200 0 0\n")
+    rgba = np.array([[[224, 224, 192, 255], [200, 0, 0, 255], [200, 0, 0, 0]]], np.uint8)
+    tiny_source.put(root, "masks/b.png", png(rgba))
+    assert tiny_labels.labels(read(root))["b"].tolist() == [[0, 1, 255]]
+
+
 def test_mixed_or_unexplained_masks_are_asked_about(root: Path) -> None:
     tiny_source.put(root, "masks/a/00.png", png(coloured(IDS_HW)))
     with pytest.raises(SourceError, match="only a class file says what they mean"):
