@@ -276,6 +276,7 @@ class Pool(Section):
     permutations: Positive = 500
     policy: Literal["warn", "hold"] = "warn"
     label_next: Positive = 24
+    suspects: Annotated[int, Field(ge=0)] = 12  # masks of each split that are drawn for a second look
     max_images: Positive = 100_000
 
     @model_validator(mode="after")

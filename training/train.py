@@ -29,7 +29,7 @@ OUT = Path("models/student")
 REPORTS = Path("reports/train")
 # They look at weights and cannot change a run's: editing them must not cost a half-finished run. One that is missing here
 # costs no more than that.
-ONLOOKERS = frozenset({"compare", "evaluate", "figures", "predict", "report"})
+ONLOOKERS = frozenset({"compare", "contradiction", "evaluate", "figures", "predict", "report", "suspects"})
 
 
 @dataclass(frozen=True)
