@@ -260,6 +260,14 @@ def rollback(
         typer.echo("dumps.yaml: warm_start names it too, so the next `dvc repro` trains from it")
 
 
+@app.command("data-report")
+def data_report() -> None:
+    """What the data is, as one page that works offline: reports/data.html."""
+    from pipeline import data_report as job
+
+    raise typer.Exit(job.main())
+
+
 def main() -> None:
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     sys.path.insert(0, str(Path.cwd()))
