@@ -84,7 +84,8 @@ def build(root: Path = Path()) -> str:
     }
 
     def prelabelled(name: str) -> str:
-        key = name if name in places else next((k for k in places if k.endswith(f"/{name}")), "")
+        """Of "dump/name", which the folder calls that only where two dumps have the name."""
+        key = next((key for key in (name, name.partition("/")[2]) if key in places), None)
         return album.overlaid(places[key], next_home / "masks" / f"{key}.png", palette) if key else ""
 
     sections = [
