@@ -66,12 +66,10 @@ def add(
         SourceError: the delivery as a whole cannot be read.
         labels.LabelsError, manifest.ManifestError: the project is not in order; nothing was changed.
     """
-    tool = returned.detect(path) if tool == "auto" else tool
     classes = files.read_json(root / ingest.SOURCE)["classes"]
     names = [c["name"] for c in classes]
     rows = manifest.read(root / split.OUT)
     labels.places(labels.read(root / labels.FILE), names, root)  # a broken registry stops the work before it begins
-    prelabels = {} if accept_unchanged or tool == "labelstudio" else label_export.prelabels(root)
     home = root / labels.HOME
     home.mkdir(parents=True, exist_ok=True)
     digests: dict[str, str] = {}
@@ -80,8 +78,13 @@ def add(
     finder, palette = returned.Finder(rows), [tuple(c["color"]) for c in classes]
     with tempfile.TemporaryDirectory(prefix=".importing-", dir=home) as folder:
         spool = Path(folder) / "spool.tar"
-        with shards.replacing_tar(spool) as put:
-            for record in returned.read(path, tool, classes, params.ingest.max_pixels):
+        with (
+            returned.unpacked(path, params.ingest, Path(folder)) as opened,
+            shards.replacing_tar(spool) as put,
+        ):
+            tool = returned.detect(opened) if tool == "auto" else tool
+            prelabels = {} if accept_unchanged or tool == "labelstudio" else label_export.prelabels(root)
+            for record in returned.read(opened, tool, classes, params.data, params.ingest.max_pixels):
                 try:
                     row = finder.find(record)
                     _may_change(row, digests)

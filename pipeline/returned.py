@@ -3,15 +3,16 @@
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import files, images, manifest, masks
+from pipeline import config, images, manifest, masks
 from pipeline.formats import classes as class_files
-from pipeline.formats import coco, cvat, documents, labelstudio, pictures
+from pipeline.formats import coco, cvat, documents, labelstudio, pictures, tree
 from pipeline.formats.pictures import Picture
 from pipeline.formats.source import SourceError, name_id, walk
 from pipeline.formats.task import PREFIX, id_prefix
@@ -39,7 +40,7 @@ def detect(path: Path) -> str:
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if path.suffix.lower() == ".xml" or zipfile.is_zipfile(path):
-        return "cvat"
+        return "cvat"  # unless `unpacked` took the zip apart
     with path.open("rb") as file:
         head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     if head in (b"[", b"{"):
@@ -47,47 +48,78 @@ def detect(path: Path) -> str:
     raise SourceError(f"{path}: neither CVAT's xml or zip, nor Label Studio's or COCO's json, nor a folder of masks")
 
 
-def read(path: Path, tool: str, classes: Sequence[Mapping[str, Any]], max_pixels: int) -> Iterator[Record]:
+@contextmanager
+def unpacked(path: Path, params: config.Ingest, temporary: Path) -> Iterator[Path]:
+    """The delivery; for an archive without annotations.xml a folder below `temporary` that is gone after the block.
+
+    Raises:
+        archives.DumpRefused, SourceError: as `tree.opened`.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(tree.opened(path, params, temporary)) if path.is_file() and _packed(path) else path
+        try:
+            yield folder
+        except SourceError as error:  # who packed it knows the archive's name, not the folder's
+            raise SourceError(str(error).replace(str(folder), str(path))) from error
+
+
+def _packed(path: Path) -> bool:
+    """Whether it is an archive that CVAT's reader does not take whole."""
+    if not zipfile.is_zipfile(path):
+        return path.name.endswith((".tar", ".tgz", ".tar.gz", ".tar.zst"))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(name.rpartition("/")[2] != cvat.NAME for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError) as error:
+        raise SourceError(f"{path}: a damaged zip ({error}); export it again") from error
+
+
+def read(
+    path: Path, tool: str, classes: Sequence[Mapping[str, Any]], data: config.Data, max_pixels: int
+) -> Iterator[Record]:
     """Records of a delivery; images that nobody annotated are left out.
+
+    Args:
+        data: `unannotated` says what a pixel in no shape is, as in the source itself.
 
     Raises:
         SourceError: the delivery as a whole cannot be read.
     """
     if tool == "folder":
         return _folder(path, classes, max_pixels)
-    if tool == "cvat":
-        return _drawn(cvat.load(path / cvat.NAME if path.is_dir() else path)[1], classes, max_pixels)
-    if tool == "labelstudio":
-        return _drawn(labelstudio.load(path), classes, max_pixels)
-    return _coco(path, classes, max_pixels)
-
-
-def _drawn(found: Sequence[Picture], classes: Sequence[Mapping[str, Any]], max_pixels: int) -> Iterator[Record]:
     ids = pictures.class_ids([c["name"] for c in classes])
+    empty = class_files.empty_id(data, ids)
+    if tool == "cvat":
+        return _drawn(cvat.load(path / cvat.NAME if path.is_dir() else path)[1], ids, empty, max_pixels)
+    if tool == "labelstudio":
+        return _drawn(labelstudio.load(path), ids, empty, max_pixels)
+    return _coco(path, ids, empty, max_pixels)
+
+
+def _drawn(found: Sequence[Picture], ids: Mapping[str, int], empty: int, max_pixels: int) -> Iterator[Record]:
     for picture in found:
         if not picture.shapes:
             continue
 
         def draw(row: manifest.Row, picture: Picture = picture) -> NDArray[np.uint8]:
             check_size(picture.height, picture.width, row)  # before anything of that size is made
-            return pictures.paint(picture, ids, max_pixels=max_pixels)
+            return pictures.paint(picture, ids, max_pixels=max_pixels, unannotated=empty)
 
         yield Record(picture.name, picture.id, draw)
 
 
-def _coco(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -> Iterator[Record]:
+def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> Iterator[Record]:
     """One label file, painted as `coco.render` does: the largest annotation first."""
     document = documents.read_json(path)
     try:
-        pictures_ = {record["id"]: record for record in documents.field(document, "images", list)}
+        listed_pictures = {record["id"]: record for record in documents.field(document, "images", list)}
         names = {record["id"]: str(record["name"]) for record in documents.field(document, "categories", list)}
         drawn: dict[Any, list[tuple[str | None, Any]]] = {}
         for one in documents.field(document, "annotations", list):
             drawn.setdefault(one["image_id"], []).append((names.get(one.get("category_id")), one))
     except (documents.Broken, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path}: not a COCO file with instances ({error!r}); export it again") from error
-    ids = pictures.class_ids([c["name"] for c in classes])
-    for number, record in pictures_.items():
+    for number, record in listed_pictures.items():
         if number not in drawn:
             continue
         name, height, width = str(record.get("file_name")), record.get("height"), record.get("width")
@@ -100,7 +132,7 @@ def _coco(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -> 
             if unknown := sorted({str(what) for what, _ in mine} - ids.keys()):
                 listed = ", ".join(pictures.nearest(what, list(ids)) for what in unknown[:5])
                 raise images.Refused("unknown-class", f"unknown classes: {listed}; rename them in the tool")
-            png = coco.render(picture, mine, ids, masks.IGNORE, max_pixels)
+            png = coco.render(picture, mine, ids, empty, max_pixels)
             return masks.decode_mask(png, max_pixels=max_pixels).astype(np.uint8)
 
         yield Record(name, "", draw)
@@ -121,7 +153,9 @@ def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -
     found = {name: file for name, file in walk(home).items() if name.lower().endswith(MASKS)}
     if not found:
         raise SourceError(f"{home}: no mask in it; expected class ids as PNG")
-    known = files.read_json(path / NAMES) if (path / NAMES).exists() else {}
+    known = documents.read_json(path / NAMES) if (path / NAMES).exists() else {}
+    if not isinstance(known, dict):
+        raise SourceError(f"{path / NAMES}: not an object of name ids and image ids; take it as it was exported")
     names = [c["name"] for c in classes]
     theirs = names
     if (path / "classes.txt").exists():

@@ -1,4 +1,4 @@
-"""COCO, written: images/ and annotations/instances.json, as pycocotools, Datumaro and CVAT read it.
+"""COCO, written: images/ and annotations/instances_default.json, as pycocotools, Datumaro and CVAT read it.
 
 One annotation for each class of an image, in compressed run lengths (column by column) with `iscrowd` 0, as COCO-stuff
 has it: pycocotools leaves `iscrowd` 1 out of scores. Ignored pixels are in no annotation; so `data.unannotated: ignore`
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline import files, masks
 from pipeline.formats.task import Item
 
-FILE = "annotations/instances.json"
+FILE = "annotations/instances_default.json"  # the name that Datumaro and CVAT look for
 
 
 def write(folder: Path, items: Iterable[Item], classes: Sequence[dict[str, Any]]) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files, masks
+from pipeline.formats.classes import IGNORE
 from pipeline.formats.source import name_id
 from pipeline.formats.task import Item
 
@@ -40,5 +41,7 @@ def write(
         for part, names in sets.items():
             files.write_text(fresh / "ImageSets/Segmentation" / f"{part}.txt", "".join(f"{n}\n" for n in names))
         lines = [f"{c['name']}:{','.join(map(str, v))}::\n" for c, v in zip(classes, colours, strict=True)]
+        if IGNORE not in {c["name"] for c in classes}:  # Datumaro refuses colours that the map does not name
+            lines.append(f"{IGNORE}:{','.join(map(str, masks.IGNORE_COLOUR))}::\n")
         files.write_text(fresh / "labelmap.txt", "# label:color_rgb:parts:actions\n" + "".join(lines))
     return count

@@ -165,7 +165,10 @@ def test_f19_nothing_usable_is_an_error_that_changes_nothing(root: Path, capsys:
     assert "nobody.png: unknown-image" in capsys.readouterr().out
     Path("b.json").write_text("{")
     Path("c.txt").write_text("x")
-    for name in ("b.json", "c.txt", "absent.zip"):
+    Path("d.zip").write_bytes(b"PK\x05\x06" + bytes(18))
+    tiny_source.put(Path("e"), "names.json", b"[1]")
+    tiny_source.put(Path("e"), "masks/x.png", b"")
+    for name in ("b.json", "c.txt", "d.zip", "e", "absent.zip"):
         assert label_import.main([name]) == 1
         assert name in capsys.readouterr().err
     assert snapshot() == before
@@ -270,6 +273,38 @@ def test_every_tool_brings_the_same_mask_back(write: Callable[[Path], Any], root
     result = add(Path("back"))
     assert (result.name, result.taken, result.refused) == ("back", 1, [])
     np.testing.assert_array_equal(manifest.open_mask(rebuilt()["base/u/00"], 10**6), NEW)
+
+
+def zip_of_masks(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("masks/u/00.png", tiny_source.encode(NEW))
+
+
+def test_a_zip_of_masks_is_a_folder_of_them(root: Path) -> None:
+    zip_of_masks(Path("back.zip"))
+    assert add(Path("back.zip"))[:3] == ("back", "folder", 1)
+    np.testing.assert_array_equal(manifest.open_mask(rebuilt()["base/u/00"], 10**6), NEW)
+    assert not list(Path("data/labels").glob(".importing*"))
+
+
+@pytest.mark.parametrize(("unannotated", "rest"), [("ignore", 255), ("background", 0)])
+def test_pixels_in_no_shape_are_what_the_project_says(unannotated: str, rest: int, root: Path) -> None:
+    """The image's class `background` is there, or the source itself would have been refused."""
+    source = json.loads(Path("data/pulled/source.json").read_text())
+    source["classes"][0]["name"] = "background"
+    Path("data/pulled/source.json").write_text(json.dumps(source))
+    settings = yaml.safe_load(Path("params.yaml").read_text())
+    settings["data"]["unannotated"] = unannotated
+    Path("params.yaml").write_text(yaml.safe_dump(settings))
+    name = task_name(row("base/u/00").id, "x.png")
+    body = '<polygon label="wall" points="0,0;64,0;64,20;0,20"/>'
+    Path("a.xml").write_text(
+        f'<annotations><image id="0" name="{name}" width="64" height="48">{body}</image></annotations>'
+    )
+    assert add(Path("a.xml")).taken == 1
+    mask = manifest.open_mask(rebuilt()["base/u/00"], 10**6)
+    assert np.unique(mask[:20]).tolist() == [1]
+    assert np.unique(mask[20:]).tolist() == [rest]
 
 
 def test_a_folder_of_masks_refuses_its_bad_ones_alone(root: Path) -> None:

@@ -47,7 +47,7 @@ def same(source: object) -> None:
 def test_coco_comes_back_as_it_was(tmp_path: Path) -> None:
     assert coco_write.write(tmp_path / "c", ITEMS, CLASSES) == 3
     same(coco.read(tmp_path / "c", config.Data(source="coco"), max_pixels=10**6))
-    whole = json.loads((tmp_path / "c/annotations/instances.json").read_text())
+    whole = json.loads((tmp_path / "c/annotations/instances_default.json").read_text())
     assert [c["id"] for c in whole["categories"]] == [1, 2, 3, 4]
     for one in whole["annotations"]:
         rows, columns = np.nonzero(ITEMS[one["image_id"] - 1].label_HW == one["category_id"] - 1)
