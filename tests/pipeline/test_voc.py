@@ -107,3 +107,11 @@ def test_a_bad_labelmap_is_named_with_its_line(root: Path, line: str) -> None:
 def test_no_voc_tree(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no folder JPEGImages"):
         read(tmp_path)
+
+
+def test_a_labelmap_s_colours_count_over_a_palette_in_another_order(tmp_path: Path) -> None:
+    """labelmap.txt states the colours, and nothing states the indices."""
+    tiny_source.put(tmp_path, "JPEGImages/a.jpg", b"x")
+    tiny_source.put(tmp_path, "SegmentationClass/a.png", palette_png(np.array([[0, 1]]), [(9, 9, 9), (0, 0, 0)]))
+    (tmp_path / "labelmap.txt").write_text("background:0,0,0::\ncat:9,9,9::\n")
+    assert tiny_labels.labels(read(tmp_path))["a"].tolist() == [[1, 0]]
