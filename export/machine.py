@@ -4,9 +4,6 @@ import os
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-# Fused 8-bit dot products. Without them ONNX Runtime's int8 is slower, and 16-bit sums of u8 x s8 products can saturate
-# (ONNX Runtime, "Quantize ONNX models", on AVX2 and AVX512 without VNNI).
-DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "asimddp", "i8mm"}
 
 
 def _processors() -> list[dict[str, str]]:
@@ -36,7 +33,3 @@ def flags() -> set[str]:
 def name() -> str:
     first = next(iter(_processors()), {})
     return first.get("model name", "unknown processor")
-
-
-def has_dot_products() -> bool:
-    return bool(flags() & DOT_PRODUCTS)

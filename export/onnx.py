@@ -189,23 +189,32 @@ def calibration(params: config.Params, policy: config.Input) -> list[Any]:
 def others(
     model: nn.Module, graph: Graph, metadata: dict[str, str], params: config.Params, policy: config.Input, card: bool
 ) -> tuple[dict[str, bytes], dict[str, str]]:
-    """The cheaper forms by file name, and why one could not be made. Forms for a card only where parity can run them."""
+    """The cheaper forms by file name, and what is to be said of one: how int8 was made, or why a form could not be.
+
+    Forms for a card only where parity can run them.
+    """
     made: dict[str, bytes] = {}
-    failed: dict[str, str] = {}
+    said: dict[str, str] = {}
     wanted: dict[str, Any] = {}
+
+    def int8(name: str, form: quantize.Form) -> bytes:
+        found = quantize.careful(graph.data, images, form, params.parity.int8.agreement)
+        said[name] = f"{found.first} first layers in float, {found.agreement:.4f} of the labels as fp32 in calibration"
+        return found.model
+
     if params.export.int8:
         images = calibration(params, policy)
-        wanted["model.int8.onnx"] = lambda: quantize.static(graph.data, images, "cpu")
+        wanted["model.int8.onnx"] = lambda: int8("model.int8.onnx", "cpu")
         if card:
-            wanted["model.int8-tensorrt.onnx"] = lambda: quantize.static(graph.data, images, "tensorrt")
+            wanted["model.int8-tensorrt.onnx"] = lambda: int8("model.int8-tensorrt.onnx", "tensorrt")
     if card:
         wanted["model.fp16.onnx"] = lambda: trace(copy.deepcopy(model).half(), policy.stride, metadata).data
     for name, make in wanted.items():
         try:
             made[name] = make()
         except Exception as error:  # exporter and quantiser raise what they like; fp32 needs neither
-            failed[name] = str(error) or repr(error)
-    return made, failed
+            said[name] = f"not made: {str(error) or repr(error)}"
+    return made, said
 
 
 def run(params: config.Params, console: Console) -> None:
@@ -220,7 +229,7 @@ def run(params: config.Params, console: Console) -> None:
     with console.status("tracing the network"):
         graph = trace(model, policy.stride, metadata)
     with console.status("making its cheaper forms"):
-        forms, failed = others(model, graph, metadata, params, policy, bool(gpu.cards))
+        forms, said = others(model, graph, metadata, params, policy, bool(gpu.cards))
     metrics = {key: scores[key] for key in ("miou", "miou_all", "miou_ci", "pixel_accuracy", "boundary_iou", "ece")}
     for key, of in (("per_class", "iou"), ("per_class_ci", "ci")):
         metrics[key] = {name: row[of] for name, row in scores["per_class"].items()}
@@ -240,7 +249,7 @@ def run(params: config.Params, console: Console) -> None:
     )
     report = {
         "draft": made.manifest.id, "weights": weights, "bytes": {name: len(made.read_model(name)) for name in made.models},
-        "not_made": failed, "nodes": graph.nodes, "opset": graph.opset, "ir_version": graph.ir_version,
+        "forms": said, "nodes": graph.nodes, "opset": graph.opset, "ir_version": graph.ir_version,
         "seconds": round(graph.seconds, 2), "torch": torch.__version__, "onnx": onnx.__version__,
         "tensorrt": gpu.as_dict(),
     }  # fmt: skip
@@ -249,8 +258,8 @@ def run(params: config.Params, console: Console) -> None:
     table.add_row("graph", f"{graph.nodes} nodes, opset {graph.opset}, IR {graph.ir_version}")
     for name, size in report["bytes"].items():
         table.add_row(name, f"{size / 1e6:.1f} MB")
-    for name, reason in failed.items():
-        table.add_row(name, f"not made: {reason}")
+    for name, what in said.items():
+        table.add_row(name, what)
     table.add_row("tracing took", f"{graph.seconds:.1f} s")
     table.add_row("TensorRT", report["tensorrt"]["says"])
     console.print(table)

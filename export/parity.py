@@ -76,8 +76,6 @@ def verdict(option: Option, said: dict[str, Any], speedup: float, least: float) 
     """Why an option stays out of the bundle; None when it goes in."""
     if said["failures"]:
         return str(said["failures"][0])
-    if option.precision == "int8" and not machine.has_dot_products():
-        return "this processor has no 8-bit dot products, so its sums may saturate"
     if speedup < least:
         return f"{speedup:.2f} times the speed of fp32 in ONNX Runtime, below parity.speedup {least:g}"
     return None

@@ -100,8 +100,6 @@ def _lacks(option: Option) -> str | None:
         return None if found.cards and (found.modules or option.runtime != "tensorrt") else found.as_dict()["says"]
     if option.runtime == "openvino" and importlib.util.find_spec("openvino") is None:
         return "openvino is not installed"
-    if option.precision == "int8" and not machine.has_dot_products():
-        return "this processor has no 8-bit dot products"
     if option.precision == "bf16" and not machine.flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
         return "this processor has no bfloat16 arithmetic"
     return None

@@ -81,31 +81,19 @@ def test_the_named_precision_runs_its_own_file(tmp_path: Path) -> None:
         assert set(chosen.run(IMAGE)[0].ravel()) == {expected}
 
 
-@pytest.mark.parametrize("able", [True, False])
-def test_int8_waits_for_a_processor_with_dot_products(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
-) -> None:
-    info = tmp_path / "cpuinfo"
-    info.write_text(f"processor : 0\nmodel name : a processor\nflags : fpu {'avx512_vnni' if able else 'avx2'}\n\n")
-    monkeypatch.setattr(machine, "CPUINFO", info)
+def test_auto_takes_the_fastest_admitted_form_on_any_processor(tmp_path: Path) -> None:
     chosen = runtime.Runtime(two(tmp_path / "b"), provider="cpu")
-    assert chosen.precision == ("int8" if able else "fp32")
-    assert bool(chosen.passed_over) != able
-    if not able:
-        assert "dot products" in chosen.passed_over["onnxruntime cpu int8"]
-        by_name = runtime.Runtime(chosen.bundle, provider="cpu", precision="int8")
-        assert by_name.precision == "int8"  # slower, but what was asked for
-        with pytest.raises(runtime.ProviderError, match="dot products; name both provider and precision"):
-            runtime.Runtime(chosen.bundle, precision="int8")
+    assert (chosen.precision, chosen.passed_over) == ("int8", {})
+    assert set(chosen.run(IMAGE)[0].ravel()) == {2}
 
 
 def test_machine_facts_come_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "cpuinfo"
     monkeypatch.setattr(machine, "CPUINFO", info)
-    assert (machine.flags(), machine.has_dot_products(), machine.name()) == (set(), False, "unknown processor")
+    assert (machine.flags(), machine.name()) == (set(), "unknown processor")
     assert machine.cores() >= 1
     info.write_text("processor : 0\nmodel name : A\nFeatures : fp asimddp\n\nprocessor : 1\nmodel name : A\n\n")
-    assert machine.has_dot_products()
+    assert machine.flags() == {"fp", "asimddp"}
     assert machine.name() == "A"
 
 
@@ -236,7 +224,6 @@ def test_an_option_stands_once(tmp_path: Path) -> None:
 def test_a_model_that_will_not_load_is_passed_over_by_auto_and_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "has_dot_products", lambda: True)
     newer = onnx.load_from_string(tiny_onnx.model(10))
     newer.ir_version = 99
     opened = tiny_onnx.write(

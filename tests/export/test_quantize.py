@@ -98,6 +98,74 @@ def test_float_nodes_of_a_chain() -> None:
         [helper.make_tensor_value_info("e", TensorProto.FLOAT, None)],
     )  # fmt: skip
     assert quantize.float_nodes(graph) == ["last", "scale", "shape", "soft"]
+    assert quantize.float_nodes(graph, first=1) == ["first", "last", "scale", "shape", "soft"]
+
+
+def chain(layers: int = 10) -> bytes:
+    """A small graph: image uint8 NHWC -> `layers` convolutions of 4 channels -> label."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(1)
+    nodes = [
+        helper.make_node("Cast", ["image"], ["float"], "cast", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["x0"], "turn", perm=[0, 3, 1, 2]),
+    ]
+    given = []
+    for i in range(layers):
+        shape = (4, 3 if i == 0 else 4, 3, 3)
+        given.append(numpy_helper.from_array(rng.normal(0, 0.4, shape).astype(np.float32), f"w{i}"))
+        nodes.append(helper.make_node("Conv", [f"x{i}", f"w{i}"], [f"c{i}"], f"conv{i}", pads=[1, 1, 1, 1]))
+        nodes.append(helper.make_node("Relu", [f"c{i}"], [f"x{i + 1}"], f"relu{i}"))
+    nodes.append(helper.make_node("ArgMax", [f"c{layers - 1}"], ["best"], "best", axis=1, keepdims=0))
+    nodes.append(helper.make_node("Cast", ["best"], ["label"], "label", to=TensorProto.UINT8))
+    sides = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", "h", "w", 3])]
+    outs = [helper.make_tensor_value_info("label", TensorProto.UINT8, ["n", "h", "w"])]
+    graph = helper.make_graph(nodes[:-3] + nodes[-2:], "chain", sides, outs, given)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+
+
+def weights(model: bytes) -> list[np.ndarray]:
+    """The 8-bit weights."""
+    graph = onnx.load_from_string(model).graph
+    found = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    return [w.astype(int) for w in found if w.ndim == 4]
+
+
+def test_weights_for_the_cpu_cannot_overflow_sums_of_two_products() -> None:
+    assert max(np.abs(w).max() for w in weights(quantize.static(chain(), scenes(2), "cpu"))) == 64
+    assert max(np.abs(w).max() for w in weights(quantize.static(chain(), scenes(2), "tensorrt"))) == 127
+
+
+@pytest.mark.parametrize(("agrees", "first"), [((0.9, 0.995, 1.0), 4), ((0.99, 0.0, 0.0), 0), ((0.9, 0.8, 0.95), 8)])
+def test_as_few_layers_stay_in_float_as_the_labels_need(
+    monkeypatch: pytest.MonkeyPatch, agrees: tuple[float, ...], first: int
+) -> None:
+    plain, asked = np.zeros((1, 10, 100), np.uint8), list[int]()
+
+    def labels(model: bytes, batches: object) -> list[np.ndarray]:
+        asked.append(len(weights(model)))
+        wrong = 0 if len(asked) == 1 else round(1000 * (1 - agrees[len(asked) - 2]))
+        return [np.where(np.arange(1000).reshape(1, 10, 100) < wrong, 1, plain)]
+
+    monkeypatch.setattr(quantize, "_labels", labels)
+    made = quantize.careful(chain(), scenes(1), "cpu", 0.99)
+    assert (made.first, len(weights(made.model))) == (first, 9 - first)  # the last one is never quantised
+    assert made.agreement == pytest.approx(agrees[first // 4])
+    assert asked == [0, 9, 5, 1][: len(asked)]
+
+
+def test_agreement_is_that_of_the_two_graphs_labels() -> None:
+    images, graph = scenes(3), chain()
+    made = quantize.careful(graph, images, "cpu", 0.0)
+    assert made.model == quantize.static(graph, images, "cpu")
+    answers = [
+        onnxruntime.InferenceSession(m, providers=["CPUExecutionProvider"]).run(
+            ["label"], {"image": np.concatenate(images)}
+        )
+        for m in (graph, made.model)
+    ]
+    assert made.agreement == pytest.approx((answers[0][0] == answers[1][0]).mean())
+    assert 0.5 < made.agreement < 1
 
 
 def test_export_calibrates_on_training_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

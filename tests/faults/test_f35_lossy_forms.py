@@ -9,7 +9,7 @@ import pytest
 import tiny_project
 from onnx import numpy_helper
 
-from export import agreement, bundle, machine, parity
+from export import agreement, bundle, parity
 from export.schema import Option
 from pipeline import config, files
 
@@ -36,7 +36,6 @@ def measured(wrong: int) -> agreement.Measured:
 def test_f35_slow_or_wrong_forms_stay_out(
     monkeypatch: pytest.MonkeyPatch, wrong: int, seconds: float, said: str | None
 ) -> None:
-    monkeypatch.setattr(machine, "has_dot_products", lambda: True)
     bars = config.Parity(int8=config.Int8Bars(agreement=0.99, class_agreement=0.5, miou_drop=10, class_drop=2))
     records = parity.judge_all(
         {parity.BASE: measured(0), INT8: measured(wrong)}, {parity.BASE: 1.0, INT8: seconds}, tiny_project.NAMES, bars
@@ -47,13 +46,6 @@ def test_f35_slow_or_wrong_forms_stay_out(
         assert records[1]["speedup"] == 2.0
     else:
         assert said in records[1]["left_out"]
-
-
-def test_f35_sums_that_may_saturate_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "has_dot_products", lambda: False)
-    found = {parity.BASE: measured(0), INT8: measured(0)}
-    records = parity.judge_all(found, {parity.BASE: 1.0, INT8: 0.5}, tiny_project.NAMES, config.Parity())
-    assert "8-bit dot products" in records[1]["left_out"]
 
 
 def spoilt(model: bytes) -> bytes:
@@ -81,7 +73,6 @@ def test_f35_through_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             ir_version=facts.ir_version, options=facts.options,
             others={"model.int8.onnx": spoilt(draft.read_model("model.int8.onnx"))},
         )  # fmt: skip
-    monkeypatch.setattr(machine, "has_dot_products", lambda: True)
     monkeypatch.setattr(
         parity, "seconds", lambda runtimes, images: {o: 0.5 if o.precision == "int8" else 1.0 for o in runtimes}
     )
