@@ -172,7 +172,8 @@ def label_next(ranked: Sequence[Mapping[str, str]] | None, picture: Picture, mos
         return section("label-next", "What to label next", _none("not there yet; run `dvc repro rank`"))
     cards = [
         figure(
-            picture(f"{row['dump']}/{row['name']}"), f"image {row['name']} with its pre-labels", tag("strong", f"{row['place']}. "),
+            picture(f"{row['dump']}/{row['name']}"), f"image {row['name']} with its pre-labels",
+            tag("strong", f"{row['place']}. "),
             f"{row['dump']}/{row['name']}; doubt {float(row['doubt']):.3f}, most about {row['most_doubted']}",
         )
         for row in ranked[:most]
