@@ -94,7 +94,8 @@ def test_every_form_becomes_the_same_archive(tmp_path: Path, root: Path, form: s
     assert (entry.archive, entry.sha256, entry.images) == ("data/dumps/night.tar", added.sha256, 6)
     assert sorted(p.name for p in (root / "data/dumps").iterdir()) == [".lock", "night.tar"]
     assert dict(added.skipped) == {
-        "cam/notes.txt": "label or text beside the images, not read", ".DS_Store": "system file", "__MACOSX/cam/._00.png": "system file",
+        "cam/notes.txt": "label or text beside the images, not read",
+        ".DS_Store": "system file", "__MACOSX/cam/._00.png": "system file",
         "masks/00.png": "masks of a later dump are not read", "inner.zip": "archive inside the archive, not opened",
     }  # fmt: skip
     assert shares == sorted(shares)
@@ -166,8 +167,9 @@ def test_a_work_folder_that_ends_while_it_is_looked_at_disturbs_nobody(tmp_path:
     assert dumps.add(as_zip(tmp_path / "n.zip"), root=root, params=PARAMS).name == "n"
 
 
-@pytest.mark.parametrize("content", [{}, {"a.txt": b"no"}, {"a.seg.png": FILES["cam/00.png"]}, {"masks/a.png": FILES["cam/00.png"]}])
-def test_a_delivery_without_images_is_refused(tmp_path: Path, root: Path, content: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("name", ["", "a.txt", "a.seg.png", "masks/a.png"])
+def test_a_delivery_without_images_is_refused(tmp_path: Path, root: Path, name: str) -> None:
+    content = {name: b"no" if name.endswith("txt") else FILES["cam/00.png"]} if name else {}
     shards.write_tar(tmp_path / "n.tar", content.items())
     before = (root / "dumps.yaml").read_bytes()
     with pytest.raises(archives.DumpRefused, match=r"n\.tar: no image in it"):
