@@ -51,9 +51,16 @@ class Ingest(Section):
     max_file_mb: Positive = 256
     shard_mb: Positive = 256
     near_duplicate_bits: Annotated[int, Field(ge=0, le=16)] = 3
+    near_duplicate_cap: Positive = 1
     dump_max_gb: Annotated[float, Field(gt=0)] = 64.0
     dump_max_files: Positive = 1_000_000
     dump_max_ratio: Positive = 200
+
+
+class Scale(Section):
+    """Who looks at the images of an archive: processes or threads here, or an engine that may run on a cluster."""
+
+    backend: Literal["loky", "threading", "ray", "dask"] = "loky"
     workers: Positive = 2
 
 
@@ -293,6 +300,7 @@ class Params(Section):
     launch: str = "python"  # starts training: "torchrun --nproc-per-node 4" trains on four cards
     data: Data = Data()
     ingest: Ingest = Ingest()
+    scale: Scale = Scale()
     split: Split = Split()
     model: Model = Model()
     input: Input = Input()

@@ -4,6 +4,12 @@ Earlier archives win over later ones. Within an archive the order is: listed for
 image with a mask, the rest; then by name. So a test set never loses an image to a training set. Two images that the
 source's own lists put into the same one of labelled, val and test are never *near* duplicates of each other: who wrote
 the list wanted both. Exact duplicates always go.
+
+Of images that look alike and have no mask, `ingest.near_duplicate_cap` stay. A near copy of an image with a mask, or of
+a listed one, never does: a model may be scored on that image, now or under another split.
+
+All rows are looked at anew at every run, so that the manifest depends on the archives alone and not on which of them
+came to this machine first; 100,000 take about a second (tests/ratios/r13_ingest.py).
 """
 
 import argparse
@@ -12,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -28,8 +34,19 @@ def listed_parts(lists: Mapping[str, Sequence[str] | None]) -> dict[str, str]:
     return {name: part for part in RANKED for name in lists.get(part) or ()}
 
 
+class _Kept(NamedTuple):
+    """What a later image is compared with: its place, its list, and whether a model may be scored on it."""
+
+    key: str
+    part: str | None
+    scored: bool
+
+
 def deduplicate(
-    archives: Sequence[Sequence[manifest.Row]], lists: Mapping[str, Sequence[str] | None], bits: int
+    archives: Sequence[Sequence[manifest.Row]],
+    lists: Mapping[str, Sequence[str] | None],
+    bits: int,
+    cap: int = 1,
 ) -> tuple[list[manifest.Row], list[dict[str, Any]]]:
     """Rows of every archive in order of arrival -> (rows kept, quarantine records of the dropped ones).
 
@@ -37,9 +54,12 @@ def deduplicate(
         archives: rows per archive; the first is the base archive, to which `lists` belong.
         lists: the source's id lists.
         bits: largest Hamming distance of two difference hashes that still makes a near duplicate.
+        cap: at most so many images without a mask stay where each is near the next one.
     """
     part_of = listed_parts(lists)
-    near, seen = _NearByPart(bits), dict[str, manifest.Row]()
+    near = duplicates.neighbours((_value(row) for rows in archives for row in rows), bits)
+    seen: dict[str, manifest.Row] = {}
+    at: dict[int, list[_Kept]] = {}
     kept, dropped = [], []
     for number, rows in enumerate(archives):
         parts = {row.name: part_of.get(row.name) if number == 0 else None for row in rows}
@@ -50,35 +70,33 @@ def deduplicate(
 
         survivors = []
         for row in sorted(rows, key=rank):
-            earlier = seen.get(row.id)
-            if earlier is not None:
+            if (earlier := seen.get(row.id)) is not None:
                 reason = f"same pixels as {earlier.dump}/{earlier.name}"
                 dropped.append(ingest.record(row.dump, row.name, "duplicate", reason))
                 continue
-            value, part = int(row.phash, 16) if row.phash else None, parts[row.name]
-            if (other := near.find(value, part)) is not None:
-                reason = f"looks like {other} (difference hash within {bits} bits; ingest.near_duplicate_bits)"
-                dropped.append(ingest.record(row.dump, row.name, "near-duplicate", reason))
-                continue
+            value, part = _value(row), parts[row.name]
+            scored = part is not None or row.mask_shard is not None
+            if value in near:
+                alike = [k for v in near[value] for k in at.get(v, ()) if k.part != part or part is None]
+                if len(alike) >= (1 if scored or any(k.scored for k in alike) else cap):
+                    dropped.append(ingest.record(row.dump, row.name, "near-duplicate", _look_alike(alike, bits, cap)))
+                    continue
+                at.setdefault(value, []).append(_Kept(f"{row.dump}/{row.name}", part, scored))
             seen[row.id] = row
-            near.add(value, f"{row.dump}/{row.name}", part)
             survivors.append(row)
         kept += sorted(survivors, key=lambda row: row.name)
     return kept, dropped
 
 
-class _NearByPart:
-    """One near-duplicate index for each list, so that a list's own entries can be left out of a search."""
+def _value(row: manifest.Row) -> int | None:
+    return int(row.phash, 16) if row.phash else None
 
-    def __init__(self, bits: int) -> None:
-        self._by_part = {part: duplicates.NearIndex(bits) for part in (*RANKED, None)}
 
-    def find(self, value: int | None, part: str | None) -> str | None:
-        found = (index.find(value) for other, index in self._by_part.items() if other != part or part is None)
-        return next((key for key in found if key is not None), None)
-
-    def add(self, value: int | None, key: str, part: str | None) -> None:
-        self._by_part[part].add(value, key)
+def _look_alike(alike: Sequence[_Kept], bits: int, cap: int) -> str:
+    first = next((k for k in alike if k.scored), alike[0])
+    more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+    rule = "ingest.near_duplicate_bits" + ("" if first.scored or cap == 1 else ", ingest.near_duplicate_cap")
+    return f"looks like {first.key}{more} (difference hash within {bits} bits; {rule})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +115,9 @@ def main(argv: list[str] | None = None) -> int:
         source = files.read_json(ingest.SOURCE)
         lists = source["lists"]
         imported = labels.places(labels.read(), [c["name"] for c in source["classes"]])
-        rows, dropped = deduplicate(archives, lists, params.ingest.near_duplicate_bits)
+        rows, dropped = deduplicate(
+            archives, lists, params.ingest.near_duplicate_bits, params.ingest.near_duplicate_cap
+        )
     except (config.ConfigError, ValueError, OSError) as error:
         Console(stderr=True).print(f"index: {error}", style="red", markup=False, soft_wrap=True)
         return 1

@@ -15,21 +15,19 @@ import argparse
 import re
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import config, duplicates, files, images, manifest, masks, progress, registry, shards
+from pipeline import config, duplicates, files, images, manifest, masks, progress, registry, scale, shards
 from pipeline.formats.source import name_id
 
 SOURCE = Path("data/pulled/source.json")
@@ -37,8 +35,6 @@ INGESTED = Path("data/ingested")
 NEEDS_MASK = ("labelled", "val", "test")
 TURNED, UPRIGHT = "masks turned with their photo", "masks taken as upright, their photo is turned"
 FEW = 256  # below this many images, threads beat the start of worker processes
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +127,6 @@ def check(task: Task) -> Checked:
     return Checked(found, masks.encode_png(mask_HW, list(task.palette)), None, manifest.mask_digest(mask_HW), turned)
 
 
-def ordered(pool: Executor, work: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[tuple[T, R]]:
-    """(item, work(item)) in the items' order, with at most `window` of them under way: memory stays bounded."""
-    under_way: deque[tuple[T, Future[R]]] = deque()
-    for item in items:
-        under_way.append((item, pool.submit(work, item)))
-        if len(under_way) >= window:
-            first, future = under_way.popleft()
-            yield first, future.result()
-    while under_way:
-        first, future = under_way.popleft()
-        yield first, future.result()
-
-
 def group_of(name: str, dump: str, source: dict[str, Any]) -> str:
     """Group of an image: the source's own table, else its pattern, else the sub-folder, else the image alone."""
     if dump == registry.BASE and source["groups"] and name in source["groups"]:
@@ -206,26 +189,28 @@ def verify(archive: Path, dump: str, entry: registry.Entry) -> None:
     )
 
 
-def ingest(archive: Path, dump: str, source: dict[str, Any], params: config.Ingest, console: Console) -> Counter[str]:
+def ingest(
+    archive: Path,
+    dump: str,
+    source: dict[str, Any],
+    params: config.Ingest,
+    console: Console,
+    workers: config.Scale = config.Scale(),  # noqa: B008  # frozen
+) -> Counter[str]:
     """Write data/ingested/DUMP from one archive; returns counts for the summary. The folder appears complete or not."""
-    tasks, refused = plan(archive, dump, source, params)
+    tasks, refused = plan(archive.resolve(), dump, source, params)  # workers may stand in another folder
     home = INGESTED / dump
     limit = params.shard_mb << 20
     rows: list[manifest.Row] = []
     decided: Counter[str] = Counter()
-    pool: Executor = (
-        ThreadPoolExecutor(params.workers)
-        if len(tasks) < FEW or params.workers == 1
-        else ProcessPoolExecutor(params.workers, get_context("spawn"))
-    )
+    results = scale.ordered(check, tasks, workers, threads=len(tasks) < FEW)
     with (
         files.replacing_folder(home) as folder,
-        pool,
         shards.Shards(folder, "images", limit) as image_shards,
         shards.Shards(folder, "masks", limit) as mask_shards,
         progress.bar(f"ingest {dump}", len(tasks), console) as bar,
     ):
-        for task, result in _surviving(ordered(pool, check, tasks, 8 * params.workers), archive):
+        for task, result in _surviving(results, archive):
             bar.advance()
             decided.update([result.turned] if result.turned else [])
             if result.refusal:
@@ -260,7 +245,7 @@ def _surviving(results: Iterator[tuple[Task, Checked]], archive: Path) -> Iterat
     except BrokenProcessPool as error:
         raise RuntimeError(
             f"{archive}: a decoder process died shortly after image {done!r}; remove the image that follows it "
-            "and report it, or lower ingest.workers if memory ran out"
+            "and report it, or lower scale.workers if memory ran out"
         ) from error
 
 
@@ -274,7 +259,9 @@ def main(argv: list[str] | None = None) -> int:
         params = config.load(arguments.params)
         entry = registry.find(registry.read(), arguments.dump)
         verify(Path(entry.archive), arguments.dump, entry)
-        counts = ingest(Path(entry.archive), arguments.dump, files.read_json(SOURCE), params.ingest, console)
+        counts = ingest(
+            Path(entry.archive), arguments.dump, files.read_json(SOURCE), params.ingest, console, params.scale
+        )
     except (config.ConfigError, ValueError, RuntimeError, OSError) as error:
         Console(stderr=True).print(f"ingest {arguments.dump}: {error}", style="red", markup=False, soft_wrap=True)
         return 1

@@ -1,9 +1,13 @@
 """The one table that flows through the pipeline: a row per image, in Parquet, with where its bytes lie."""
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from itertools import repeat
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -85,8 +89,8 @@ def content_hash(archive: Path) -> str:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Replace `path` by the rows, in the order given. Equal rows give equal bytes with one version of pyarrow."""
-    columns = list(zip(*map(astuple, rows), strict=True)) or [()] * len(SCHEMA)
-    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+    columns = [pa.array(list(map(attrgetter(f.name), rows)), f.type) for f in SCHEMA]
+    table = pa.table(columns, schema=SCHEMA)
     with files.replacing(path) as file:
         pq.write_table(table, file, compression="zstd")
 
@@ -106,8 +110,24 @@ def read(path: Path) -> list[Row]:
     if table.column_names not in (SCHEMA.names, SCHEMA.names[:-1], SCHEMA.names[:-2]):
         odd = sorted(set(table.column_names) ^ set(SCHEMA.names))
         raise ManifestError(f"{path}: columns differ from the manifest's: {odd}; run `dvc repro` to make it again")
-    columns = [table.column(name).to_pylist() for name in table.column_names]
-    return [Row(*values) for values in zip(*columns, strict=True)]
+    return _rows({name: _values(table.column(name)) for name in table.column_names}, table.num_rows)
+
+
+def _rows(columns: dict[str, list[Any]], count: int) -> list[Row]:
+    """Rows filled a column at a time through their slots: a tenth of what Row(...) takes, which sets each field by name."""
+    rows = [object.__new__(Row) for _ in range(count)]
+    for field in fields(Row):
+        values = columns[field.name] if field.name in columns else repeat(field.default, count)
+        deque(map(getattr(Row, field.name).__set__, rows, values), maxlen=0)
+    return rows
+
+
+def _values(column: Any) -> list[Any]:
+    """Python values of a column; by NumPy where nothing is null, several times as fast as to_pylist()."""
+    if column.null_count == len(column):
+        return [None] * len(column)
+    values: list[Any] = column.to_pylist() if column.null_count else column.to_numpy().tolist()
+    return values
 
 
 def read_image_bytes(row: Row, root: Path = Path()) -> bytes:

@@ -75,7 +75,7 @@ def pull_demo(params: config.Params, console: Console) -> Pulled:
     recipe = demo.load_recipe(Path(params.data.path))
     wanted = demo.counts(recipe)
     with progress.bar("render", sum(wanted.values()), console) as bar:
-        frames = demo.render_all(recipe, params.ingest.workers, lambda _, count: bar.advance(count))
+        frames = demo.render_all(recipe, params.scale.workers, lambda _, count: bar.advance(count))
     later = {level for part in recipe.dumps.values() for level in part.levels}
     written = {PULLED / "base.tar": [level for level in wanted if level not in later]}
     written |= {OFFERED / f"{name}.tar": list(part.levels) for name, part in recipe.dumps.items()}

@@ -176,7 +176,7 @@ def test_demo_is_pulled_into_one_archive_per_delivery(tmp_path: Path) -> None:
     few = {"labelled": ["e3m8"], "unlabelled": ["e3m8"], "val": ["e1m5"], "test": ["map24"]}
     parts = {name: {"frames": 1, "levels": levels} for name, levels in few.items()}
     recipe = write_recipe(tmp_path / "demo.yaml", **parts, dumps={"later": {"frames": 1, "levels": ["e2m1"]}})
-    tiny_source.write_project(tmp_path, tmp_path, {"source": "demo", "path": str(recipe)}, ingest={"workers": 2})
+    tiny_source.write_project(tmp_path, tmp_path, {"source": "demo", "path": str(recipe)}, scale={"workers": 2})
     assert tiny_source.run(tmp_path) == 0
     rows = tiny_source.rows(tmp_path)
     assert {row.name: row.split for row in rows.values()} == {

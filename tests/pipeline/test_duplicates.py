@@ -100,5 +100,25 @@ def test_a_picture_lit_from_the_left_has_near_duplicates_like_any_other() -> Non
 
 
 def test_bits_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="bits"):
-        duplicates.NearIndex(64)
+    for make in (duplicates.NearIndex, lambda bits: duplicates.neighbours([1, 2], bits)):
+        for bits in (-1, 64):
+            with pytest.raises(ValueError, match="bits"):
+                make(bits)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(HASH, FLIPS), max_size=12), st.integers(0, 16))
+def test_all_near_pairs_are_those_of_brute_force(seeds: list[tuple[int, list[int]]], bits: int) -> None:
+    values: list[int | None] = [None, None]
+    for value, flips in seeds:
+        near = value
+        for flip in flips:
+            near ^= 1 << flip
+            values += [value, near]
+    want = {
+        value: sorted({other for other in values if other is not None and (value ^ other).bit_count() <= bits})
+        for value in values
+        if value is not None
+    }
+    want = {value: near for value, near in want.items() if len(near) > 1 or values.count(value) > 1}
+    assert {value: sorted(near) for value, near in duplicates.neighbours(values, bits).items()} == want

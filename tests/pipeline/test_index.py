@@ -2,6 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from pipeline import index, manifest
 
 NO_LISTS: dict[str, list[str] | None] = dict.fromkeys(("labelled", "unlabelled", "val", "test"))
@@ -15,8 +19,10 @@ def row(name: str, pixels: str, phash: int, *, dump: str = "base", mask: bool = 
     return replace(out, mask_shard="m", mask_offset=0, mask_length=1) if mask else out
 
 
-def outcome(archives: list[list[manifest.Row]], lists: dict = NO_LISTS, bits: int = 3) -> tuple[list[str], dict]:
-    kept, dropped = index.deduplicate(archives, lists, bits)
+def outcome(
+    archives: list[list[manifest.Row]], lists: dict = NO_LISTS, bits: int = 3, cap: int = 1
+) -> tuple[list[str], dict]:
+    kept, dropped = index.deduplicate(archives, lists, bits, cap)
     return [f"{r.dump}/{r.name}" for r in kept], {f"{d['dump']}/{d['name']}": d["code"] for d in dropped}
 
 
@@ -73,3 +79,54 @@ def test_order_within_an_archive_does_not_matter() -> None:
 def test_flat_images_stay_and_hash_zero_is_a_hash() -> None:
     rows = [replace(row(n, n, 0), phash="") for n in "ab"] + [row("c", "3", 0), row("d", "4", 1)]
     assert outcome([rows]) == (["base/a", "base/b", "base/c"], {"base/d": "near-duplicate"})
+
+
+@pytest.mark.parametrize("cap", [1, 2, 3, 9])
+def test_so_many_of_a_cluster_stay_whichever_dumps_they_come_in(cap: int) -> None:
+    """Eight frames of a still camera, a bit or two apart, over three archives, beside one image of another place."""
+    frames = [row(f"f{n}", f"f{n}", FAR[0] ^ (n % 4), dump=("base", "d", "e")[n // 3]) for n in range(8)]
+    archives = [[r for r in frames if r.dump == dump] for dump in ("base", "d", "e")]
+    archives[1].append(row("other", "other", FAR[1], dump="d"))
+    kept, dropped = outcome(archives, cap=cap)
+    assert [name for name in kept if name != "d/other"] == [f"{r.dump}/{r.name}" for r in frames[:cap]]
+    assert "d/other" in kept
+    assert set(dropped.values()) <= {"near-duplicate"}
+
+
+def test_a_chain_of_neighbours_is_capped_by_who_is_near_not_by_its_ends() -> None:
+    """0, 3, 6, 9 and 12 bits away from the first: each is near the one before it alone."""
+    chain = [row(f"{n}", f"{n}", FAR[0] ^ ((1 << (3 * n)) - 1)) for n in range(5)]
+    assert outcome([chain])[0] == ["base/0", "base/2", "base/4"]
+    assert outcome([chain], cap=2)[0] == ["base/0", "base/1", "base/2", "base/3", "base/4"]
+
+
+def test_no_cap_lets_a_near_copy_of_what_may_be_scored_into_training() -> None:
+    base = [row("m", "m", FAR[0], mask=True), row("t", "t", FAR[1]), row("u", "u", FAR[2])]
+    later = [row(n, f"{n}2", FAR[i] ^ 1, dump="d") for i, n in enumerate("mtu")]
+    kept, dropped = outcome([base, later], NO_LISTS | {"test": ["t"]}, cap=9)
+    assert kept == ["base/m", "base/t", "base/u", "d/u"]  # a mask, or a list, keeps its look-alikes out
+    assert dropped == {"d/m": "near-duplicate", "d/t": "near-duplicate"}
+
+
+def slow(archives: list[list[manifest.Row]], bits: int, cap: int) -> list[str]:
+    """The rules of the module as a double loop."""
+    kept: list[manifest.Row] = []
+    for rows in archives:
+        for r in sorted(rows, key=lambda r: (r.mask_shard is None, r.name)):
+            near = [k for k in kept if (int(k.phash, 16) ^ int(r.phash, 16)).bit_count() <= bits]
+            most = 1 if r.mask_shard or any(k.mask_shard for k in near) else cap
+            if not any(k.id == r.id for k in kept) and len(near) < most:
+                kept.append(r)
+    return sorted(f"{r.dump}/{r.name}" for r in kept)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_fast_search_keeps_what_a_double_loop_keeps(data: st.DataObject) -> None:
+    bits, cap = data.draw(st.integers(0, 8)), data.draw(st.integers(1, 3))
+    places = st.tuples(st.integers(0, 2), st.integers(0, 1 << 9), st.booleans())
+    drawn = data.draw(st.lists(places, min_size=1, max_size=30))
+    # Equal pixels have equal hashes: the hash is the id here.
+    rows = [row(f"{n:02d}", f"{h}", FAR[0] ^ h, dump=f"d{a}", mask=m) for n, (a, h, m) in enumerate(drawn)]
+    archives = [[r for r in rows if r.dump == f"d{a}"] for a in range(3)]
+    assert sorted(outcome(archives, bits=bits, cap=cap)[0]) == slow(archives, bits, cap)

@@ -3,9 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import chdir
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import tiny_source
 from rich.console import Console
 
-from pipeline import config, dumps, duplicates, images, ingest, manifest, registry, shards
+from pipeline import config, dumps, duplicates, images, ingest, manifest, registry, scale, shards
 
 QUIET = Console(quiet=True)
 SOURCE = {
@@ -80,7 +78,7 @@ def test_threads_and_processes_write_the_same(project: Path) -> None:
     path = archive(project / "b.tar", range(ingest.FEW + 4), masked=False)  # enough for processes
     made = []
     for workers in (1, 2):
-        ingest.ingest(path, "base", SOURCE, config.Ingest(workers=workers), QUIET)
+        ingest.ingest(path, "base", SOURCE, config.Ingest(), QUIET, config.Scale(workers=workers))
         made.append({name: digest for name, (digest, _) in digests(project / "data/ingested/base").items()})
     assert made[0] == made[1]
     assert set(made[0]) == {"images-00000.tar", "rows.parquet", "quarantine.json"}
@@ -102,28 +100,10 @@ def test_another_dump_leaves_the_first_ones_files_untouched(tmp_path: Path) -> N
     assert digests(root / "data/ingested/base") == before
 
 
-def test_results_come_in_order_with_bounded_work_under_way() -> None:
-    under_way, most = 0, 0
-
-    def items() -> Iterator[int]:
-        nonlocal under_way, most
-        for n in range(40):
-            under_way += 1
-            most = max(most, under_way)
-            yield n
-
-    with ThreadPoolExecutor(4) as pool:
-        for item, result in ingest.ordered(pool, lambda n: n * n, items(), 6):
-            under_way -= 1
-            assert result == item * item
-    assert most <= 6
-
-
 def test_a_dead_decoder_process_is_an_error_that_names_where(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        results = ingest._surviving(ingest.ordered(pool, os._exit, [3, 3], 4), tmp_path / "base.tar")  # type: ignore
-        with pytest.raises(RuntimeError, match=r"base\.tar: a decoder process died shortly after image 'none'"):
-            list(results)
+    results = ingest._surviving(scale.ordered(os._exit, [3] * 4, config.Scale()), tmp_path / "base.tar")  # type: ignore
+    with pytest.raises(RuntimeError, match=r"base\.tar: a decoder process died shortly after image 'none'"):
+        list(results)
 
 
 def test_groups_of_base_and_later_dumps() -> None:

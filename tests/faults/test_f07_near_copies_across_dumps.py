@@ -1,0 +1,92 @@
+"""F7: near copies of val and test images never train, whichever of the two arrives first and whatever is split how."""
+
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_source
+
+from pipeline import config, dumps, files, index, registry, shards
+
+COPIES = {"WEBP": {"quality": 90}, "JPEG": {"quality": 92}}
+
+
+def near_copies(seeds: list[int]) -> dict[str, bytes]:
+    """Other pixels, the same picture: each seed's picture packed lossily in two ways."""
+    return {
+        f"{seed}-{kind.lower()}.{kind.lower()}": tiny_source.encode(tiny_source.picture(seed), kind, **options)
+        for seed in seeds
+        for kind, options in COPIES.items()
+    }
+
+
+def deliver(root: Path, name: str, pictures: dict[str, bytes]) -> None:
+    shards.write_tar(root.parent / f"{name}.tar", pictures.items())
+    dumps.add(root.parent / f"{name}.tar", root=root, params=config.Params())
+
+
+def settings(root: Path, *arguments: Any, **sections: Any) -> None:
+    """Another params.yaml over the same registry."""
+    known = registry.read(root / registry.FILE)
+    tiny_source.write_project(root, *arguments, **sections)
+    registry.write(known, root / registry.FILE)
+
+
+@pytest.mark.parametrize("cap", [1, 5])
+def test_f07_a_dump_of_near_copies_under_every_split(tmp_path: Path, cap: int) -> None:
+    """Groups a to f, each with masks; whichever of them the seed makes val and test, no copy of theirs trains."""
+    source, root = tmp_path / "source", tmp_path / "project"
+    tiny_source.write_source(source, dict.fromkeys("abcdef", 2))
+    ingest = {"near_duplicate_cap": cap}
+    tiny_source.write_project(root, source, ingest=ingest)
+    assert tiny_source.run(root) == 0
+    seeds = [1000 * (g + 1) + n for g in range(6) for n in range(2)]
+    deliver(root, "copies", near_copies(seeds) | {"new.png": tiny_source.encode(tiny_source.picture(9))})
+    tests = set()
+    for seed in range(3):
+        settings(root, source, ingest=ingest, split={"seed": seed})
+        assert tiny_source.run(root, dumps=("base", "copies")) == 0
+        rows = tiny_source.rows(root)
+        assert [key for key in rows if key.startswith("copies/")] == ["copies/new"]
+        tests |= {row.group for row in rows.values() if row.split == "test"}
+    assert len(tests) > 1  # the seeds did move the test set
+
+
+@pytest.mark.parametrize("cap", [1, 5])
+def test_f07_an_unlabelled_image_whose_near_copy_later_becomes_test(tmp_path: Path, cap: int) -> None:
+    """The copy is in a dump, and trains; then the source gets the original with a mask and lists it for test."""
+    source, root = tmp_path / "source", tmp_path / "project"
+    tiny_source.write_source(source, {"a": 3, "b": 2})
+    ingest = {"near_duplicate_cap": cap}
+    tiny_source.write_project(root, source, ingest=ingest)
+    assert tiny_source.run(root) == 0
+    deliver(root, "early", near_copies([77]))
+    assert tiny_source.run(root, dumps=("base", "early")) == 0
+    before = [key for key, row in tiny_source.rows(root).items() if row.dump == "early"]
+    assert len(before) == min(cap, 2)
+    tiny_source.put(source, "images/t/77.png", tiny_source.encode(tiny_source.picture(77)))
+    tiny_source.put(source, "masks/t/77.png", tiny_source.encode(tiny_source.mask(77)))
+    (source / "test.txt").write_text("t/77\n")
+    data = {"source": "folder", "path": str(source), "lists": {"test": "test.txt"}}
+    settings(root, source, data, ingest=ingest)
+    assert tiny_source.run(root, dumps=("base", "early")) == 0
+    rows = tiny_source.rows(root)
+    assert rows["base/t/77"].split == "test"
+    assert not [key for key in rows if key.startswith("early/")]
+
+
+def test_f07_the_manifest_does_not_depend_on_when_dumps_were_indexed(tmp_path: Path) -> None:
+    """Week by week, or all at once: the same bytes."""
+    source, root = tmp_path / "source", tmp_path / "project"
+    tiny_source.write_source(source, {"a": 3, "b": 2})
+    tiny_source.write_project(root, source, ingest={"near_duplicate_cap": 2})
+    assert tiny_source.run(root) == 0
+    for n in range(3):
+        deliver(root, f"week{n}", near_copies([50, 51, 60 + n]))
+        assert tiny_source.run(root, dumps=("base", *(f"week{i}" for i in range(n + 1)))) == 0
+    weekly = files.sha256(root / index.MANIFEST), files.sha256(root / index.QUARANTINE)
+    (root / index.MANIFEST).unlink()
+    with chdir(root):
+        assert index.main([]) == 0
+    assert (files.sha256(root / index.MANIFEST), files.sha256(root / index.QUARANTINE)) == weekly
