@@ -78,6 +78,22 @@ def import_labels(
 
 
 @app.command()
+def drift(
+    serving: Annotated[str, typer.Option(help="GET /v1/statistics of the service, as a URL or a dumped file")],
+) -> None:
+    """Compare what the running service answers with the champion's answers on its training images, class by class."""
+    from rich.console import Console
+
+    from pipeline import config, served
+
+    try:
+        passed = served.run(serving, config.load(), Console())
+    except (OSError, ValueError) as error:
+        raise _fail(error) from error
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
 def serve(
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 3000,

@@ -281,7 +281,7 @@ class Pool(Section):
 
     drift_p: Share = 0.01
     permutations: Positive = 500
-    policy: Literal["warn", "hold"] = "warn"
+    policy: Literal["warn", "hold", "train"] = "warn"
     label_next: Positive = 24
     suspects: Annotated[int, Field(ge=0)] = 12  # masks of each split that are drawn for a second look
     max_images: Positive = 100_000

@@ -34,7 +34,9 @@ SOURCE = Path("data/pulled/source.json")
 INGESTED = Path("data/ingested")
 NEEDS_MASK = ("labelled", "val", "test")
 TURNED, UPRIGHT = "masks turned with their photo", "masks taken as upright, their photo is turned"
-FEW = 256  # below this many images, threads beat the start of worker processes
+# Below this many images threads do it: decoders run outside the interpreter's lock, so two threads keep two cores busy,
+# and the start of worker processes costs what a thousand small images do.
+FEW = 2048
 
 
 @dataclass(frozen=True, slots=True)

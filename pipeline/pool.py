@@ -3,7 +3,7 @@
 data/pool/images.npz, one row an image (labelled, unlabelled and later dumps): id, name, dump, group ("" where
 unknown), split, embedding N x D, confidence, margin and entropy (means in 0..1), area N x K (share of pixels per
 predicted class), doubt N x K (per predicted class, the sum of 1 - refined margin over its pixels, divided by all
-pixels); and `classes`.
+pixels), margins N x 16 (share of pixels by refined margin, 16 equal bins of 0..1); and `classes`.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ Names = NDArray[np.str_]
 FILE = Path("data/pool/images.npz")
 PRELABELS = Path("data/pool/prelabels.tar")
 DESCRIPTOR = 80
+MARGIN_BINS = 16
 _KEYS = (
     "id",
     "name",
@@ -31,6 +32,7 @@ _KEYS = (
     "area",
     "doubt",
     "classes",
+    "margins",
 )
 
 
@@ -54,6 +56,7 @@ class Pool:
     area: Floats
     doubt: Floats
     classes: Names
+    margins: Floats
 
 
 def read(path: Path = FILE) -> Pool:
@@ -65,7 +68,7 @@ def read(path: Path = FILE) -> Pool:
         if missing:
             raise PoolError(f"{path}: arrays {missing} are missing; run the predict stage again")
         values = {key: arrays[key] for key in _KEYS}
-    for key in ("embedding", "confidence", "margin", "entropy", "area", "doubt"):
+    for key in ("embedding", "confidence", "margin", "entropy", "area", "doubt", "margins"):
         values[key] = values[key].astype(np.float64)
     return Pool(**values)
 

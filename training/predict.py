@@ -42,6 +42,7 @@ class Statistics:
     entropy: Tensor
     area: Tensor
     doubt: Tensor
+    margins: Tensor
 
 
 def with_features(model: nn.Module, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +72,7 @@ def statistics(logits_KHW: Tensor, features_DHW: Tensor, plan: fit.Fit) -> Stati
     flat, pixels = label.flatten(), label.numel()
     doubt = torch.zeros(k, dtype=torch.float64, device=flat.device)
     doubt.scatter_add_(0, flat, 1 - sure.flatten().double())
+    bin_ = (sure.flatten() * pool.MARGIN_BINS).long().clamp(0, pool.MARGIN_BINS - 1)
     rows, columns = (
         -(-used * features_DHW.shape[axis] // padded)
         for axis, used, padded in (
@@ -85,6 +87,7 @@ def statistics(logits_KHW: Tensor, features_DHW: Tensor, plan: fit.Fit) -> Stati
         entropy=entropy.double().mean(),
         area=torch.bincount(flat, minlength=k).double() / pixels,
         doubt=doubt / pixels,
+        margins=torch.bincount(bin_, minlength=pool.MARGIN_BINS).double() / pixels,
     )
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_project
+from PIL import Image
 
-from pipeline import config, drift, files, pool
+from pipeline import config, drift, energy, files, pool, unusual
 
 SETTINGS = config.Pool(permutations=199, drift_p=0.01)
 
@@ -37,7 +38,7 @@ def test_energy_is_the_double_loop() -> None:
     rng = np.random.default_rng(0)
     points = rng.normal(size=(12, 3))
     members = np.array([[i in chosen for i in range(12)] for chosen in ({0, 1, 2}, {5, 11}, set(range(6)))])
-    got = drift.energies(drift.distances(points), members)
+    got = energy.energies(energy.distances(points), members)
     want = [loop_energy(points[m], points[~m]) for m in members]
     np.testing.assert_allclose(got, want, rtol=1e-9)
 
@@ -47,7 +48,7 @@ def test_energy_is_unbiased_whatever_the_sizes() -> None:
     rng = np.random.default_rng(0)
     for n in (2, 5, 20):
         points = rng.normal(size=(400, 30, 3))
-        got = [drift.energies(drift.distances(p), (np.arange(30) < n)[None])[0] for p in points]
+        got = [energy.energies(energy.distances(p), (np.arange(30) < n)[None])[0] for p in points]
         assert abs(np.mean(got)) < 4 * np.std(got) / 20
 
 
@@ -101,6 +102,76 @@ def test_with_few_groups_a_dump_must_also_beat_the_spread_between_groups() -> No
     assert drift.compare(cloud([*parts, ("unlabelled", "new", "w", sites[4] + 30)]), "new", SETTINGS).drifted
 
 
+@pytest.mark.parametrize("groups", [3, 5, 12])
+def test_one_more_group_like_the_others_is_rarely_flagged(groups: int) -> None:
+    """Sites with an offset of their own and wild frames: the chance is that of the bound, however few there are."""
+    rng = np.random.default_rng(groups)
+    settings, flagged = config.Pool(permutations=60, drift_p=0.05), 0
+    for _ in range(200):
+        sites = rng.normal(size=(groups + 1, 1, 4)) + 0.5 * rng.normal(size=(groups + 1, 8, 4))
+        parts = [("unlabelled", "base", f"v{i}", s) for i, s in enumerate(sites[:-1])]
+        finding = drift.compare(cloud([*parts, ("unlabelled", "new", "w", sites[-1])]), "new", settings)
+        assert finding.rule == "images above group spread"
+        flagged += finding.drifted
+    assert (
+        flagged <= 20
+    )  # 5 % of 200 is 10; the largest of the groups' own distances would be passed by 200 / (groups + 1)
+
+
+def test_two_groups_say_only_how_far_they_are_apart() -> None:
+    rng = np.random.default_rng(3)
+    sites = [rng.normal(size=4) * 3 + 0.1 * rng.normal(size=(15, 4)) for _ in range(2)]
+    parts = [("unlabelled", "base", f"v{i}", s) for i, s in enumerate(sites)]
+    finding = drift.compare(cloud([*parts, ("unlabelled", "new", "w", sites[0] + 60)]), "new", SETTINGS)
+    assert (finding.rule, finding.drifted) == ("images above two groups", True)
+    finding = drift.compare(cloud([*parts, ("unlabelled", "new", "w", sites[0] + 0.1)]), "new", SETTINGS)
+    assert not finding.drifted
+    alone = drift.compare(cloud([parts[0], ("unlabelled", "new", "w", sites[1])]), "new", SETTINGS)
+    assert (alone.rule, alone.drifted) == ("images", True)
+
+
+def test_the_bound_is_that_of_one_more_normal_number() -> None:
+    """Against draws: of five roots and a sixth, the sixth passes the bound of the five with the probability asked for."""
+    rng = np.random.default_rng(0)
+    roots = 10 + rng.normal(size=(400, 6))
+    passed = np.mean([six[5] ** 2 > energy.next_bound(six[:5] ** 2, 0.1) for six in roots])
+    assert 0.06 < passed < 0.14
+    # Student's 0.99 quantile at 4 degrees of freedom is 3.747; mean 2, deviation 1, one more: sqrt(6 / 5).
+    five = np.array([2 - np.sqrt(2), 2, 2, 2, 2 + np.sqrt(2)])
+    assert energy.next_bound(five**2, 0.01) ** 0.5 == pytest.approx(2 + 3.747 * np.sqrt(1.2), rel=0.03)
+
+
+def test_moved_columns_are_found_and_the_others_are_not_blamed() -> None:
+    rng = np.random.default_rng(0)
+    units, member = np.arange(60), np.arange(60) >= 40
+    alarms = 0
+    for _ in range(60):
+        values = rng.normal(size=(60, 8)) * [1, 1, 1, 1, 5, 5, 5, 5]
+        drawn = energy.permuted(units, member, 99, rng)
+        alarms += (energy.moved(values, drawn, member) < 0.05).any()
+        values[member, 6] += 12
+        p = energy.moved(values, drawn, member)
+        assert p[6] == pytest.approx(0.01)
+        assert np.delete(p, 6).min() > 0.01
+    assert alarms <= 9  # 5 % of 60 is 3: for all eight columns together
+
+
+def test_the_unusual_images_are_those_far_from_every_one_of_the_reference() -> None:
+    rng = np.random.default_rng(0)
+    # Two clusters: the point between them is near their mean and far from every image.
+    base = np.concatenate([rng.normal(size=(20, 2)), rng.normal(size=(20, 2)) + 40])
+    new = np.array([[0.0, 0.0], [20.0, 20.0], [40.0, 40.0], [41.0, 60.0]])
+    points = cloud([("labelled", "base", "", base), ("unlabelled", "new", "", new), ("unlabelled", "old", "", new)])
+    far = unusual.farthest(points, ["new"], 3)
+    assert [item.row for item in far[:2]] == [41, 43]
+    assert {item.dump for item in far} == {"new"}
+    near = np.sort(np.linalg.norm(base[:, None] - base[None], axis=2), axis=1)[:, 1:6].mean(1)
+    away = np.sort(np.linalg.norm(base - new[1], axis=1))[:5].mean() / np.median(near)
+    assert far[0].distance == pytest.approx(away)
+    assert far[0].distance > 5 > far[2].distance
+    assert unusual.farthest(points, ["gone"]) == []
+
+
 def test_without_groups_images_are_permuted() -> None:
     rng = np.random.default_rng(4)
     parts = [
@@ -113,7 +184,7 @@ def test_without_groups_images_are_permuted() -> None:
 
 def test_permutations_move_whole_units() -> None:
     units, member = np.array([0, 0, 1, 1, 1, 2, 3]), np.array([0, 0, 1, 1, 1, 0, 0], bool)
-    drawn = drift._permuted(units, member, 50, np.random.default_rng(0))
+    drawn = energy.permuted(units, member, 50, np.random.default_rng(0))
     for row in drawn:
         inside = {int(u) for u in units[row]}
         assert len(inside) == 1
@@ -145,6 +216,8 @@ def test_no_later_dump_means_nothing_to_do(tmp_path: Path, monkeypatch: pytest.M
     said = files.read_json(Path("reports/screen.json"))
     assert (said["dumps"], said["drifted"]) == ({}, [])
     assert Path("reports/screen.pass").read_bytes() == b"base\n"
+    with Image.open("reports/screen/unusual.jpg") as page:  # the stage promises one
+        assert page.format == "JPEG"
 
 
 @pytest.mark.parametrize(("drift_p", "fewest"), [(0.01, 100), (0.05, 20), (0.003, 333), (0.5, 2)])

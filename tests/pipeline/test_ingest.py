@@ -74,8 +74,9 @@ def test_exif_and_grey_images_keep_their_bytes_and_get_the_oriented_size(project
     np.testing.assert_array_equal(manifest.open_image(t, 10_000), images.decode(turned, max_pixels=10_000))
 
 
-def test_threads_and_processes_write_the_same(project: Path) -> None:
-    path = archive(project / "b.tar", range(ingest.FEW + 4), masked=False)  # enough for processes
+def test_threads_and_processes_write_the_same(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "FEW", 100)
+    path = archive(project / "b.tar", range(104), masked=False)  # enough for processes
     made = []
     for workers in (1, 2):
         ingest.ingest(path, "base", SOURCE, config.Ingest(), QUIET, config.Scale(workers=workers))

@@ -15,6 +15,7 @@ def made(doubt_NK: list[list[float]], place: list[list[float]], groups: str = ""
     return pool.Pool(
         names, names, np.array(["base"] * n), np.array(list(groups) or [""] * n), split, np.array(place, float),
         ones, ones, ones, np.full((n, k), 1 / k), np.array(doubt_NK, float), np.array([f"c{j}" for j in range(k)]),
+        np.full((n, pool.MARGIN_BINS), 1 / pool.MARGIN_BINS),
     )  # fmt: skip
 
 

@@ -53,6 +53,8 @@ def test_statistics_against_a_slow_loop() -> None:
     assert float(got.confidence) == pytest.approx(inside.max(0).mean(), abs=1e-6)
     assert float(got.margin) == pytest.approx(sure.mean(), abs=1e-6)
     assert float(got.entropy) == pytest.approx(-(inside * np.log(inside)).sum(0).mean() / np.log(3), abs=1e-6)
+    counts, _ = np.histogram(sure, bins=pool.MARGIN_BINS, range=(0, 1))
+    np.testing.assert_allclose(got.margins.numpy(), counts / 130, atol=1e-9)
     for c in range(3):
         assert float(got.area[c]) == pytest.approx((label == c).mean())
         assert float(got.doubt[c]) == pytest.approx((1 - sure)[label == c].sum() / 130, abs=1e-6)
