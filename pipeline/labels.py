@@ -117,9 +117,11 @@ def attach(rows: Sequence[manifest.Row], found: Mapping[str, Place]) -> list[man
     for row in rows:
         if place := found.get(row.id):
             archive, offset, length, digest, name = place
+            own = row.mask_shard is not None
             row = replace(
-                row, mask_shard=archive, mask_offset=offset, mask_length=length, mask_digest=digest, mask_import=name
-            )
+                row, mask_shard=archive, mask_offset=offset, mask_length=length, mask_digest=digest, mask_import=name,
+                mask_replaced=own,
+            )  # fmt: skip
         out.append(row)
     return out
 

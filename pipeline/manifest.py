@@ -30,8 +30,8 @@ class Row:
     `id` is `image_id` of the decoded pixels; `phash` is `duplicates.dhash` as 16 hex digits, "" for a flat image. The
     mask fields are None for an image without a mask. `split` is "" until the stage split has assigned one of `SPLITS`.
     `mask_digest` is `mask_digest` of the decoded mask; None is not checked. `mask_import` names the import in labels.yaml
-    that the mask came from; None: it is the source's own. These two stand beside the row's own fields: a table without
-    the last columns is read too.
+    that the mask came from; None: it is the source's own. `mask_replaced`: the import stands in place of one of the
+    source's own. These three stand beside the row's own fields: a table without the last columns is read too.
     """
 
     id: str
@@ -51,11 +51,12 @@ class Row:
     split: str = ""
     mask_digest: str | None = None
     mask_import: str | None = None
+    mask_replaced: bool = False
 
 
 _TEXT, _COUNT = pa.string(), pa.int64()
 _TYPES = {"width": _COUNT, "height": _COUNT, "offset": _COUNT, "length": _COUNT}
-_TYPES |= {"mask_offset": _COUNT, "mask_length": _COUNT}
+_TYPES |= {"mask_offset": _COUNT, "mask_length": _COUNT, "mask_replaced": pa.bool_()}
 _NULLABLE = {"mask_shard", "mask_offset", "mask_length", "mask_digest", "mask_import"}
 SCHEMA = pa.schema([pa.field(f.name, _TYPES.get(f.name, _TEXT), f.name in _NULLABLE) for f in fields(Row)])
 
@@ -107,7 +108,7 @@ def read(path: Path) -> list[Row]:
         raise ManifestError(f"{path}: not found; run `dvc repro` to make it") from error
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{path}: not a readable manifest ({error}); run `dvc repro` to make it again") from error
-    if table.column_names not in (SCHEMA.names, SCHEMA.names[:-1], SCHEMA.names[:-2]):
+    if table.column_names not in [SCHEMA.names[: len(SCHEMA.names) - fewer] for fewer in range(4)]:
         odd = sorted(set(table.column_names) ^ set(SCHEMA.names))
         raise ManifestError(f"{path}: columns differ from the manifest's: {odd}; run `dvc repro` to make it again")
     return _rows({name: _values(table.column(name)) for name in table.column_names}, table.num_rows)

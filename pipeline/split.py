@@ -11,7 +11,8 @@
   later group can replace, which is warned about.
 - Images without a mask are unlabelled; later archives are, too.
 - An unlabelled image whose mask was imported (labels.yaml) is labelled, whatever list or dump it is from. Such masks
-  have no say in the drawing: a corrected label never moves a group to val or test.
+  have no say in the drawing: a new label never moves a group to val or test. One in place of the source's own has the
+  say that its forerunner had: were its group to drop out, the last of the others would train, be it val's or test's.
 - An unlisted image whose group is in val or test is unused: it would leak the place into training.
 """
 
@@ -57,7 +58,7 @@ def assign(rows: Sequence[Row], lists: Lists, params: config.Split) -> tuple[lis
     base = [row for row in rows if row.dump == registry.BASE]
     split = {row.name: part_of[row.name] for row in base if row.name in part_of}
     used_groups = {row.group for row in base if row.name in split}
-    own = [row for row in base if row.mask_shard is not None and row.mask_import is None]
+    own = [row for row in base if row.mask_shard is not None and (row.mask_import is None or row.mask_replaced)]
     free = [row for row in own if row.name not in split and row.group not in used_groups]
     split |= _by_group(free, lists, params)
     held = {row.group: split[row.name] for row in base if split.get(row.name) in ("val", "test")}

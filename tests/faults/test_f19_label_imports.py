@@ -218,6 +218,22 @@ def test_an_imported_mask_never_moves_a_group_into_the_test_set(tmp_path: Path) 
     assert {n: r.split for n, r in after.items()} == {n: r.split for n, r in before.items()} | {"base/u/00": "labelled"}
 
 
+def test_a_corrected_group_keeps_its_say_in_the_drawing(tmp_path: Path) -> None:
+    """Groups a, b, c: test, val, train. Were c to drop out of the drawing, the val group would train."""
+    source, root = tmp_path / "source", tmp_path / "project"
+    tiny_source.write_source(source, {"a": 2, "b": 2, "c": 2}, {"a", "b", "c"})
+    tiny_source.write_project(root, source)
+    assert tiny_source.run(root) == 0
+    with chdir(root):
+        before = tiny_source.rows(Path())
+        trained = [name for name, r in before.items() if r.split == "labelled"]
+        assert {r.split for r in before.values()} == {"labelled", "val", "test"}
+        assert add(zipped(Path("a.zip"), *((name, NEW) for name in trained))).taken == len(trained) == 2
+        after = rebuilt()
+    assert all(after[name].mask_import == "a" for name in trained)
+    assert {n: r.split for n, r in after.items()} == {n: r.split for n, r in before.items()}
+
+
 def labelstudio_json(path: Path) -> None:
     value = [
         {

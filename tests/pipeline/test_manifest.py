@@ -33,12 +33,14 @@ def test_rows_survive_the_round_trip(tmp_path: Path) -> None:
 
 def test_columns_are_the_data_contract() -> None:
     names = "id name source dump group width height shard offset length mask_shard mask_offset mask_length phash split"
-    assert manifest.SCHEMA.names == [*names.split(), "mask_digest", "mask_import"]
+    assert manifest.SCHEMA.names == [*names.split(), "mask_digest", "mask_import", "mask_replaced"]
 
 
 def test_a_table_without_the_last_columns_is_read_too(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
-    manifest.write(path, [ROW, replace(BARE, mask_digest="e" * 64, mask_import="monday")])
+    manifest.write(path, [ROW, replace(BARE, mask_digest="e" * 64, mask_import="monday", mask_replaced=True)])
+    pq.write_table(pq.read_table(path).drop_columns("mask_replaced"), path)
+    assert manifest.read(path) == [ROW, replace(BARE, mask_digest="e" * 64, mask_import="monday")]
     pq.write_table(pq.read_table(path).drop_columns("mask_import"), path)
     assert manifest.read(path) == [ROW, replace(BARE, mask_digest="e" * 64)]
     pq.write_table(pq.read_table(path).drop_columns("mask_digest"), path)
