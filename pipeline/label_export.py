@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pipeline import config, files, images, ingest, manifest, masks, pool, shards, split
 from pipeline.formats import coco_write, cvat, labelstudio, voc_write
-from pipeline.formats.task import Item, task_name
+from pipeline.formats.task import Item, id_prefix, task_name
 
 FORMATS = ("cvat", "labelstudio", "coco", "voc")
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
@@ -86,8 +86,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"no image in {', '.join(wanted)}")
         if given.output.is_dir() and not _ours(given.output):
             raise ValueError(
-                f"{given.output}: holds files of other kinds, and would be replaced whole; name a new folder"
+                f"{given.output}: holds files that are no earlier export, and would be replaced whole; name a new folder"
             )
+        if given.format != "cvat" and given.output.is_file():
+            raise ValueError(f"{given.output}: is a file; {given.format} is written as a folder, name a new one")
         found = items(rows, prelabels(), params.ingest.max_pixels)
         count = write(given.output, given.format, found, classes, {row.id: row.split for row in rows})
     except (config.ConfigError, ValueError, OSError) as error:
@@ -98,10 +100,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _ours(folder: Path) -> bool:
-    """Whether an earlier export, or nothing, lies there: a folder is replaced whole."""
-    return {p.name for p in folder.iterdir()} <= {
+    """Whether an earlier export, or nothing, lies there: a folder is replaced whole.
+
+    A data set of somebody's own has the same folders; only in an export is each picture named by `task_name`.
+    """
+    there = {p.name for p in folder.iterdir()}
+    pictures = [p.name for room in ("images", "JPEGImages") for p in (folder / room).glob("*")]
+    return not there or (bool(pictures) and all(map(id_prefix, pictures)) and there <= {
         "images", "annotations", "tasks.json", "config.xml", "JPEGImages", "SegmentationClass", "ImageSets", "labelmap.txt",
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

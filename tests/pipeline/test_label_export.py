@@ -137,5 +137,11 @@ def test_a_folder_with_other_files_is_not_replaced(root: Path, capsys: pytest.Ca
     assert label_export.main(["--format", "coco", "-o", "out"]) == 1
     assert "name a new folder" in capsys.readouterr().err
     assert (root / "out/thesis.tex").exists()
+    assert label_export.main(["--format", "voc", "-o", "out/thesis.tex"]) == 1
+    assert (root / "out/thesis.tex").read_bytes() == b"years of work"
+    for room, form in (("images", "coco"), ("JPEGImages", "voc"), ("annotations", "coco")):
+        tiny_source.put(root, f"{form}-{room}/{room}/2007_000033.jpg", b"a data set with the same folders")
+        assert label_export.main(["--format", form, "-o", f"{form}-{room}"]) == 1
+        assert (root / f"{form}-{room}/{room}/2007_000033.jpg").exists()
     assert label_export.main(["--format", "coco", "-o", "new", "--split", "unused"]) == 1
     assert "no image in unused" in capsys.readouterr().err
