@@ -95,7 +95,12 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
 
 def label_files(root: Path, data: config.Data) -> list[Path]:
     if data.annotations:
-        found = sorted(path for path in root.glob(data.annotations) if path.is_file())
+        try:
+            found = sorted(path for path in root.glob(data.annotations) if path.is_file())
+        except (NotImplementedError, ValueError) as error:  # absolute, or a malformed pattern
+            raise SourceError(
+                f"data.annotations: {data.annotations!r}: {error}; give a path or pattern relative to data.path"
+            ) from error
         if not found:
             raise SourceError(f"{root}: no file {data.annotations}, which data.annotations names")
         return found

@@ -1,7 +1,7 @@
 """JSON label files from outside, read under bounds; nothing in them is trusted to have a type or a range."""
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def field(record: Any, name: str, kind: type | tuple[type, ...]) -> Any:
 
 def number(value: Any, what: str) -> float:
     """A finite number. Raises Broken."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # NaN fails the comparison too; math.isfinite overflows at whole numbers of 400 digits, which JSON may hold
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise Broken(f"{what} is {value!r:.40}, not a finite number")
     return float(value)
 

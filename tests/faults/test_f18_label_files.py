@@ -96,7 +96,9 @@ def test_f18_an_unknown_category_refuses_the_mask(tmp_path: Path, annotation: di
     assert tiny_labels.refusals(tiny_labels.read(coco.read, root, "coco")) == {"masks/bad.png": "label-file"}
 
 
-@pytest.mark.parametrize("size", [(0, 5), (-4, 5), (10**6, 10**6), ("a", 5), (float("nan"), 5), (2.5, 4), (None, None)])
+@pytest.mark.parametrize(
+    "size", [(0, 5), (-4, 5), (10**6, 10**6), ("a", 5), (float("nan"), 5), (2.5, 4), (None, None), (10**400, 5)]
+)
 def test_f18_a_stated_size_is_checked_before_memory_is_taken(tmp_path: Path, size: tuple[Any, Any]) -> None:
     root = tree(tmp_path, [GOOD | {"image_id": 1}])
     document = json.loads((root / "annotations/labels.json").read_text())

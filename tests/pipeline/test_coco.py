@@ -192,6 +192,8 @@ def test_what_is_no_coco_file_is_named(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(SourceError, match=r"no file other\.json"):
         read(tmp_path, annotations="other.json")
+    with pytest.raises(SourceError, match=r"data\.annotations: '/.*relative to data\.path"):
+        read(tmp_path, annotations=str(tmp_path / "annotations/x.json"))
 
 
 def test_random_masks_come_back_through_both_forms_of_run_lengths(tmp_path: Path) -> None:
