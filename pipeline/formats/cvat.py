@@ -47,6 +47,8 @@ def load(path: Path) -> tuple[list[dict[str, Any]], list[Picture]]:
     Raises:
         SourceError: not that format, damaged, hostile (entities, depth) or larger than 512 MB; names the file.
     """
+    if not path.is_file():
+        raise SourceError(f"{path}: not found; export the task as CVAT for images 1.1, or see data.annotations")
     if not zipfile.is_zipfile(path):
         if path.stat().st_size > MAX_BYTES:
             raise SourceError(f"{path}: more than {MAX_BYTES >> 20} MB of XML; export the task in parts")
@@ -66,7 +68,7 @@ def load(path: Path) -> tuple[list[dict[str, Any]], list[Picture]]:
 
 def parse(file: IO[bytes], path: Path) -> tuple[list[dict[str, Any]], list[Picture]]:
     """As `load`, from an open file; `path` is for messages."""
-    labels: list[dict[str, Any]] = []
+    labels: dict[str, dict[str, Any]] = {}  # by name: a list would be looked through for every label
     found: list[Picture] = []
     depth, root = 0, ""
     try:
@@ -81,14 +83,14 @@ def parse(file: IO[bytes], path: Path) -> tuple[list[dict[str, Any]], list[Pictu
             if element.tag == "track":
                 raise SourceError(f"{path}: holds tracks of a video; export the task as CVAT for images 1.1")
             if element.tag == "label" and element.find("name") is not None:
-                label = {"name": element.findtext("name", "").strip(), "color": _colour(element.findtext("color", ""))}
-                labels += [label] if label["name"] not in [known["name"] for known in labels] else []
+                name = element.findtext("name", "").strip()
+                labels.setdefault(name, {"name": name, "color": _colour(element.findtext("color", ""))})
             elif element.tag == "image":
                 found.append(_picture(element, path))
                 element.clear()  # a file of a gigabyte becomes shapes, not a tree
     except (ParseError, DefusedXmlException) as error:
         raise SourceError(f"{path}: no usable XML ({error!r}); export it again as CVAT for images 1.1") from error
-    return labels, found
+    return list(labels.values()), found
 
 
 def _colour(text: str) -> list[int] | None:

@@ -21,7 +21,8 @@ def source(
     colours: Mapping[str, Colour],
     max_pixels: int,
 ) -> Source:
-    """Images lie in `root`/images. A picture's name is its path there, or, where only one image has it, its last part.
+    """Images lie in `root`/images. A picture's name is its path there; where only one image has its last part, the longer of
+    the two may begin with folders that the other lacks, but no folder that both state may differ.
 
     Args:
         names: the tool's labels; one that stands for ignored pixels becomes 255.
@@ -71,7 +72,10 @@ def _file(name: str, files: Mapping[str, Path], by_end: Mapping[str, list[str]])
         if candidate in files:
             return candidate
     same = by_end.get(name.rpartition("/")[2], [])
-    return same[0] if len(same) == 1 else None
+    if len(same) != 1:
+        return None
+    # cam2/001.png is not cam1/001.png, although no other image has that last part
+    return same[0] if f"/{name}".endswith(f"/{same[0]}") or f"/{same[0]}".endswith(f"/{name}") else None
 
 
 def _maker(picture: Picture, ids: Mapping[str, int], empty: int, max_pixels: int) -> Maker:

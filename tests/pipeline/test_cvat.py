@@ -130,6 +130,17 @@ def test_too_much_xml_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             cvat.load(tmp_path / name)
 
 
+def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"annotations\.xml: not found; export"):
+        cvat.read(tmp_path, config.Data(source="cvat"), max_pixels=10**6)
+
+
+def test_a_label_that_stands_there_twice_counts_once() -> None:
+    text = "".join(f"<label><name>{n}</name><color>#0{k}0000</color></label>" for k, n in enumerate("abab"))
+    labels, _ = cvat.parse(io.BytesIO(f"<annotations>{text}</annotations>".encode()), Path("a.xml"))
+    assert labels == [{"name": "a", "color": [0, 0, 0]}, {"name": "b", "color": [1, 0, 0]}]
+
+
 def test_every_pixel_comes_back_as_it_was_written(tmp_path: Path) -> None:
     """Specks, holes, ignored pixels, names that XML must escape; the image's bytes; unlabelled images."""
     names = ["sky & <clouds>", 'a "wall"', "ignore", "lamp"]
@@ -175,3 +186,18 @@ def test_a_folder_with_images_is_a_source(tmp_path: Path) -> None:
     ]
     np.testing.assert_array_equal(masks.decode_mask(source.files[2][1](), max_pixels=10**6), label)
     assert [(name, code) for name, code, _ in source.refused] == [("gone.png", "labels-without-image")]
+
+
+def test_labels_of_another_folders_image_are_not_taken_for_its_namesake(tmp_path: Path) -> None:
+    """cam2/001.png was not delivered: its labels must not land on cam1/001.png, nor keep that one's own away."""
+    (tmp_path / "images/cam1").mkdir(parents=True)
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "images/cam1/001.png")
+    own, other = np.zeros((4, 6), np.uint8), np.ones((4, 6), np.uint8)
+    text = cvat._head(CLASSES, 2, "t")
+    for n, (name, label) in enumerate((("cam2/001.png", other), ("task/images/cam1/001.png", own))):
+        text += cvat.image_xml(n, Item(name, "", b"", 4, 6, label), CLASSES)
+    (tmp_path / "annotations.xml").write_text(text + "</annotations>")
+    source = cvat.read(tmp_path, config.Data(source="cvat"), max_pixels=10**6)
+    assert [(name, code) for name, code, _ in source.refused] == [("cam2/001.png", "labels-without-image")]
+    (mask,) = [origin for name, origin in source.files if name == "masks/cam1/001.png"]
+    np.testing.assert_array_equal(masks.decode_mask(mask(), max_pixels=10**6), own)
