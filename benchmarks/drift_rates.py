@@ -74,11 +74,13 @@ def groups(paths: list[Path]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
     return sequence, group
 
 
-def flagged(feature_ND: NDArray[np.float64], group: NDArray[np.str_], ours: Rows, theirs: Rows) -> cloud.Finding:
+def flagged(
+    feature_ND: NDArray[np.float64], group: NDArray[np.str_], name: str, ours: Rows, theirs: Rows
+) -> cloud.Finding:
     rows = np.concatenate([ours, theirs])
-    dump = np.array([cloud.BASE] * len(ours) + ["new"] * len(theirs))
+    dump = np.array([cloud.BASE] * len(ours) + [name] * len(theirs))
     points = cloud.Cloud(feature_ND[rows], dump, group[rows], np.array(["unlabelled"] * len(rows)))
-    return cloud.compare(points, "new", config.Pool())
+    return cloud.compare(points, name, config.Pool())
 
 
 def interval(hits: int, trials: int) -> tuple[float, float]:
@@ -159,8 +161,8 @@ def main() -> None:
         for kind, name, trial, trials in cases:
             with progress.bar(name, trials) as bar:
                 found = []
-                for _ in range(trials):
-                    found.append(flagged(feature_ND, group, *trial()))
+                for number in range(trials):
+                    found.append(flagged(feature_ND, group, f"week{number}", *trial()))
                     bar.advance()
             hits = sum(f.drifted for f in found)
             low, high = interval(hits, trials)

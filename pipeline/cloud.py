@@ -16,6 +16,7 @@ Reference = labelled images and unlabelled ones of the first dump, `base`. A dum
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -109,7 +110,8 @@ def compare(cloud: Cloud, dump: str, settings: config.Pool) -> Finding:
             f"pool.permutations {settings.permutations} can flag nothing: the smallest p is 1 / (1 + permutations), "
             f"which is not below pool.drift_p {settings.drift_p:g}; set it to {energy.fewest(settings.drift_p)} or more"
         )
-    rng = np.random.default_rng(SEED)
+    # Each dump has draws of its own: with the same ones for all, an unlucky set of them would err week after week.
+    rng = np.random.default_rng([SEED, crc32(dump.encode())])
     those = sides(cloud, dump, settings.drift_p, rng)
     deviation = cloud.feature_ND[those.rows[~those.member]].std(0)
     # One scale for all dimensions keeps the features' own weighting; a dead dimension does not matter.
@@ -117,7 +119,7 @@ def compare(cloud: Cloud, dump: str, settings: config.Pool) -> Finding:
     distance = energy.distances(cloud.feature_ND[those.rows] / scale)
     observed = float(energy.energies(distance, those.member[None])[0])
     drawn = energy.energies(distance, those.drawn(settings.permutations, rng))
-    p = float((1 + (drawn >= observed - 1e-12).sum()) / (1 + settings.permutations))
+    p = float((1 + (drawn >= observed - 1e-12).sum()) / (1 + len(drawn)))
     bound = None if those.many or not those.grouped else _bound(distance, those, settings.drift_p)
     if those.many or bound is None:
         rule = "groups" if those.many else "images"

@@ -280,7 +280,7 @@ class Pool(Section):
     """predict, drift and rank over the unlabelled pool."""
 
     drift_p: Share = 0.01
-    permutations: Positive = 500
+    permutations: Positive = 999
     policy: Literal["warn", "hold", "train"] = "warn"
     label_next: Positive = 24
     suspects: Annotated[int, Field(ge=0)] = 12  # masks of each split that are drawn for a second look

@@ -6,12 +6,14 @@ Source: Szekely and Rizzo, "Testing for equal distributions in high dimension" (
 
 import math
 from functools import cache
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.pool import Floats
 
+LISTED = 20_000  # labelings up to which all are written down
 Units = NDArray[np.int64]
 Members = NDArray[np.bool_]
 
@@ -45,11 +47,24 @@ def energies(distance_NN: Floats, member_BN: Members) -> Floats:
 
 
 def permuted(unit_N: Units, member_N: Members, count: int, rng: np.random.Generator) -> Members:
-    """`count` random labelings that move whole units and keep how many units are members."""
+    """At most `count` random labelings that move whole units and keep how many units are members.
+
+    Where there are not many such labelings they are drawn without repetition, and never the given one, which counts
+    once for itself: repeated, it would keep p from being small however far apart the sides are.
+    """
     units = np.unique(unit_N)
-    inside = len(np.unique(unit_N[member_N]))
-    order = np.argsort(rng.random((count, len(units))), axis=1) < inside
-    return order[:, np.searchsorted(units, unit_N)]
+    chosen = np.unique(unit_N[member_N])
+    inside = len(chosen)
+    if math.comb(len(units), inside) <= LISTED:
+        every_C = np.array(list(combinations(range(len(units)), inside)))
+        own = np.searchsorted(units, chosen)
+        others = np.flatnonzero((every_C != own).any(1))
+        drawn_B = every_C[others if len(others) <= count else rng.choice(others, count, replace=False)]
+        label = np.zeros((len(drawn_B), len(units)), np.bool_)
+        label[np.arange(len(drawn_B))[:, None], drawn_B] = True
+    else:
+        label = np.argsort(rng.random((count, len(units))), axis=1) < inside
+    return label[:, np.searchsorted(units, unit_N)]
 
 
 def moved(value_NK: Floats, drawn_BN: Members, member_N: Members) -> Floats:

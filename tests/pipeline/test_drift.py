@@ -189,7 +189,17 @@ def test_permutations_move_whole_units() -> None:
         inside = {int(u) for u in units[row]}
         assert len(inside) == 1
         assert row.sum() == (units == inside.pop()).sum()
-    assert len({tuple(row) for row in drawn}) == 4
+    assert len(drawn) == len({tuple(row) for row in drawn}) == 3  # each of the others once, and not the one given
+
+
+@pytest.mark.parametrize("count", [50, 454, 999])
+def test_few_labelings_are_drawn_without_repetition(count: int) -> None:
+    units, member = np.arange(15), np.arange(15) >= 12
+    drawn = energy.permuted(units, member, count, np.random.default_rng(0))
+    assert len({tuple(row) for row in drawn}) == len(drawn) == min(count, 454)  # of 15 over 3, less the one given
+    assert (drawn.sum(1) == 3).all()
+    assert not (drawn == member).all(1).any()
+    assert len(energy.permuted(np.arange(60), np.arange(60) >= 40, count, np.random.default_rng(0))) == count
 
 
 def test_descriptor_sees_light_colour_and_texture_but_not_noise_of_sampling() -> None:
