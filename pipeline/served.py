@@ -2,8 +2,8 @@
 
 The service's statistics (GET /v1/statistics, or the file it dumps; the format is in serving/statistics.py) hold samples of
 class areas and confidences by window of time. The reference is data/pool/images.npz, where predict left the same numbers
-of the student over the labelled images and those of the first dump. Windows are groups: neighbours in time are not
-independent draws.
+of the student over the labelled images and those of the first dump; where that student did not become the champion, a
+warning says so. Windows are groups: neighbours in time are not independent draws.
 """
 
 import json
@@ -22,7 +22,7 @@ from pipeline.pool import Floats, Pool, PoolError
 SERVED = "served"
 MAX_BYTES = 64 << 20
 REPORT = Path("reports/served.json")
-POINTER = Path("champions/champion.json")
+POINTER, STUDENT = Path("champions/champion.json"), Path("models/student/student.safetensors")
 
 
 class Answers(NamedTuple):
@@ -111,14 +111,25 @@ def compare(seen: Pool, served: Answers, settings: config.Pool) -> tuple[Finding
     return finding, shifts.areas(points, area_NK, seen.classes, SERVED, settings)
 
 
+def other_model(champion: str | None) -> str | None:
+    """Why the pool's answers may not be the champion's: the student of the last training did not become it."""
+    theirs = POINTER.parent / str(champion) / STUDENT.name
+    if champion is None or not (theirs.exists() and STUDENT.exists()) or files.sha256(theirs) == files.sha256(STUDENT):
+        return None
+    return (
+        f"{pool.FILE} holds the answers of {STUDENT}, which is not the champion {champion[:12]}: what differs may be the "
+        f"two models; to compare with the champion's own, put {theirs} and its train.json there and run the predict stage"
+    )
+
+
 def run(where: str, params: config.Params, console: Console) -> bool:
     """Print and write reports/served.json; False when `pool.policy: hold` and the answers have drifted."""
     champion = str(files.read_json(POINTER)["id"]) if POINTER.exists() else None
     served = answers(read(where), champion)
     finding, areas = compare(pool.read(), served, params.pool)
-    files.write_json(
-        REPORT, {"source": where.split("?")[0], "bundle": served.bundle, **finding.__dict__, "area": areas}
-    )
+    warning = other_model(champion)
+    said = {"source": where.split("?")[0], "bundle": served.bundle, "warning": warning, **finding.__dict__}
+    files.write_json(REPORT, said | {"area": areas})
     table = Table(
         "class", "reference", "served", "p", "", title=f"bundle {served.bundle[:12]}: {finding.images} answers"
     )
@@ -128,4 +139,6 @@ def run(where: str, params: config.Params, console: Console) -> bool:
     console.print(table)
     verdict = "DRIFTED" if finding.drifted else "like the training images"
     console.print(f"{verdict}: energy {finding.energy:.4f}, p {finding.p:.4f}, {finding.rule}; {REPORT}", markup=False)
+    if warning:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     return not (finding.drifted and params.pool.policy == "hold")

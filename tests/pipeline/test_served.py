@@ -119,3 +119,13 @@ def test_what_cannot_be_compared_is_named(root: Path) -> None:
     del value["bundles"][1]["windows"][0]["sample"]["area"]
     with pytest.raises(pool.PoolError, match="missing or odd"):
         served.answers(value, None)
+
+
+def test_a_pool_of_another_model_than_the_champion_is_told(root: Path) -> None:
+    (root / "s.json").write_text(statistics())
+    files.write_json(root / "champions/champion.json", {"id": "new"})
+    files.write_bytes(root / "champions/new/student.safetensors", b"champion")
+    for weights, told in ((b"champion", False), (b"a challenger that was not promoted", True)):
+        files.write_bytes(root / served.STUDENT, weights)
+        assert ("not the champion" in run("--serving", "s.json")[1]) == told
+        assert bool(files.read_json(root / served.REPORT)["warning"]) == told
