@@ -6,15 +6,12 @@ names, is recognised by its content and changes nothing.
 """
 
 import argparse
-import fcntl
 import re
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +85,7 @@ def add(
     limits = archives.Limits(
         total, params.ingest.max_file_mb << 20, params.ingest.dump_max_files, params.ingest.dump_max_ratio
     )
-    _sweep(home)
+    files.sweep(home, ".adding-*")
     with tempfile.TemporaryDirectory(prefix=".adding-", dir=home) as folder:
         spool, skipped = Path(folder) / "spool.tar", list[tuple[str, str]]()
         hashes = _spool(deliveries.members(path, limits, Path(folder), seen), spool, skipped)
@@ -101,16 +98,8 @@ def add(
         ready = Path(folder) / "ready.tar"
         by_name = sorted(shards.members(spool))
         shards.write_tar(ready, ((m.name, shards.read(spool, m.offset, m.length)) for m in by_name))
-        with _locked(home):
+        with files.locked(home / ".lock"):
             return _register(path, name, root, content, len(hashes), ready, skipped)
-
-
-def _sweep(home: Path) -> None:
-    """Remove what killed runs left behind, once it is a day old: a younger one may still be at work."""
-    for stale in home.glob(".adding-*"):
-        with suppress(FileNotFoundError):  # another delivery beside this one has just ended
-            if time.time() - stale.stat().st_mtime > 86_400:
-                shutil.rmtree(stale, ignore_errors=True)
 
 
 def _spool(members: Iterator[archives.Member], spool: Path, skipped: list[tuple[str, str]]) -> dict[str, str]:
@@ -163,13 +152,6 @@ def _canonical(name: str, taken: dict[str, int]) -> str:
     taken[unique] = 2
     taken[key] = number + 1
     return f"images/{unique}{extension}"
-
-
-@contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    with (home / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
-        yield
 
 
 def _register(

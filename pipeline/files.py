@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,6 +99,14 @@ def locked(file: Path) -> Iterator[None]:
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove the folders that killed runs left behind, once they are a day old: a younger one may still be at work."""
+    for stale in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # another run beside this one has just ended
+            if time.time() - stale.stat().st_mtime > 86_400:
+                shutil.rmtree(stale, ignore_errors=True)
 
 
 @contextmanager

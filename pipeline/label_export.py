@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = given.split or ["labelled"]
     try:
         params = config.load(given.params)
-        classes = files.read_json(ingest.SOURCE)["classes"]
         rows = [row for row in manifest.read(split.OUT) if row.split in wanted]
+        classes = files.read_json(ingest.SOURCE)["classes"]
         if not rows:
             raise ValueError(f"no image in {', '.join(wanted)}")
         if given.output.is_dir() and not _ours(given.output):

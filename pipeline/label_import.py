@@ -6,14 +6,13 @@ registry is written last and atomically, under a lock, as for dumps.
 """
 
 import argparse
-import fcntl
 import getpass
 import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -66,12 +65,13 @@ def add(
         SourceError: the delivery as a whole cannot be read.
         labels.LabelsError, manifest.ManifestError: the project is not in order; nothing was changed.
     """
+    rows = manifest.read(root / split.OUT)  # before all else: it says what to run where nothing was run yet
     classes = files.read_json(root / ingest.SOURCE)["classes"]
     names = [c["name"] for c in classes]
-    rows = manifest.read(root / split.OUT)
     labels.places(labels.read(root / labels.FILE), names, root)  # a broken registry stops the work before it begins
     home = root / labels.HOME
     home.mkdir(parents=True, exist_ok=True)
+    files.sweep(home, ".importing-*")
     digests: dict[str, str] = {}
     about: dict[str, dict[str, str]] = {}
     refused: list[Refusal] = []
@@ -106,7 +106,8 @@ def add(
                 put(f"{row.id}.png", masks.encode_png(mask_HW, palette))
                 digests[row.id] = digest
                 about[row.id] = {"digest": digest, "name": record.name, "image": f"{row.dump}/{row.name}"}
-        with _locked(root):
+        (root / LOCK).parent.mkdir(parents=True, exist_ok=True)
+        with files.locked(root / LOCK):
             own = {r.id: r.mask_digest for r in rows if r.split == "labelled" and r.mask_import is None}
             return _register(root, path, tool, by or _user(), names, spool, digests, about, refused, own)
 
@@ -132,15 +133,6 @@ def _user() -> str:
     with suppress(OSError, KeyError):  # a container's user may have no name
         return getpass.getuser()
     return "unknown"
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    lock = root / LOCK
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
-        yield
 
 
 def _register(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline import archives, config
+from pipeline import archives, config, files
 from pipeline.formats.source import SourceError
 
 # Folders that some format's reader looks for: an archive that holds nothing else at its top is that format's root.
@@ -39,6 +39,7 @@ def opened(
         int(params.dump_max_gb * 2**30), params.max_file_mb << 20, params.dump_max_files, params.dump_max_ratio
     )
     temporary.mkdir(parents=True, exist_ok=True)
+    files.sweep(temporary, ".unpacked.*")
     with tempfile.TemporaryDirectory(prefix=".unpacked.", dir=temporary) as name:
         for member in archives.read(path, limits, seen):
             _write(Path(name) / member.name, member, path, params)

@@ -9,7 +9,7 @@ import tiny_source
 from label_maps import regions as ragged
 from PIL import Image
 
-from pipeline import config, label_export, manifest, masks, pool, shards, split
+from pipeline import config, label_export, label_import, manifest, masks, pool, shards, split
 from pipeline.formats import coco, coco_write, cvat, labelstudio, pictures, voc, voc_write
 from pipeline.formats.task import Item
 
@@ -130,6 +130,16 @@ def test_labels_and_pre_labels_but_no_hidden_ones(form: str, root: Path) -> None
     np.testing.assert_array_equal(got["h/00"], tiny_source.mask(7))
     for name in ("a/00", "a/01"):
         np.testing.assert_array_equal(got[name], manifest.open_mask(tiny_source.rows(root)[f"base/{name}"], 10**6))
+
+
+def test_an_empty_project_says_what_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_source.put(tmp_path, "params.yaml", b"{}")
+    for main, arguments in ((label_export.main, ["--format", "coco", "-o", "out"]), (label_import.main, ["back.xml"])):
+        assert main(arguments) == 1
+        assert "run `dvc repro`" in capsys.readouterr().err
 
 
 def test_a_folder_with_other_files_is_not_replaced(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

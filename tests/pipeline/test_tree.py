@@ -1,7 +1,9 @@
 """A source that comes as an archive is read like its folder, and writes nothing outside its temporary folder."""
 
 import io
+import os
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -93,3 +95,14 @@ def test_a_member_over_the_cap_is_named(tmp_path: Path) -> None:
         packed, config.Ingest(max_file_mb=1), tmp_path / "data"
     ):  # fmt: skip
         pass
+
+
+def test_what_a_killed_run_left_goes_once_it_is_a_day_old(tmp_path: Path) -> None:
+    """An unpacked archive has the size of the data set; a younger one may belong to a run that is still at work."""
+    for name, age in (("old", 90_000), ("young", 80_000)):
+        tiny_source.put(tmp_path, f"data/.unpacked.{name}/images/a.png", b"x")
+        os.utime(tmp_path / f"data/.unpacked.{name}", (time.time() - age,) * 2)
+    packed = pack({"images/a.png": b"x"}, "zip", tmp_path / "a.zip")
+    with tree.opened(packed, config.Ingest(), tmp_path / "data"):
+        pass
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [".unpacked.young"]
