@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +16,19 @@ app = typer.Typer(
 )
 
 
-def _fail(error: Exception) -> typer.Exit:
-    typer.secho(f"marginalia: {error}", fg="red", err=True)
-    return typer.Exit(1)
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """What the rooms raise to be read by people becomes a line and exit code 1, as does an extra that is missing."""
+    cause: Exception
+    try:
+        yield
+        return
+    except ModuleNotFoundError as error:
+        cause, said = error, f"{error.name} is not installed; `pip install 'marginalia[train]'`"
+    except (OSError, ValueError, RuntimeError) as error:
+        cause, said = error, str(error)
+    typer.secho(f"marginalia: {said}", fg="red", err=True)
+    raise typer.Exit(1) from cause
 
 
 @app.command("add-dump")
@@ -86,10 +98,8 @@ def drift(
 
     from pipeline import config, served
 
-    try:
+    with _errors_told():
         passed = served.run(serving, config.load(), Console())
-    except (OSError, ValueError) as error:
-        raise _fail(error) from error
     raise typer.Exit(0 if passed else 1)
 
 
@@ -102,10 +112,8 @@ def serve(
     """Answer HTTP segmentation requests with the champion's bundle."""
     from serving import run
 
-    try:
+    with _errors_told():
         run.main(host, port, bundle)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _fail(error) from error
 
 
 @app.command()
@@ -113,10 +121,8 @@ def verify(bundle: Annotated[Path, typer.Argument(help="a bundle folder")]) -> N
     """Check a bundle's files against their checksums and rules."""
     from export.bundle import verify as check
 
-    try:
+    with _errors_told():
         manifest = check(bundle)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _fail(error) from error
     typer.echo(f"{bundle}: bundle {manifest.id}, {len(manifest.classes)} classes, every checksum holds")
 
 
@@ -134,13 +140,11 @@ def predict(
     """Segment files, folders and archives; bad images are listed, not fatal. Exit code 1 if none could be segmented."""
     from export import predict as job
 
-    try:
+    with _errors_told():
         result = job.predict(
             bundle, images, output, provider=provider, precision=precision, threads=threads, overlay=overlay,
             confidence=confidence,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _fail(error) from error
     job.show(result)
     raise typer.Exit(0 if result.written else 1)
 
@@ -158,14 +162,10 @@ def onnx(
 
     TensorRT refuses its antialiased Resize and OpenVINO leaves the antialias out: give those --core.
     """
-    try:
+    with _errors_told():
         from export import whole as job
 
         made = job.write(bundle, output, size=job.parse_size(size) if size else None, core=core)
-    except ModuleNotFoundError as error:
-        raise _fail(RuntimeError(f"{error.name} is not installed; `pip install 'marginalia[train]'`")) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _fail(error) from error
     typer.echo(f"{made.path}: image {' x '.join(map(str, made.shape))}, {made.nodes} nodes, {made.size / 1e6:.1f} MB")
 
 
@@ -183,14 +183,12 @@ def bench(
     from export import bench as job
     from pipeline import files
 
-    try:
+    with _errors_told():
         result = job.bench(
             bundle, job.split(sizes or []), job.split(batches), rounds=rounds, threads=threads, student=student
         )
         if out is not None:
             files.write_json(out, result)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _fail(error) from error
     job.show(result)
 
 
@@ -199,10 +197,8 @@ def bento(bundle: Annotated[Path, typer.Argument(help="a bundle folder")]) -> No
     """Build a bento that holds the bundle; `bentoml serve marginalia:latest` then serves it from anywhere."""
     from serving import bento as job
 
-    try:
+    with _errors_told():
         tag, folder = job.build(bundle)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _fail(error) from error
     typer.echo(f"{tag}: in {folder}; start it by `bentoml serve {tag}`")
 
 
@@ -220,13 +216,11 @@ def triton(
     """Write a Triton model repository from a bundle: ONNX Runtime backend, dynamic batching."""
     from export import triton as job
 
-    try:
+    with _errors_told():
         folder = job.write(
             bundle, output, name=name, device=device, precision=precision, max_batch=max_batch, delay_us=delay_us,
             instances=instances,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _fail(error) from error
     typer.echo(f"{folder}: serve it by `tritonserver --model-repository {output}`")
 
 
@@ -235,10 +229,8 @@ def report() -> None:
     """One table of the last run: scores, parity, verdict, and where bundle and pictures are."""
     from pipeline import story
 
-    try:
+    with _errors_told():
         story.show(Path())
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _fail(error) from error
 
 
 @app.command("history")
@@ -246,10 +238,8 @@ def history_(as_json: Annotated[bool, typer.Option("--json", help="everything re
     """Every champion: data, settings that changed, scores and why it won."""
     from pipeline import files, history
 
-    try:
+    with _errors_told():
         said = history.told(Path("champions"))
-    except (OSError, ValueError) as error:
-        raise _fail(error) from error
     if as_json:
         typer.echo(files.to_json(said), nl=False)
     elif said["champions"]:
@@ -267,10 +257,8 @@ def rollback(
     """Make a former champion the champion again; the running server follows, the next training starts from it."""
     from pipeline import rollback as job
 
-    try:
+    with _errors_told():
         moved = job.run(Path(), id)
-    except (OSError, ValueError) as error:
-        raise _fail(error) from error
     typer.echo(f"champion {moved.id}" + (f", rolled back from {moved.left}" if moved.left != moved.id else " already"))
     if moved.warm_start:
         typer.echo("dumps.yaml: warm_start names it too, so the next `dvc repro` trains from it")
