@@ -6,6 +6,7 @@ one (hidden labels of unlabelled images stay hidden). Files are named `task_name
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.formats.task import Item, id_prefix, task_name
 FORMATS = ("cvat", "labelstudio", "coco", "voc")
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 OWN = ("labelled", "val", "test")
+HANDED = Path(".marginalia/handed_out.jsonl")  # a line per hand-out: {image id: digest of its pre-label}
 
 
 def prelabels(root: Path = Path()) -> dict[str, shards.Member]:
@@ -28,16 +30,52 @@ def prelabels(root: Path = Path()) -> dict[str, shards.Member]:
     return {member.name.removesuffix(".png"): member for member in shards.members(path)} if path.exists() else {}
 
 
+def handed_out(root: Path = Path()) -> dict[str, set[str]]:
+    """Image id -> digests of all pre-labels that ever left for it: a task may be out while other models make others.
+
+    Raises:
+        ValueError: a line is damaged; names the file.
+    """
+    found: dict[str, set[str]] = {}
+    file = root / HANDED
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 1):
+        try:
+            for id_, digest in json.loads(line).items():
+                found.setdefault(id_, set()).add(digest)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{file}: line {number} is no hand-out ({error}); remove that line") from error
+    return found
+
+
+def hand_out(digests: Mapping[str, str], root: Path = Path()) -> None:
+    """Remember which pre-labels left."""
+    file = root / HANDED
+    if digests:
+        known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        line = json.dumps(digests, sort_keys=True)
+        files.write_text(file, "".join(f"{text}\n" for text in [*(text for text in known if text != line), line]))
+
+
 def items(
-    rows: Iterable[manifest.Row], made: Mapping[str, shards.Member], max_pixels: int, root: Path = Path()
+    rows: Iterable[manifest.Row],
+    made: Mapping[str, shards.Member],
+    max_pixels: int,
+    root: Path = Path(),
+    handed: dict[str, str] | None = None,
 ) -> Iterator[Item]:
-    """One image in memory at a time. Raises manifest.ManifestError, or ValueError for a damaged pre-label."""
+    """One image in memory at a time. `handed` takes the digest of each pre-label by image id, for `hand_out`.
+
+    Raises:
+        manifest.ManifestError, ValueError: a damaged image, mask or pre-label; named.
+    """
+    handed = {} if handed is None else handed
     for row in rows:
         data = manifest.read_image_bytes(row, root)
         label_HW = manifest.open_mask(row, max_pixels, root) if row.split in OWN else None
         if label_HW is None and (member := made.get(row.id)):
             png = shards.read(root / pool.PRELABELS, member.offset, member.length)
             label_HW = masks.decode_mask(png, max_pixels=max_pixels).astype("uint8")
+            handed[row.id] = manifest.mask_digest(label_HW)
         name = task_name(row.id, f"{row.name}.{SUFFIX[images.sniff(data)]}")
         yield Item(name, row.id, data, row.height, row.width, label_HW)
 
@@ -90,8 +128,10 @@ def main(argv: list[str] | None = None) -> int:
             )
         if given.format != "cvat" and given.output.is_file():
             raise ValueError(f"{given.output}: is a file; {given.format} is written as a folder, name a new one")
-        found = items(rows, prelabels(), params.ingest.max_pixels)
+        handed: dict[str, str] = {}
+        found = items(rows, prelabels(), params.ingest.max_pixels, handed=handed)
         count = write(given.output, given.format, found, classes, {row.id: row.split for row in rows})
+        hand_out(handed)
     except (config.ConfigError, ValueError, OSError) as error:
         Console(stderr=True).print(f"export-labels: {error}", style="red", markup=False, soft_wrap=True)
         return 1

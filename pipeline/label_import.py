@@ -83,6 +83,7 @@ def add(
             shards.replacing_tar(spool) as put,
         ):
             tool = returned.detect(opened) if tool == "auto" else tool
+            handed = {} if accept_unchanged or tool == "labelstudio" else label_export.handed_out(root)
             prelabels = {} if accept_unchanged or tool == "labelstudio" else label_export.prelabels(root)
             for record in returned.read(opened, tool, classes, params.data, params.ingest.max_pixels):
                 try:
@@ -92,10 +93,9 @@ def add(
                     if (mask_HW == masks.IGNORE).all():
                         raise images.Refused("mask-all-ignore", "every pixel is ignored: nothing to learn from it")
                     digest = manifest.mask_digest(mask_HW)
-                    if (
-                        row.split == "unlabelled"
-                        and row.id in prelabels
-                        and digest == _digest(root, prelabels[row.id], params)
+                    if row.split == "unlabelled" and (
+                        digest in handed.get(row.id, ())
+                        or (row.id in prelabels and digest == _digest(root, prelabels[row.id], params))
                     ):
                         raise images.Refused(
                             "unchanged-pre-label", "just as it was handed out; --accept-unchanged takes it as correct"

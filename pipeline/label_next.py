@@ -67,10 +67,11 @@ def write_folder(
     mine = [rows[str(seen.id[i])] for i in chosen]
     names = export_names([row.name for row in mine], [row.dump for row in mine])
     colours = [tuple(c["color"]) for c in classes]
+    handed: dict[str, str] = {}
     with files.replacing_folder(folder) as fresh:
 
         def items() -> Iterator[Item]:
-            for name, item in zip(names, label_export.items(mine, made, max_pixels), strict=True):
+            for name, item in zip(names, label_export.items(mine, made, max_pixels, handed=handed), strict=True):
                 yield item._replace(name=f"{name}.{item.name.rpartition('.')[2]}")
 
         def stored() -> Iterator[Item]:
@@ -88,6 +89,7 @@ def write_folder(
         files.write_text(fresh / "classes.txt", "".join(f"{name}\n" for name in seen.classes))
         files.write_json(fresh / "names.json", {name: row.id for name, row in zip(names, mine, strict=True)})
         files.write_text(fresh / "HOWTO.txt", HOWTO)
+    label_export.hand_out(handed)
 
 
 def table_csv(choices: Sequence[Choice], seen: Pool) -> str:

@@ -54,6 +54,7 @@ def write_pool(root: Path, rows: list[manifest.Row]) -> None:
     arrays = {key: np.array([getattr(r, key) for r in rows]) for key in ("id", "name", "dump", "group", "split")}
     arrays |= dict.fromkeys(("confidence", "margin", "entropy"), ones) | {"embedding": np.arange(2.0 * n).reshape(n, 2)}
     arrays |= {"area": np.full((n, 3), 1 / 3), "doubt": np.arange(3.0 * n).reshape(n, 3)}
+    arrays["margins"] = np.full((n, pool.MARGIN_BINS), 1 / pool.MARGIN_BINS)
     with files.replacing(root / pool.FILE) as file:
         np.savez(file, classes=np.array(tiny_source.CLASSES), **arrays)
 
@@ -132,6 +133,21 @@ def test_f19_out_to_cvat_corrected_back_and_into_training(root: Path, capsys: py
     assert label_import.main(["back.xml"]) == 0
     assert "nothing new" in capsys.readouterr().out
     assert snapshot() == stood
+
+
+def test_f19_a_pre_label_of_an_earlier_model_is_no_label(root: Path) -> None:
+    """The task came back untouched after a retraining: nobody looked, though the pool has other pre-labels by now."""
+    assert label_next.main() == 0
+    shutil.copytree("reports/label_next", "task")
+    names = [member.name for member in shards.members(pool.PRELABELS)]
+    shards.write_tar(
+        pool.PRELABELS, [(name, masks.encode_png(tiny_source.mask(90 + n))) for n, name in enumerate(names)]
+    )
+    assert label_next.main() == 0
+    result = add(Path("task"))
+    assert result[:4] == (None, "folder", 0, 0)
+    assert {item.code for item in result.refused} == {"unchanged-pre-label"}
+    assert add(Path("task"), accept_unchanged=True).taken == len(result.refused) == 3
 
 
 def test_f19_what_cannot_be_used_is_named_and_stops_nothing(root: Path) -> None:
