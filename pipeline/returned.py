@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline import config, images, manifest, masks
 from pipeline.formats import classes as class_files
-from pipeline.formats import coco, cvat, documents, labelstudio, pictures, tree
+from pipeline.formats import coco, cvat, documents, labelstudio, pictures, tree, voc
 from pipeline.formats.pictures import Picture
 from pipeline.formats.source import SourceError, name_id, walk
 from pipeline.formats.task import PREFIX, id_prefix
@@ -148,8 +148,8 @@ def check_size(height: Any, width: Any, row: manifest.Row) -> None:
 
 
 def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -> Iterator[Record]:
-    """masks/ or the folder itself; class ids by the folder's classes.txt where it has one, matched by name."""
-    home = path / "masks" if (path / "masks").is_dir() else path
+    """masks/, SegmentationClass/ or the folder itself; class ids by its classes.txt or VOC's labelmap.txt, matched by name."""
+    home = next((path / room for room in ("masks", "SegmentationClass") if (path / room).is_dir()), path)
     found = {name: file for name, file in walk(home).items() if name.lower().endswith(MASKS)}
     if not found:
         raise SourceError(f"{home}: no mask in it; expected class ids as PNG")
@@ -161,10 +161,12 @@ def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -
     if (path / "classes.txt").exists():
         lines = class_files.read_lines(path / "classes.txt", "write it")
         theirs = [c["name"] for c in class_files.parse(lines, path / "classes.txt")[0]]
+    mapped = voc.classes(path, config.Data(source="voc", classes=None)) if (path / "labelmap.txt").exists() else []
+    theirs = [c["name"] for c in mapped] or theirs
     table = np.full(256, -1, np.int64)
     table[: len(theirs)] = [names.index(name) if name in names else -1 for name in theirs]
     table[masks.IGNORE] = masks.IGNORE
-    colours = {tuple(c["color"]): theirs.index(c["name"]) for c in classes if c["name"] in theirs}
+    colours = {tuple(c["color"]): theirs.index(c["name"]) for c in mapped or classes if c["name"] in theirs}
     colours |= {masks.IGNORE_COLOUR: masks.IGNORE}
     for name, file in found.items():
 

@@ -350,6 +350,20 @@ def test_a_folder_of_masks_refuses_its_bad_ones_alone(root: Path) -> None:
     np.testing.assert_array_equal(manifest.open_mask(rebuilt()["base/u/00"], 10**6), np.where(NEW == 2, 255, NEW))
 
 
+def test_a_voc_folder_says_by_its_labelmap_what_its_ids_mean(root: Path) -> None:
+    """Its first class is another than ours: taken as our ids, floor would come in as wall. Images are no masks."""
+    home = Path("back")
+    name = task_name(row("base/u/00").id, "x")
+    tiny_source.put(
+        home, "labelmap.txt", b"# label:color_rgb:parts:actions\nfloor:1,1,1::\nwall:2,2,2::\nsky:3,3,3::\n"
+    )
+    tiny_source.put(home, f"SegmentationClass/{name}.png", tiny_source.encode(2 - NEW))
+    tiny_source.put(home, f"JPEGImages/{name}.png", tiny_source.encode(np.zeros((48, 64), np.uint8)))
+    result = add(home)
+    assert (result.taken, result.refused) == (1, [])
+    np.testing.assert_array_equal(manifest.open_mask(rebuilt()["base/u/00"], 10**6), NEW)
+
+
 def test_a_name_that_two_dumps_have_is_not_guessed(root: Path) -> None:
     rows = manifest.read(split.OUT)
     twin = next(r for r in rows if r.dump == "d")
