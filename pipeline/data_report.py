@@ -120,7 +120,7 @@ def main() -> int:
     try:
         config.load()
         text = build()
-    except (ReportError, manifest.ManifestError, registry.RegistryError, config.ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:  # damaged files included
         Console(stderr=True).print(f"data-report: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     files.write_text(OUT, text)

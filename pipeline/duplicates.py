@@ -87,8 +87,9 @@ def near_pairs(value_N: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
     agree = next((r for r in (3, 2) if comb(bits + r, r) <= MAX_TABLES), 1)
     edges = [round(i * BITS / (bits + agree)) for i in range(bits + agree + 1)]
     masks = [((1 << (high - low)) - 1) << low for low, high in pairwise(edges)]
-    for chosen in combinations(masks, agree) if bits else ():
-        key_N = value_N & np.uint64(sum(chosen))
+    tables = [np.uint64(sum(chosen)) for chosen in combinations(masks, agree)] if bits else []
+    for number, table in enumerate(tables):
+        key_N = value_N & table
         order_N = np.argsort(key_N)
         key_N, sorted_N = key_N[order_N], value_N[order_N]
         at = np.arange(len(value_N))
@@ -97,11 +98,15 @@ def near_pairs(value_N: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
             at = at[key_N[at + step] == key_N[at]]
             if not len(at):
                 break
-            close = at[np.bitwise_count(sorted_N[at] ^ sorted_N[at + step]) <= bits]
+            differ = sorted_N[at] ^ sorted_N[at + step]
+            near = np.bitwise_count(differ) <= bits
+            for earlier in tables[:number]:  # which had the pair already
+                near[near] = (differ[near] & earlier) != 0
+            close = at[near]
             if len(close):
                 found.append(np.sort(np.stack([order_N[close], order_N[close + step]], axis=1), axis=1))
-    pairs_P2: NDArray[np.int64] = np.unique(np.concatenate(found), axis=0)
-    return pairs_P2
+    pairs_P2 = np.concatenate(found)
+    return pairs_P2[np.lexsort((pairs_P2[:, 1], pairs_P2[:, 0]))]
 
 
 def neighbours(values: Iterable[int | None], bits: int) -> dict[int, list[int]]:

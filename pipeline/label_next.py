@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -126,7 +127,7 @@ def run(params: config.Params, console: Console) -> None:
 def main() -> int:
     try:
         run(config.load(), Console())
-    except (PoolError, manifest.ManifestError, config.ConfigError) as error:
+    except (ValueError, OSError, tarfile.TarError) as error:
         Console(stderr=True).print(f"rank: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     return 0

@@ -20,15 +20,17 @@ BELOW = 10  # about a tenth of what a request's thread gets where both want the 
 def quietly(work: Callable[[], T]) -> T:
     """work(), in a thread of its own `BELOW` this one's priority where that can be taken back, else at this one's.
 
+    One at a time: the end of one call raises the threads of another.
+
     Raises what `work` raises.
     """
     low = _low()
     done: Future[T] = Future()
 
     def run() -> None:
-        if low is not None:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), low)
         try:
+            if low is not None:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), low)
             done.set_result(work())
         except BaseException as error:
             done.set_exception(error)

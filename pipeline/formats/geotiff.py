@@ -15,6 +15,7 @@ Needs the extra `geotiff` (rasterio). Only the tile at hand is read.
 import io
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,15 @@ def _opened(rasterio: Any, path: Path) -> Any:
         raise SourceError(f"{path}: GDAL cannot open it ({images.short(error)})") from error
 
 
+@contextmanager
+def _reading(rasterio: Any, path: Path) -> Iterator[None]:
+    """A tile that GDAL cannot read costs that tile. Raises images.Refused."""
+    try:
+        yield
+    except rasterio.errors.RasterioError as error:
+        raise images.Refused("truncated", f"{path.name}: GDAL cannot read this tile ({images.short(error)})") from error
+
+
 def _same_place(image: Any, mask: Any) -> None:
     if (mask.height, mask.width) != (image.height, image.width):
         raise SourceError(
@@ -137,7 +147,7 @@ def _valid(source: Any, window: Any) -> NDArray[np.bool_]:
 def picture(path: Path, window: Any) -> bytes:
     """One tile of an image as an RGB PNG. Raises images.Refused for samples of other kinds than uint8 and uint16."""
     rasterio = _rasterio()
-    with _opened(rasterio, path) as source:
+    with _opened(rasterio, path) as source, _reading(rasterio, path):
         kinds = set(source.dtypes[: min(3, source.count)])
         if kinds not in ({"uint8"}, {"uint16"}):
             raise images.Refused(
@@ -160,7 +170,7 @@ def label(path: Path, image: Path, window: Any) -> bytes:
         images.Refused: "mask-class-id" for fractions and for values outside 0..255 that are not declared as nodata.
     """
     rasterio = _rasterio()
-    with _opened(rasterio, path) as source, _opened(rasterio, image) as beside:
+    with _opened(rasterio, path) as source, _opened(rasterio, image) as beside, _reading(rasterio, path):
         values_HW = source.read(1, window=window)
         void_HW = ~(_valid(source, window) & _valid(beside, window))
     if values_HW.dtype == np.uint16:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_labels
 
+from pipeline import images
 from pipeline.formats import geotiff
 from pipeline.formats.source import Source, SourceError
 
@@ -136,3 +137,19 @@ def test_what_cannot_be_used_is_named(root: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, "rasterio", None)
     with pytest.raises(SourceError, match=r"marginalia\[geotiff\]"):
         read(root)
+
+
+def test_a_tile_that_gdal_cannot_read_costs_that_tile_alone(root: Path) -> None:
+    source = read(root)  # headers are whole
+    whole = root / "images/north.tif"
+    whole.write_bytes(whole.read_bytes()[: -HEIGHT * WIDTH])
+    refused: list[images.Refused] = []
+    makers = [maker for name, maker in source.files if name.startswith("images/")]
+    for maker in makers:
+        try:
+            maker()  # type: ignore[operator]
+        except images.Refused as error:
+            refused.append(error)
+    assert {error.code for error in refused} == {"truncated"}
+    assert all("north.tif" in str(error) for error in refused)
+    assert len(refused) <= len(makers) // 2, "the other image's tiles are whole"
