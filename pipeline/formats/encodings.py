@@ -18,6 +18,7 @@ from pipeline.formats.source import SourceError
 from pipeline.mask_png import Colour
 
 SAMPLE = 32
+STRAYS = 4  # so many times as many masks of one kind make the other ones strays, which ingest quarantines
 _RENDERED = ("RGB", "RGBA", "LA", "PA", "La", "RGBa", "CMYK", "YCbCr")
 
 
@@ -36,28 +37,29 @@ def decide(
         prefer: the answer where palettes could mean either; None: that is an error.
 
     Raises:
-        SourceError: masks of both kinds, or palettes that could mean either; says what to set.
+        SourceError: masks of both kinds, neither of them rare, or palettes that could mean either; says what to set.
     """
     step = max(1, len(paths) // SAMPLE)
-    votes: dict[str, Path] = {}
+    votes: dict[str, list[Path]] = {}
     for path in paths[::step][:SAMPLE]:
         try:
-            votes.setdefault(_kind(path.read_bytes(), classes, colours, max_pixels), path)
+            votes.setdefault(_kind(path.read_bytes(), classes, colours, max_pixels), []).append(path)
         except images.Refused:
             continue  # ingest quarantines it with its reason
-    if "ids" in votes and "colours" in votes:
+    some, others = (len(votes.get(kind, ())) for kind in ("ids", "colours"))
+    if min(some, others) * STRAYS > max(some, others):
         raise SourceError(
-            f"{votes['ids']} holds class ids but {votes['colours']} colours; set data.masks to ids or colours: masks of "
+            f"{votes['ids'][0]} holds class ids but {votes['colours'][0]} colours; set data.masks to ids or colours: masks of "
             "the other kind are then quarantined"
         )
     if list(votes) == ["either"] and prefer is not None:
         return prefer
     if list(votes) == ["either"]:
         raise SourceError(
-            f"{votes['either']}: its palette's indices and its palette's colours name different classes; set data.masks: "
+            f"{votes['either'][0]}: its palette's indices and its palette's colours name different classes; set data.masks: "
             "ids (the indices count) or colours (the palette does)"
         )
-    return "colours" if "colours" in votes else "ids"
+    return "colours" if others > some else "ids"
 
 
 def _kind(data: bytes, classes: int | None, colours: Mapping[Colour, int], max_pixels: int) -> str:
