@@ -7,6 +7,8 @@ processor with that arithmetic.
 
 import importlib.util
 import time
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +23,7 @@ from pipeline import fit
 __all__ = ["Precision", "Provider", "ProviderError", "Runtime", "Segmentation", "check_installation", "options"]
 
 BATCHES = (8, 4, 2, 1)  # the only batch sizes that reach a runtime: engines and caches are made per shape
+RECENT = 8  # sizes that a runtime remembers
 # What any bundle can run without a file of its own. fp32 is the same network in every runtime, but no two round alike.
 PLAIN = (
     Option(runtime="tensorrt", device="cuda", precision="fp32"),
@@ -126,6 +129,7 @@ class Runtime:
         self.bundle = bundle
         self.threads = threads or machine.cores()
         self.passed_over: dict[str, str] = {}
+        self.recent: deque[tuple[int, int]] = deque(maxlen=RECENT)  # heights and widths that came lately
         self.option, self._session = self._open(provider, precision)
         self.provider, self.precision = self.option.provider, self.option.precision
 
@@ -167,6 +171,9 @@ class Runtime:
             raise ValueError(f"expected uint8 N x H x W x 3, got {images_NHWC.dtype} {shape}")
         if 0 in shape or shape[1] % stride or shape[2] % stride:
             raise ValueError(f"height and width must be multiples of {stride}, got {shape}; use pipeline.fit")
+        size = (shape[1], shape[2])
+        if size not in self.recent:
+            self.recent.append(size)
         answers = [self._session.run(images_NHWC[part]) for part in _batches(shape[0], self._most(*shape[1:3]))]
         if len(answers) == 1:
             return answers[0]
@@ -194,8 +201,12 @@ class Runtime:
         timings = {name: end - start for name, start, end in zip(names, marks, marks[1:], strict=False)}
         return replace(found, timings=timings)
 
-    def warm_up(self) -> None:
+    def warm_up(self, sizes: Iterable[tuple[int, int]] = ()) -> None:
         """Run the smallest and the largest usual size once, and check that the answers are what a bundle promises.
+
+        Args:
+            sizes: heights and widths that `run` will meet, such as another runtime's `recent`: OpenVINO compiles kernels
+                for each when it first comes, a fraction of a second that a request would wait for.
 
         Raises:
             BundleError: wrong output shape or type, an id of no class, or the model fails on the inputs it should take.
@@ -214,6 +225,9 @@ class Runtime:
                     raise BundleError(f"{self.bundle.folder}: answers {array.dtype} {array.shape} to {side} x {side}")
             if strange := sorted(set(np.unique(answer.label_HW).tolist()) - set(known)):
                 raise BundleError(f"{self.bundle.folder}: answers ids {strange[:5]} that are no class of bundle.json")
+        for height, width in sizes:
+            if not (height % policy.stride or width % policy.stride) and max(height, width) <= policy.long_side:
+                self.run(np.zeros((1, height, width, 3), np.uint8))
 
 
 def _batches(n: int, most: int) -> list[slice]:

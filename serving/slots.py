@@ -38,8 +38,10 @@ class NoPrevious(RuntimeError):
     """There is no model to go back to."""
 
 
-def open_runtime(settings: Settings, folder: Path | None = None, threads: int | None = None) -> Runtime:
-    """Find (the champion, unless `folder` is given), verify, load and warm up.
+def open_runtime(
+    settings: Settings, folder: Path | None = None, threads: int | None = None, like: Runtime | None = None
+) -> Runtime:
+    """Find (the champion, unless `folder` is given), verify, load and warm up, also for the sizes that `like` met lately.
 
     Raises PointerError, BundleError or ProviderError.
     """
@@ -49,7 +51,7 @@ def open_runtime(settings: Settings, folder: Path | None = None, threads: int | 
         precision=settings.precision,
         threads=threads or settings.threads,
     )
-    runtime.warm_up()
+    runtime.warm_up(list(like.recent) if like else ())
     return runtime
 
 
@@ -266,7 +268,11 @@ class Slot:
         folder = folder or bundle_folder(self._settings)
         self._on_trial(source, folder)
         old = self.runtime
-        fresh = quietly(lambda: open_runtime(self._settings, folder)) if old else open_runtime(self._settings, folder)
+        fresh = (
+            quietly(lambda: open_runtime(self._settings, folder, like=old))
+            if old
+            else open_runtime(self._settings, folder)
+        )
         if old is not None and old.bundle.manifest == fresh.bundle.manifest:
             observe.swapped("same")
             self._tell("bundle-same", bundle=fresh.bundle.manifest.id, source=source)

@@ -107,3 +107,19 @@ def test_on_a_cpu_no_more_pixels_run_together_than_the_largest_image_has(tmp_pat
         label, _ = here.run(batch)
         np.testing.assert_array_equal(label, tiny_onnx.expected(batch)[0])
     assert [shape[0] for shape in seen] == [4, 2, 1] + [1] * 7
+
+
+def test_a_candidate_is_warmed_for_the_sizes_that_came_lately(tmp_path: Path) -> None:
+    old, new = (runtime.Runtime(tiny_onnx.write(tmp_path / n, long_side=64), provider="cpu", threads=1) for n in "ab")
+    for side in (16, 32, 48, 32):
+        old.run(np.zeros((1, side, 64, 3), np.uint8))
+    assert list(old.recent) == [(16, 64), (32, 64), (48, 64)]
+    for side in range(1, 40):
+        old.run(np.zeros((1, 16, 16 * side, 3), np.uint8))
+    assert len(old.recent) == runtime.RECENT
+    seen: list[tuple[int, ...]] = []
+    real = new._session.run
+    new._session.run = lambda images: (seen.append(images.shape), real(images))[1]  # type: ignore[method-assign]
+    new.warm_up([(16, 64), (32, 48), (40, 16), (128, 16)])  # no multiple of 16; larger than any that it will meet
+    assert [shape[1:3] for shape in seen[-2:]] == [(16, 64), (32, 48)]
+    assert len(seen) == 4
