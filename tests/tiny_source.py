@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ def picture(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
 def encode(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, kind, **options)
+    return out.getvalue()
+
+
+def tar(pictures: dict[str, bytes]) -> bytes:
+    """An uncompressed tar of named files."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in pictures.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
     return out.getvalue()
 
 

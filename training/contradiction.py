@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.components import components
 from training.metrics import boundary
 
 Floats = NDArray[np.float64]
@@ -67,26 +68,6 @@ def suggestions(
     gain_HW = np.where(judged_HW, _of(probability_KHW, best_HW) - _of(probability_KHW, mask_HW), 0)
     judged_HW &= gain_HW > 0  # the given class may be the most probable one and miss its own, higher bar
     return np.where(judged_HW, best_HW, np.uint8(ignore)), np.where(judged_HW, gain_HW, 0)
-
-
-def components(value_HW: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Numbers from 0 for the 4-connected components of equal values: runs of rows joined where they touch."""
-    new_HW = np.ones(value_HW.shape, bool)
-    new_HW[:, 1:] = value_HW[:, 1:] != value_HW[:, :-1]
-    run_HW = (np.cumsum(new_HW) - 1).reshape(value_HW.shape)
-    parent = list(range(int(run_HW[-1, -1]) + 1))
-
-    def root(run: int) -> int:
-        while parent[run] != run:
-            parent[run] = run = parent[parent[run]]
-        return run
-
-    same_HW = value_HW[1:] == value_HW[:-1]
-    for above, below in np.unique(np.stack([run_HW[:-1][same_HW], run_HW[1:][same_HW]], 1), axis=0).tolist():
-        one, other = root(above), root(below)
-        parent[max(one, other)] = min(one, other)
-    roots = np.array([root(run) for run in range(len(parent))])
-    return np.unique(roots, return_inverse=True)[1].astype(np.int64)[run_HW]
 
 
 def regions(mask_HW: Labels, suggested_HW: Labels, gain_HW: NDArray[np.floating], *, ignore: int) -> list[Region]:

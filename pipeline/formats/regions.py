@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipeline.components import runs
 from pipeline.formats.pictures import Label, Patch
 
 
@@ -20,12 +20,7 @@ def regions(label_HW: Label, smallest: int | None = None) -> Iterator[tuple[int,
     height, width = label_HW.shape
     limit = max(16, label_HW.size // 2000) if smallest is None else smallest
     flat = label_HW.ravel()
-    begins = np.ones(flat.size, bool)
-    begins[1:] = flat[1:] != flat[:-1]
-    begins[::width] = True
-    start = np.flatnonzero(begins)
-    end = np.append(start[1:], flat.size)
-    region = _connected(start, end, flat[start], width)
+    start, end, region = runs(label_HW)
     size = np.bincount(region, weights=end - start, minlength=len(start))
     value = flat[start].astype(int)
     key = np.where(size[region] >= limit, 256 + region, value)  # below 256: the specks of that id
@@ -40,28 +35,3 @@ def regions(label_HW: Label, smallest: int | None = None) -> Iterator[tuple[int,
     for id_, name in found:
         top, left, bottom, right = box[name]
         yield id_, Patch(top, left, key_HW[top:bottom, left:right] == name)
-
-
-def _connected(start: NDArray[np.int64], end: NDArray[np.int64], value: Label, width: int) -> NDArray[np.int64]:
-    """For each run (cut at row ends) the number of a run of its region, the same for all of them.
-
-    Runs that touch runs of the row below are joined by taking the smaller number, at both ends and at what these point
-    to, until nothing changes (Shiloach and Vishkin 1982, without the parallel machine).
-    """
-    first = np.searchsorted(end, start + width, side="right")  # the runs below that overlap: end > start + width ...
-    last = np.searchsorted(start, end + width, side="left")  # ... and start < end + width
-    count = np.maximum(last - first, 0)
-    above = np.repeat(np.arange(len(start)), count)
-    below = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - first, count)
-    same = value[above] == value[below]
-    above, below = above[same], below[same]
-    root = np.arange(len(start))
-    while True:
-        lower = np.minimum(root[above], root[below])
-        new = root.copy()
-        for place in (above, below, root[above], root[below]):
-            np.minimum.at(new, place, lower)
-        new = new[new]
-        if np.array_equal(new, root):
-            return root
-        root = new

@@ -17,20 +17,11 @@ from pathlib import Path
 import pytest
 import tiny_source
 import zstandard
+from tiny_source import tar
 
 from pipeline import archives, config, dumps, files, registry
 
 PICTURES = {f"{n:02d}.png": tiny_source.encode(tiny_source.picture(n)) for n in range(8)}
-
-
-def tar(pictures: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in pictures.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def zipped(pictures: dict[str, bytes]) -> bytes:

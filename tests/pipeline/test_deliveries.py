@@ -2,8 +2,6 @@
 
 import gzip
 import importlib.util
-import io
-import tarfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +11,7 @@ import fsspec
 import pytest
 import tiny_source
 import zstandard
+from tiny_source import tar
 
 from pipeline import archives, config, deliveries, dumps, registry, remote, shards
 
@@ -38,16 +37,6 @@ def refused(root: Path, where: str | Path, **ingest: float) -> str:
     assert (root / "dumps.yaml").read_bytes() == before
     assert not [p.name for p in (root / "data/dumps").iterdir() if p.name != ".lock"]
     return str(error.value)
-
-
-def tar(pictures: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in pictures.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def write_shards(folder: Path, count: int = 4, pack: Callable[[bytes], bytes] = bytes, suffix: str = ".tar") -> Path:
