@@ -5,12 +5,18 @@ does not read; its limit on connections cannot be set through BentoML, whose `tr
 and answers 429 in a shape of its own. uvicorn takes a protocol class (`Config(http=...)`), which BentoML does not hand
 through either; so `install` puts ours where uvicorn looks for the one it picks by itself. The body of a request is the
 part of `serving.limits`.
+
+Our application is put before BentoML's there, too. As its middleware (`Service.add_asgi_middleware`) it stood behind
+BentoML's spans, which are made and thrown away, and behind its timer, which is never cancelled and ends a request however
+long that may take: see SPEED for what that cost.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
+from starlette.types import ASGIApp
 from uvicorn.protocols.http import auto
 
 from serving import limits, observe
@@ -27,9 +33,11 @@ class Connection(auto.AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """uvicorn's HTTP protocol, whichever is installed, with limits; only what all of them have is used."""
 
     settings: Settings
+    front: Callable[[ASGIApp], ASGIApp]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.app: ASGIApp = type(self).front(self.app)
         self.timeout_keep_alive = self.settings.idle_timeout_s
         self.idle_since = self.loop.time()
         self._patience: dict[str, asyncio.TimerHandle] = {}  # by what it ends with
@@ -111,7 +119,11 @@ class Connection(auto.AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             timer.cancel()
 
 
-def install(settings: Settings) -> None:
-    """Make every uvicorn server that is configured after this use `Connection` with these settings."""
+def install(settings: Settings, front: Callable[[ASGIApp], ASGIApp]) -> None:
+    """Make every uvicorn server that is configured after this use `Connection` with these settings.
+
+    `front` is given the application that the server was configured with and says what answers instead.
+    """
     Connection.settings = settings
+    Connection.front = staticmethod(front)
     auto.AutoHTTPProtocol = Connection

@@ -1,28 +1,34 @@
 """Start the server: check what can be checked first, then hand over to BentoML's own command in this process."""
 
+import gc
 import os
 import runpy
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from export.bundle import BundleError
-from export.runtime import ProviderError
-from serving import slots
-from serving.pointer import PointerError
-from serving.settings import PREFIX, Settings, SettingsError, from_environment
+if TYPE_CHECKING:
+    from serving.settings import Settings
 
 
 class StartError(RuntimeError):
     """The service cannot start; the message says what to do."""
 
 
-def prepare(bundle: Path | None = None) -> Settings:
+def prepare(bundle: Path | None = None) -> "Settings":
     """Settings with absolute paths, after the bundle was found, verified, loaded and warmed up once.
 
     Raises:
         StartError: a wrong setting, no or a bad bundle, or a provider that is not to be had.
     """
+    from export.bundle import BundleError
+    from export.runtime import ProviderError
+    from serving import slots
+    from serving.pointer import PointerError
+    from serving.settings import SettingsError, from_environment
+
     try:
         settings = from_environment()
         update: dict[str, Path] = {"champions": settings.champions.absolute()}
@@ -35,13 +41,34 @@ def prepare(bundle: Path | None = None) -> Settings:
     return settings
 
 
+def prepared(bundle: Path | None = None) -> "Settings":
+    """`prepare` in a process of its own while this one imports BentoML's command: each takes more than a second, and what
+    the check needed does not stay in the memory of the process that only watches the workers.
+
+    Raises:
+        StartError: as `prepare`, or the check was killed.
+    """
+    with ProcessPoolExecutor(1) as pool:
+        found = pool.submit(prepare, bundle)
+        gc.disable()  # what is imported stays: looking for garbage among it takes 0.1 s
+        import bentoml_cli.cli  # noqa: F401
+
+        gc.enable()
+        try:
+            return found.result()
+        except BrokenProcessPool as error:
+            raise StartError("the bundle's check was killed: is there memory enough for the model?") from error
+
+
 def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) -> NoReturn:
     """Serve on `host`:`port` until SIGTERM or SIGINT. Does not return.
 
     Raises:
         StartError: as `prepare`.
     """
-    settings = prepare(bundle)
+    settings = prepared(bundle)
+    from serving.settings import PREFIX
+
     os.environ[PREFIX + "CHAMPIONS"] = str(settings.champions)
     if settings.bundle is not None:
         os.environ[PREFIX + "BUNDLE"] = str(settings.bundle)

@@ -268,16 +268,20 @@ class Slot:
         folder = folder or bundle_folder(self._settings)
         self._on_trial(source, folder)
         old = self.runtime
-        fresh = (
-            quietly(lambda: open_runtime(self._settings, folder, like=old))
-            if old
-            else open_runtime(self._settings, folder)
-        )
+
+        def candidate() -> Runtime:
+            runtime = open_runtime(self._settings, folder, like=old)
+            if old is None or old.bundle.manifest != runtime.bundle.manifest:
+                trial.judge(runtime, old, allow_class_change)
+            return runtime
+
+        fresh = quietly(candidate) if old else candidate()
         if old is not None and old.bundle.manifest == fresh.bundle.manifest:
             observe.swapped("same")
             self._tell("bundle-same", bundle=fresh.bundle.manifest.id, source=source)
             return
-        trial.judge(fresh, old, trial.Rules(self._settings.max_slowdown, allow_class_change))
+        if old is not None:
+            trial.race(fresh, old, self._settings.max_slowdown)
         if claim is not None and not claim.take():
             raise trial.Refused("late", "was not ready in time; raise MARGINALIA_LOAD_TIMEOUT_S")
         with self._held:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +19,6 @@ class Refused(ValueError):
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)
         self.cause = cause
-
-
-@dataclass(frozen=True)
-class Rules:
-    """A candidate may be `max_slowdown` times as slow, and have other classes only with `allow_class_change`."""
-
-    max_slowdown: float
-    allow_class_change: bool
 
 
 def probe(long_side: int) -> NDArray[np.uint8]:
@@ -99,11 +90,13 @@ def check_speed(fresh: Runtime, current: Runtime, image_HWC: NDArray[np.uint8], 
     )
 
 
-def judge(fresh: Runtime, current: Runtime | None, rules: Rules) -> None:
-    """All checks; the first model of a service has nothing to be compared with. Raises Refused."""
-    if current is not None and not rules.allow_class_change:
+def judge(fresh: Runtime, current: Runtime | None, allow_class_change: bool) -> None:
+    """What it answers; the first model of a service has no other's classes to keep. Raises Refused."""
+    if current is not None and not allow_class_change:
         check_classes(fresh, current)
-    image_HWC = probe((current or fresh).bundle.manifest.input.long_side)
-    check_output(fresh, image_HWC)
-    if current is not None:
-        check_speed(fresh, current, image_HWC, rules.max_slowdown)
+    check_output(fresh, probe((current or fresh).bundle.manifest.input.long_side))
+
+
+def race(fresh: Runtime, current: Runtime, max_slowdown: float) -> None:
+    """How fast it answers, which is the one thing that has to be tried at full speed. Raises Refused."""
+    check_speed(fresh, current, probe(current.bundle.manifest.input.long_side), max_slowdown)

@@ -78,7 +78,7 @@ def serving(runtime: Runtime, **chosen: Any) -> Iterator[Own]:
     """A server with these settings (and patient ones) over `runtime`, ended at the end."""
     these = settings.Settings(**{"timeout_s": LONGEST, "head_timeout_s": LONGEST} | chosen)
     web, desk = app.build(these, slot_of(runtime))
-    protocol = type("Limited", (connections.Connection,), {"settings": these})
+    protocol = type("Limited", (connections.Connection,), {"settings": these, "front": staticmethod(lambda app: app)})
     port = free_port()
     server = uvicorn.Server(
         uvicorn.Config(web, port=port, http=protocol, log_config=None, lifespan="off", timeout_graceful_shutdown=5)

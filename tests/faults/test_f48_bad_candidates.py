@@ -219,7 +219,7 @@ def test_the_probe_is_no_candidate_s_bad_luck(tmp_path: Path) -> None:
     assert (image_HWC.shape, image_HWC.dtype) == ((48, 64, 3), np.uint8)
     assert image_HWC.min() > 0
     assert np.array_equal(image_HWC, trial.probe(64))
-    trial.judge(Runtime(tiny_onnx.write(tmp_path / "b"), provider="cpu", threads=1), None, trial.Rules(1.0, False))
+    trial.judge(Runtime(tiny_onnx.write(tmp_path / "b"), provider="cpu", threads=1), None, allow_class_change=False)
     assert trial.probe(1).shape == (1, 1, 3)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import threading
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import images
-from serving import answers, limits, settings
+from serving import answers, limits, settings, worker
 from serving.batcher import Job
 from serving.desk import Desk, largest_batch, segment
 from serving.limits import Problem
@@ -255,12 +256,14 @@ def test_a_failed_run_puts_the_model_to_the_test(tmp_path: Path, caplog: pytest.
         assert own.desk.healthy
 
 
-def test_the_service_tells_a_lost_model(monkeypatch: pytest.MonkeyPatch, model: Held) -> None:
-    from serving import service
-
-    state = service.Marginalia.inner()
-    assert (state.__is_alive__(), state.__is_ready__()) == (True, False)
-    monkeypatch.setattr(service._slot, "runtime", model)
-    assert (state.__is_alive__(), state.__is_ready__()) == (True, True)
-    monkeypatch.setattr(service._desk, "_lost", model)
-    assert (state.__is_alive__(), state.__is_ready__()) == (False, False)
+def test_a_worker_tells_a_lost_model(monkeypatch: pytest.MonkeyPatch, model: Held, tmp_path: Path) -> None:
+    monkeypatch.setattr(worker.connections, "install", lambda *of_this_process: None)
+    monkeypatch.setattr(worker.observe, "set_up_logging", lambda: None)
+    held = worker.Worker(settings.Settings(champions=tmp_path / "champion.json"))
+    gc.enable()
+    assert (held.alive, held.ready) == (True, False)
+    held._slot.runtime = model
+    assert (held.alive, held.ready) == (True, True)
+    held._desk._lost = model
+    assert (held.alive, held.ready) == (False, False)
+    held.stop()

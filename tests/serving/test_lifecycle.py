@@ -225,7 +225,7 @@ def test_a_passing_failure_does_not_lose_a_champion(
 
 def test_serving_imports_neither_torch_nor_onnx_nor_the_data_side() -> None:
     program = (
-        "import sys, serving.service, serving.run\n"
+        "import sys, serving.service, serving.worker, serving.run\n"
         "heavy = {'torch', 'torchvision', 'onnx', 'timm', 'dvc', 'pyarrow', 'matplotlib', 'training'}\n"
         "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))"
     )

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from tests import tiny_onnx
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
 
 
-def nice(thread: int | None = None) -> int:
-    return os.getpriority(os.PRIO_PROCESS, thread or threading.get_native_id())
+def policy(thread: int = 0) -> int:
+    return os.sched_getscheduler(thread)
 
 
 def threads() -> set[int]:
@@ -24,23 +25,23 @@ def threads() -> set[int]:
 
 
 needs_the_right = pytest.mark.skipif(
-    quiet._low() is None, reason="this user may not take back a thread's nice value (CAP_SYS_NICE)"
+    not quiet._may_return(), reason="this user may not take a thread back from SCHED_IDLE (CAP_SYS_NICE)"
 )
 
 
 @needs_the_right
-def test_work_and_the_threads_it_starts_are_low_and_then_raised() -> None:
-    here, before, go = nice(), threads(), threading.Event()
+def test_work_and_the_threads_it_starts_are_idle_and_then_raised() -> None:
+    before, go = threads(), threading.Event()
     pool: list[threading.Thread] = []
 
-    def work() -> int:
+    def work() -> tuple[int, int]:
         pool.append(threading.Thread(target=go.wait))
         pool[0].start()
-        return nice(pool[0].native_id)
+        return policy(), policy(pool[0].native_id or 0)
 
-    assert quiet.quietly(work) == here + quiet.BELOW
-    assert nice(pool[0].native_id) == here == nice()
-    assert {nice(thread) for thread in threads() - before} <= {here}
+    assert quiet.quietly(work) == (os.SCHED_IDLE, os.SCHED_IDLE)
+    assert policy(pool[0].native_id or 0) == os.SCHED_OTHER == policy()
+    assert {policy(thread) for thread in threads() - before} == {os.SCHED_OTHER}
     go.set()
     pool[0].join()
 
@@ -51,21 +52,31 @@ def test_a_sessions_own_pool_is_raised(tmp_path: Path) -> None:
     model = quiet.quietly(lambda: runtime.Runtime(opened, provider="cpu", threads=3))
     started = threads() - before
     assert started, "ONNX Runtime started no pool: this test looks at nothing"
-    assert {nice(thread) for thread in started} == {nice()}
+    assert {policy(thread) for thread in started} == {os.SCHED_OTHER}
     assert model.run(np.zeros((1, 16, 16, 3), np.uint8))[0].shape == (1, 16, 16)
 
 
-def test_without_the_right_it_works_at_the_callers_priority(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.setpriority
+@needs_the_right
+def test_work_that_does_not_end_is_quiet_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quiet, "PATIENCE_S", 0.0)
 
-    def only_down(which: int, who: int, value: int) -> None:
-        if value < os.getpriority(which, who):
+    def work() -> int:
+        for _ in range(5000):  # 5 s; never raised, it fails below
+            if policy() != os.SCHED_IDLE:
+                break
+            time.sleep(0.001)
+        return policy()
+
+    assert quiet.quietly(work) == os.SCHED_OTHER
+
+
+def test_without_the_right_it_works_as_the_caller_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_down(thread: int, wanted: int, parameters: os.sched_param) -> None:
+        if wanted == os.SCHED_OTHER:
             raise PermissionError("no CAP_SYS_NICE")
-        real(which, who, value)
 
-    monkeypatch.setattr(os, "setpriority", only_down)
-    here = nice()
-    assert quiet.quietly(nice) == here == nice()
+    monkeypatch.setattr(os, "sched_setscheduler", only_down)
+    assert quiet.quietly(policy) == os.SCHED_OTHER == policy()
 
 
 def test_what_the_work_raises_reaches_the_caller() -> None:
