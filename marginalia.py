@@ -93,7 +93,10 @@ def import_labels(
 def drift(
     serving: Annotated[str, typer.Option(help="GET /v1/statistics of the service, as a URL or a dumped file")],
 ) -> None:
-    """Compare what the running service answers with the champion's answers on its training images, class by class."""
+    """Compare what the running service answers with the champion's answers on its training images, class by class.
+
+    Takes at least 30 sampled answers.
+    """
     from rich.console import Console
 
     from pipeline import config, served

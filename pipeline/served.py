@@ -21,6 +21,7 @@ from pipeline.pool import Floats, Pool, PoolError
 
 SERVED = "served"
 MAX_BYTES = 64 << 20
+FEWEST = 30  # sampled answers: a few images of one afternoon stand for no stream
 REPORT = Path("reports/served.json")
 POINTER, STUDENT = Path("champions/champion.json"), Path("models/student/student.safetensors")
 
@@ -62,7 +63,7 @@ def answers(statistics: dict[str, Any], champion: str | None) -> Answers:
     """The samples of the champion's bundle, or without one of the bundle that answered last.
 
     Raises:
-        PoolError: that bundle answered nothing, or a field is not what the format says.
+        PoolError: that bundle answered nothing or fewer than `FEWEST`, or a field is not what the format says.
     """
     try:
         bundles = {str(item["bundle"]): item for item in statistics["bundles"]}
@@ -83,6 +84,11 @@ def answers(statistics: dict[str, Any], champion: str | None) -> Answers:
         raise PoolError(f"statistics of the service: a field is missing or odd ({error!r})") from error
     if not len(confidence) or not (np.isfinite(area_NK).all() and np.isfinite(confidence).all()):
         raise PoolError(f"bundle {chosen['bundle']}: no sample of its answers, or one with numbers that are not finite")
+    if (count := len(confidence)) < FEWEST:
+        raise PoolError(
+            f"bundle {chosen['bundle']}: {count} sampled answers, and a verdict takes {FEWEST}; let the service answer "
+            f"{FEWEST - count} more images, then ask again"
+        )
     return Answers(str(chosen["bundle"]), classes, area_NK, confidence, windows)
 
 

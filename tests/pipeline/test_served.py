@@ -38,12 +38,12 @@ def write_pool(root: Path, images: int = 80, classes: tuple[str, ...] = CLASSES)
     )  # fmt: skip
 
 
-def statistics(usual: tuple[float, ...] = USUAL, bundles: tuple[str, ...] = ("old", "new")) -> str:
-    """What the service writes after twenty windows; its classes come in another order than the pool's."""
+def statistics(usual: tuple[float, ...] = USUAL, bundles: tuple[str, ...] = ("old", "new"), windows: int = 20) -> str:
+    """What the service writes after so many windows a bundle, three answers each; its classes are ordered unlike the pool's."""
     rng, now = np.random.default_rng(1), [0.0]
     seen = Statistics(clock=lambda: now[0])
     for bundle in bundles:
-        for _ in range(20):
+        for _ in range(windows):
             for _ in range(3):
                 area = dict(zip(CLASSES, draw(rng, usual if bundle == "new" else (9.0, 1.0, 1.0)), strict=True))
                 seen.add(bundle, dict(sorted(area.items())), float(rng.beta(8, 2)))
@@ -119,6 +119,19 @@ def test_what_cannot_be_compared_is_named(root: Path) -> None:
     del value["bundles"][1]["windows"][0]["sample"]["area"]
     with pytest.raises(pool.PoolError, match="missing or odd"):
         served.answers(value, None)
+
+
+def test_a_handful_of_answers_brings_no_verdict(root: Path) -> None:
+    """However odd they are: what is asked for is more of them."""
+    (root / "s.json").write_text(statistics((0.1, 9.0, 0.1), windows=9))
+    code, said = run("--serving", "s.json")
+    assert code == 1
+    assert "bundle new: 27 sampled answers, and a verdict takes 30; let the service answer 3 more images" in said
+    assert not (root / served.REPORT).exists()
+    (root / "s.json").write_text(statistics((0.1, 9.0, 0.1), windows=10))
+    assert run("--serving", "s.json")[0] == 0
+    assert files.read_json(root / served.REPORT)["drifted"]
+    assert f"at least {served.FEWEST} sampled answers" in run("--help")[1]
 
 
 def test_a_pool_of_another_model_than_the_champion_is_told(root: Path) -> None:
