@@ -12,6 +12,8 @@ from pipeline.formats.source import Maker, Source, SourceError, groups_by, name_
 from pipeline.images import Refused
 from pipeline.mask_png import Colour
 
+SHOWN = 4  # names in a reason
+
 
 def source(
     root: Path,
@@ -22,7 +24,8 @@ def source(
     max_pixels: int,
 ) -> Source:
     """Images lie in `root`/images. A picture's name is its path there; where only one image has its last part, the longer of
-    the two may begin with folders that the other lacks, but no folder that both state may differ.
+    the two may begin with folders that the other lacks, but no folder that both state may differ. Where several pictures
+    could be one image, the one that is called as the image is it; of others nobody can tell which, and none is taken.
 
     Args:
         names: the tool's labels; one that stands for ignored pixels becomes 255.
@@ -45,12 +48,20 @@ def source(
     members: list[tuple[str, Path | Maker]] = [(f"images/{name}", path) for name, path in files.items()]
     refused: list[tuple[str, str, str]] = []
     taken: set[str] = set()
+    meant = {picture.name: _file(picture.name, files, by_end) for picture in found}
+    claims: dict[str, list[str]] = defaultdict(list)
+    for name, file in meant.items():
+        if file is not None:
+            claims[file].append(name)
+    owners = {file: _owners(file, names) for file, names in claims.items()}
     for picture in found:
-        file = _file(picture.name, files, by_end)
+        file = meant[picture.name]
         if file is None:
             refused.append(
                 (picture.name, "labels-without-image", "no image under images/ has this name, or several have")
             )
+        elif picture.name not in owners[file]:
+            refused.append((picture.name, "labels-without-image", _contested(file, claims[file])))
         elif name_id(file) in taken:
             refused.append((picture.name, "labels-twice", f"images/{file} has labels already; export one task of it"))
         elif picture.shapes:
@@ -76,6 +87,18 @@ def _file(name: str, files: Mapping[str, Path], by_end: Mapping[str, list[str]])
         return None
     # cam2/001.png is not cam1/001.png, although no other image has that last part
     return same[0] if f"/{name}".endswith(f"/{same[0]}") or f"/{same[0]}".endswith(f"/{name}") else None
+
+
+def _owners(file: str, names: Sequence[str]) -> set[str]:
+    """Of the pictures that could be `file` those that are: by their whole name, else the nearest where it is one."""
+    exact = {name for name in names if file in (name, name.removeprefix("images/"))}
+    near = {name for name in names if name.rpartition("images/")[2] == file} or set(names)
+    return exact or (near if len(near) == 1 else set())
+
+
+def _contested(file: str, names: Sequence[str]) -> str:
+    listed = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return f"images/{file} could be each of {listed}; put every image into the folder that its picture's name states"
 
 
 def _maker(picture: Picture, ids: Mapping[str, int], empty: int, max_pixels: int) -> Maker:

@@ -188,6 +188,58 @@ def test_a_folder_with_images_is_a_source(tmp_path: Path) -> None:
     assert [(name, code) for name, code, _ in source.refused] == [("gone.png", "labels-without-image")]
 
 
+def taken_and_refused(
+    folder: Path, images: tuple[str, ...], names: tuple[str, ...]
+) -> tuple[dict[str, int], list[tuple[str, str]], str]:
+    """Files under images/, pictures in a task, each all of one class -> class of each mask, refusals, their reasons."""
+    for image in images:
+        (folder / "images" / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(folder / "images" / image)
+    text = cvat._head(CLASSES, len(names), "t")
+    for n, name in enumerate(names):
+        text += cvat.image_xml(n, Item(name, "", b"", 4, 6, np.full((4, 6), n % 3, np.uint8)), CLASSES)
+    (folder / "annotations.xml").write_text(text + "</annotations>")
+    source = cvat.read(folder, config.Data(source="cvat"), max_pixels=10**6)
+    got = {
+        name: int(np.unique(masks.decode_mask(origin(), max_pixels=10**6)).item())
+        for name, origin in source.files
+        if name.startswith("masks/")
+    }
+    return got, [(name, code) for name, code, _ in source.refused], " ".join(reason for *_, reason in source.refused)
+
+
+def test_pictures_that_could_all_be_one_image_are_all_refused(tmp_path: Path) -> None:
+    """images/001.png lies flat: which camera's it is nobody can say, in whatever order the task lists them."""
+    cams = ("cam1/001.png", "cam2/001.png")
+    for n, names in enumerate((cams, cams[::-1], ("a/images/001.png", "b/images/001.png"))):
+        got, refused, said = taken_and_refused(tmp_path / str(n), ("001.png", "b.png"), (*names, "x/b.png"))
+        assert got == {"masks/b.png": 2}
+        assert refused == [(name, "labels-without-image") for name in names]
+        assert said.count(f"images/001.png could be each of {', '.join(names)}; put every image") == 2
+    six = tuple(f"cam{n}/001.png" for n in range(6))
+    got, refused, said = taken_and_refused(tmp_path / "six", ("001.png",), six)
+    assert (got, [name for name, _ in refused]) == ({}, list(six))
+    assert "cam2/001.png, cam3/001.png and 2 more;" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "code"),
+    [
+        (("cam1/001.png", "001.png"), 1, "labels-without-image"),  # the exact name wins from any place
+        (("images/001.png", "cam1/001.png"), 0, "labels-without-image"),
+        (("task/images/001.png", "cam1/001.png"), 0, "labels-without-image"),
+        (("task/images/001.png", "001.png"), 1, "labels-without-image"),
+        (("001.png", "001.png"), 0, "labels-twice"),
+        (("001.png", "images/001.png"), 0, "labels-twice"),
+        (("cam1/001.png", "cam1/001.png"), 0, "labels-twice"),
+    ],
+)
+def test_the_nearest_name_has_the_image(tmp_path: Path, names: tuple[str, ...], wanted: int, code: str) -> None:
+    got, refused, _ = taken_and_refused(tmp_path, ("001.png",), names)
+    assert got == {"masks/001.png": wanted}
+    assert refused == [(names[1 - wanted], code)]
+
+
 def test_labels_of_another_folders_image_are_not_taken_for_its_namesake(tmp_path: Path) -> None:
     """cam2/001.png was not delivered: its labels must not land on cam1/001.png, nor keep that one's own away."""
     (tmp_path / "images/cam1").mkdir(parents=True)
