@@ -98,7 +98,7 @@ def run(
     """The stage: read, judge, promote if so, write reports/gate.json. `home` is the champions' folder, if not in `root`.
 
     A challenger that is the champion already is kept; when the champion's own files are damaged or gone, they are
-    written again from it. Inside `experiment` nothing in `home` is written.
+    written again from it, and its record keeps what it won by. Inside `experiment` nothing in `home` is written.
 
     Raises:
         ChampionError: missing or damaged inputs; the message names the file and what to do.
@@ -125,7 +125,7 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
     parity = champions.read_record(reports / "parity.json", (), "run the parity stage again")
     said = champions.read_record(inputs[0], ("weights",), "run the evaluate stage again")
     wrong = _belongs(id, student, said, parity)
-    move, when = False, now().isoformat(timespec="seconds")
+    move, harm, when = False, None, now().isoformat(timespec="seconds")
     if wrong is not None:
         verdict = Verdict("refused", wrong)
     elif champion is not None and champion["id"] == id:
@@ -157,8 +157,8 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
             "miou": verdict.miou, "reason": verdict.reason, "delta": verdict.delta, "ci": verdict.ci,
             "comparison": verdict.comparison,
         }  # fmt: skip
-        if champion is not None and champion["id"] == id:
-            record["previous"] = champion.get("previous")
+        if champion is not None and harm is not None:
+            record = champion | {"repaired_at": when, "repaired": harm}
         champions.promote(home, id, bundle, [student, *inputs], record)
     report = {**verdict.__dict__, "challenger": id, "champion": champion["id"] if champion else None}
     report |= {

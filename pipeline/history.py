@@ -1,7 +1,8 @@
 """What champions/history.jsonl says: every champion, what it was made from, what changed and why it won.
 
 A line is the pointer's record at the moment that the pointer moved: at a promotion, or at a rollback (then with
-`rolled_back_from` and `moved_at`). Lines of older versions lack what is newer and are shown with gaps.
+`rolled_back_from` and `moved_at`); or that the champion's damaged files were written again (then with what was wrong,
+`repaired`, and `repaired_at`). Lines of older versions lack what is newer and are shown with gaps.
 """
 
 import json
@@ -16,6 +17,7 @@ from pipeline import champions
 
 Record = dict[str, Any]
 DATA = ("dumps", "counts", "split_hash", "data_hash", "label_hash")
+LATER = ("rolled_back_from", "moved_at", "repaired", "repaired_at")  # of one line, not of the champion
 SCORES = ("miou_ci", "boundary_iou", "pixel_accuracy", "ece", "test_images")
 
 
@@ -119,18 +121,20 @@ def _miou(record: Record) -> str:
 
 
 def _why(record: Record) -> str:
+    if record.get("repaired"):
+        return f"no new champion: its files were written again, since {record['repaired']}"
     source = record.get("rolled_back_from")
     return f"rolled back from {source}" if source else str(record.get("reason", "-"))
 
 
 def table(said: Record) -> Table:
-    """One row a move of the pointer, oldest first; the champion of now is bold."""
+    """One row a move of the pointer or a repair, oldest first; the champion of now is bold."""
     shown = Table(
         "when", "champion", "mIoU", "data", "settings changed", "from", "why it won", title="champions", show_lines=True
     )
     latest = max((i for i, r in enumerate(said["champions"]) if r["id"] == said["current"]), default=None)
     for place, record in enumerate(said["champions"]):
-        when = str(record.get("moved_at") or record.get("promoted_at") or "-")
+        when = str(record.get("repaired_at") or record.get("moved_at") or record.get("promoted_at") or "-")
         cells = (_miou(record), _data(record), _settings(record["changed"]), record.get("warm_start") or "-")
         shown.add_row(when, record["id"], *cells, _why(record), style="bold" if place == latest else None)
     return shown

@@ -35,7 +35,7 @@ def run(root: Path, id: str | None = None, *, now: Callable[[], datetime] = lamb
         here = champions.pointer(home)
         if here is None:
             raise champions.ChampionError(f"{home / 'champion.json'}: no champion yet, so none to go back to")
-        begun = champions.settle(home, here) and here.get("rolled_back_from")
+        begun = champions.settle(home, here) and not here.get("repaired_at") and here.get("rolled_back_from")
         if id is None and begun:
             return Moved(here["id"], begun, _start_from(root, here["id"]))
         target = id or here.get("previous")
@@ -56,13 +56,13 @@ def run(root: Path, id: str | None = None, *, now: Callable[[], datetime] = lamb
 
 
 def _record(home: Path, id: str) -> dict[str, Any]:
-    """The newest line of history about `id`, without an earlier rollback's own words."""
+    """The newest line of history about `id`, without the own words of an earlier rollback or repair."""
     records = history.read(home)
     found = next((record for record in reversed(records) if record["id"] == id), None)
     if found is None:
         known = ", ".join(dict.fromkeys(record["id"] for record in records)) or "none"
         raise champions.ChampionError(f"{home / champions.HISTORY}: no champion {id!r}; known: {known}")
-    return {key: value for key, value in found.items() if key not in ("rolled_back_from", "moved_at")}
+    return {key: value for key, value in found.items() if key not in history.LATER}
 
 
 def _check(home: Path, record: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,24 @@ def test_the_champions_own_files_are_healed_from_the_same_bundle(tmp_path: Path,
     assert pointer is not None
     assert (pointer["id"], pointer["previous"]) == (id, None)
     assert "written again" not in gate.run(tmp_path, GATE).reason
+
+
+def test_a_repair_says_so_and_keeps_what_the_champion_won_by(tmp_path: Path) -> None:
+    write_run(tmp_path, "one", counts(GOOD))
+    gate.run(tmp_path, GATE)
+    id = write_run(tmp_path, "two", counts(BETTER))
+    gate.run(tmp_path, GATE)
+    file = tmp_path / "champions/champion.json"
+    won = files.read_json(file)
+    assert won["delta"] > 0
+    for day in (5, 6):
+        (tmp_path / "champions" / id / "student.safetensors").unlink()
+        gate.run(tmp_path, GATE, now=lambda day=day: datetime(2026, 1, day, tzinfo=UTC))
+        now = files.read_json(file)
+        assert now == won | {"repaired_at": f"2026-01-0{day}T00:00:00+00:00", "repaired": now["repaired"]}
+        assert "student.safetensors: missing" in now["repaired"]
+    lines = (tmp_path / "champions/history.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("repaired_at", "")[:10] for line in lines] == ["", "", "2026-01-05", "2026-01-06"]
 
 
 def test_a_lost_champions_folder_is_promoted_again(tmp_path: Path) -> None:

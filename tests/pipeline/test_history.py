@@ -1,6 +1,7 @@
 """What history tells of champions: data, changed settings, why; old lines and damaged ones."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,17 @@ def test_the_table_and_the_json_of_the_command(two: tuple[str, str]) -> None:
     done = CliRunner().invoke(marginalia.app, ["history", "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout) == history.told(Path("champions"))
+
+
+def test_a_repair_is_a_row_of_its_own_and_no_victory(two: tuple[str, str]) -> None:
+    (Path("champions") / two[1] / "student.safetensors").unlink()
+    gate.run(Path(), GATE, now=lambda: datetime(2031, 5, 6, tzinfo=UTC))
+    console = Console(width=400, record=True)
+    history.show(history.told(Path("champions")), console)
+    rows = [line for line in console.export_text().splitlines() if two[1] in line]
+    assert ["delta mIoU +" in row for row in rows] == [True, False]
+    assert ["no new champion: its files were written again, since" in row for row in rows] == [False, True]
+    assert ["2031-05-06" in row for row in rows] == [False, True]
 
 
 def test_lines_of_an_older_version_still_show(two: tuple[str, str]) -> None:

@@ -118,6 +118,24 @@ def test_no_champion_an_unknown_one_and_a_gone_folder(tmp_path: Path) -> None:
     assert rollback.run(tmp_path, three).id == three  # the one left may be in any state
 
 
+def test_a_repair_is_no_move_of_the_pointer(tmp_path: Path) -> None:
+    """Killed behind the pointer, so that its line is missing, it is not taken for a rollback that was begun."""
+    one, two, three = line_of_champions(tmp_path)
+    rollback.run(tmp_path)
+    write_run(tmp_path, "two", counts((0.78, 0.78, 0.78)))
+    shutil.rmtree(tmp_path / "champions" / two)
+    assert "written again" in gate.run(tmp_path, GATE).reason
+    assert history.withdrawn(history.read(tmp_path / "champions")) == {three}
+    file = tmp_path / "champions/history.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert [bool(json.loads(line).get("repaired")) for line in lines] == [False] * 4 + [True]
+    file.write_text("".join(lines[:-1]))
+    assert rollback.run(tmp_path) == (one, two, False)
+    assert rollback.run(tmp_path, two) == (two, one, False)
+    now = files.read_json(tmp_path / "champions/champion.json")
+    assert (now["rolled_back_from"], now.get("repaired"), now.get("repaired_at")) == (one, None, None)
+
+
 def test_a_kill_at_any_point_leaves_a_champion_and_the_second_try_ends_at_the_same_one(tmp_path: Path) -> None:
     begin = tmp_path / "start"
     one, two, three = line_of_champions(begin)
