@@ -156,7 +156,7 @@ def predict(
 def onnx(
     bundle: Annotated[Path, typer.Argument(help="a bundle folder")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")],
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH: for one image of this size, all shapes fixed")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT: for one image of this size, all shapes fixed")] = None,
     core: Annotated[
         bool, typer.Option("--core", help="the bundle's own graph: no scaling to and from its size")
     ] = False,

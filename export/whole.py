@@ -42,10 +42,10 @@ class Written:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Text such as 480x640 -> (480, 640), height first as in N x H x W x 3. Raises WholeError."""
-    height, cross, width = text.lower().partition("x")
+    """Text such as 640x480, width first -> (480, 640), height first as in N x H x W x 3. Raises WholeError."""
+    width, cross, height = text.lower().partition("x")
     if not cross or not (height.isdecimal() and width.isdecimal()) or not int(height) * int(width):
-        raise WholeError(f"--size: {text!r} is no size; write HEIGHTxWIDTH, such as 480x640")
+        raise WholeError(f"--size: {text!r} is no size; write WIDTHxHEIGHT, such as 640x480")
     return int(height), int(width)
 
 
@@ -158,7 +158,10 @@ def _idle(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 def describe(proto: onnx.ModelProto, manifest: Manifest, size: str) -> None:
-    """Add to the graph's metadata what the bundle says of it, the bundle's id among it, as JSON or plain text."""
+    """Add to the graph's metadata what the bundle says of it, the bundle's id among it, as JSON or plain text.
+
+    `size` is what images it takes: WIDTHxHEIGHT, or words.
+    """
     kept = {entry.key: entry.value for entry in proto.metadata_props}
     kept |= {
         "classes": json.dumps([item.name for item in manifest.classes]),
@@ -186,14 +189,14 @@ def make(
     """
     proto, stride = onnx.load_from_string(model), manifest.input.stride
     if core and size and (size[0] % stride or size[1] % stride):
-        raise WholeError(f"--size {size[0]}x{size[1]}: the bundle's own graph takes multiples of {stride}; drop --core")
+        raise WholeError(f"--size {size[1]}x{size[0]}: the bundle's own graph takes multiples of {stride}; drop --core")
     if not core:
         if opset(proto) < OPSET:
             raise WholeError(f"the model is of opset {opset(proto)}, and antialias needs {OPSET}; export it again")
         proto = joined(proto, manifest.input)
     if size:
         proto = fixed(proto, (1, *size, 3))
-    told = f"{size[0]}x{size[1]}" if size else f"multiples of {stride}" if core else "any"
+    told = f"{size[1]}x{size[0]}" if size else f"multiples of {stride}" if core else "any"
     describe(proto, manifest, told)
     onnx.checker.check_model(proto, full_check=True)
     return proto

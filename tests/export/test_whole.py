@@ -203,14 +203,14 @@ def test_core_is_the_bundles_own_graph(trained: bundle.Bundle) -> None:
     image_NHWC = noise(7, 1, 64, 96, 3)
     for got, want in zip(answer(opened(fixed), image_NHWC), answer(opened(given), image_NHWC), strict=True):
         assert (got == want).all()
-    with pytest.raises(whole.WholeError, match=r"--size 64x90: .* multiples of 32"):
+    with pytest.raises(whole.WholeError, match=r"--size 90x64: .* multiples of 32"):
         whole.make(model, trained.manifest, size=(64, 90), core=True)
 
 
 def test_graph_carries_what_the_bundle_says_of_it(trained: bundle.Bundle) -> None:
     model, manifest = trained.read_model(), trained.manifest
     known = {entry.key: entry.value for entry in onnx.load_from_string(model).metadata_props}
-    for size, core, told in ((None, False, "any"), ((70, 90), False, "70x90"), (None, True, "multiples of 32")):
+    for size, core, told in ((None, False, "any"), ((70, 90), False, "90x70"), (None, True, "multiples of 32")):
         proto = whole.make(model, manifest, size=size, core=core)
         said = {entry.key: entry.value for entry in proto.metadata_props}
         assert said["bundle"] == manifest.id
@@ -235,9 +235,9 @@ def test_an_idle_node_is_one_that_changes_nothing() -> None:
 
 def test_refusals(tiny: bundle.Bundle, tmp_path: Path) -> None:
     for text in ("480", "x480", "0x10", "-1x5", "3x4x5", "axb", "1.5x2"):
-        with pytest.raises(whole.WholeError, match="HEIGHTxWIDTH"):
+        with pytest.raises(whole.WholeError, match="WIDTHxHEIGHT, such as 640x480"):
             whole.parse_size(text)
-    assert whole.parse_size("480X640") == (480, 640)
+    assert whole.parse_size("640X480") == (480, 640)
     with pytest.raises(whole.WholeError, match="lies in the bundle"):
         whole.write(tiny.folder, tiny.folder / "whole.onnx")
     bundle.verify(tiny.folder)
@@ -253,7 +253,7 @@ def test_command_runs_without_torch(tiny: bundle.Bundle, tmp_path: Path) -> None
     """Twice the same bytes."""
     code = "import sys; sys.modules['torch'] = None; import marginalia; marginalia.app()"
     out = tmp_path / "whole.onnx"
-    command = [sys.executable, "-c", code, "onnx", str(tiny.folder), "-o", str(out), "--size", "90x131"]
+    command = [sys.executable, "-c", code, "onnx", str(tiny.folder), "-o", str(out), "--size", "131x90"]
     said = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
     assert "image 1 x 90 x 131 x 3" in said.stdout
