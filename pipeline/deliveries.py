@@ -1,8 +1,8 @@
 """Any form of a delivery -> its files, one at a time under caps: a folder, a zip, a tar, a WebDataset, a URL of those.
 
 A WebDataset is a tar of KEY.jpg with KEY.cls, KEY.json, ... beside it; several of them, its shards, are named by a brace
-pattern (`shard-{000000..000009}.tar`) or by the folder that holds nothing else. All shards are one delivery: keys may
-repeat, caps count over all, and one that is missing or damaged refuses the whole.
+pattern (`shard-{000000..000009}.tar`) or by the folder that holds nothing else but papers. All shards are one delivery:
+keys may repeat, caps count over all, and one that is missing or damaged refuses the whole.
 """
 
 import re
@@ -17,6 +17,18 @@ from pipeline.archives import DumpRefused, Limits, Member
 Step = Callable[[Callable[[float], None]], Iterator[Member]]  # seen -> the members of one archive or folder
 MAX_SHARDS = 100_000
 _SHARD = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
+# What data sets keep beside KEY.jpg, as KEY.cls or KEY.seg.png: labels, captions, masks; not read in later dumps.
+_BESIDE = re.compile(
+    r"\.(cls|cls2|json|jsonl|txt|text|csv|xml|ya?ml|npy|npz|pyd|pth|pickle|pkl|index|id|md"
+    r"|(seg|semseg|mask|label|labels|depth|instance|instances|panoptic)\.\w+)$",
+    re.IGNORECASE,
+)
+# What publishers keep beside shards, further to that.
+_PAPERS = re.compile(
+    r"(^|/)(readme|licen[cs]e|notice|copying|changelog|citation|manifest|_success|checksums?|(md5|sha\d+)sums?)(\.\w+)?$"
+    r"|\.(md5|sha\d+|sfv|sig|asc|idx|log|rst|html?|tsv)$",
+    re.IGNORECASE,
+)
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^\d/]*)$")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -109,15 +121,32 @@ def braces(pattern: str) -> list[str]:
     return ["".join(choice) for choice in product(*parts, [pattern[end:]])]
 
 
+def unread(name: str) -> str | None:
+    """Why a file of a delivery is passed over for its name alone; None where it has to be looked at."""
+    parts = name.split("/")
+    if parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts) or parts[-1] == "Thumbs.db":
+        return "system file"
+    if parts[0] == "masks" and len(parts) > 1:
+        return "masks of a later dump are not read"
+    return "label or text beside the images, not read" if _BESIDE.search(parts[-1]) else None
+
+
 def shards_among(names: Sequence[str], where: str) -> list[str]:
     """The tars of a folder that holds tars and no image of its own, by name; else none of them.
 
     Raises:
-        DumpRefused: numbers with leading zeros leave one out, as when a copy was not finished.
+        DumpRefused: numbers with leading zeros leave one out, as when a copy was not finished; or a file beside the tars
+            may be an image by another name, or an archive of another kind, which would be lost.
     """
     tars = sorted(name for name in names if _SHARD.search(name))
     if any(name.lower().endswith(archives.EXTENSIONS) for name in names):
         return []
+    other = [name for name in names if not (_SHARD.search(name) or _PAPERS.search(name) or unread(name))]
+    if tars and other:
+        raise DumpRefused(
+            f"{where}: {min(other)!a} lies beside tars and is neither one of them nor an image by its name: deliver images "
+            "and tars apart (an image needs its extension, as .jpg), or move that file away"
+        )
     series: dict[tuple[str, str, int], set[int]] = {}
     for name in tars:
         if (found := _NUMBERED.fullmatch(name)) and found[2].startswith("0"):

@@ -25,12 +25,6 @@ from pipeline.formats.source import name_id
 DUMPS, CHAMPION = Path("data/dumps"), Path("champions/champion.json")
 RESERVE = 1 << 30  # bytes of disk left alone
 EXTENSIONS = archives.EXTENSIONS
-# What data sets keep beside KEY.jpg, as KEY.cls or KEY.seg.png: labels, captions, masks; not read in later dumps.
-_BESIDE = re.compile(
-    r"\.(cls|cls2|json|jsonl|txt|text|csv|xml|ya?ml|npy|npz|pyd|pth|pickle|pkl|index|id|md"
-    r"|(seg|semseg|mask|label|labels|depth|instance|instances|panoptic)\.\w+)$",
-    re.IGNORECASE,
-)
 _SUFFIX = re.compile(r"(\.tar)?\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|zst)$", re.IGNORECASE)
 
 
@@ -119,13 +113,8 @@ def _spool(members: Iterator[archives.Member], spool: Path, skipped: list[tuple[
 
 
 def _not_ours(member: archives.Member) -> str | None:
-    parts = member.name.split("/")
-    if parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts) or parts[-1] == "Thumbs.db":
-        return "system file"
-    if parts[0] == "masks" and len(parts) > 1:
-        return "masks of a later dump are not read"
-    if _BESIDE.search(parts[-1]):
-        return "label or text beside the images, not read"
+    if reason := deliveries.unread(member.name):
+        return reason
     if member.data is None:
         return "larger than ingest.max_file_mb"
     if member.name.lower().endswith(EXTENSIONS):

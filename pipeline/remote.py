@@ -95,6 +95,8 @@ class Place:
             relative = unquote(path[start:]) if self.scheme in ("http", "https") else path[start:]
             if not relative or relative.endswith("/"):
                 continue  # object stores keep folders as empty objects
+            if self.scheme in ("http", "https") and path[start] in "?#":
+                continue  # a web server's links that sort its listing
             if about.get("type", "file") != "file":
                 raise DumpRefused(f"{self.shown}: {relative!a} is a link or a device, not a file; copy the file itself")
             listed.append(Listed(relative, path, about.get("size")))

@@ -108,6 +108,35 @@ def test_dates_are_no_shard_numbers_and_images_beside_tars_make_a_folder(tmp_pat
     assert (again.images, {reason for _, reason in again.skipped}) == (1, {"archive inside the archive, not opened"})
 
 
+@pytest.mark.parametrize("name", ["IMG_0001", "b/x.zip", "a.raw", "readme_01", "LICENSE-PLATE"])
+def test_what_may_hold_images_beside_tars_refuses_the_delivery(
+    tmp_path: Path, root: Path, store: fsspec.AbstractFileSystem, name: str
+) -> None:
+    """Read as shards, the folder would lose it without a word."""
+    folder = write_shards(tmp_path / "week")
+    for place in (name, "zz"):
+        tiny_source.put(folder, place, PICTURES["000007.png"])
+        store.pipe(f"/bucket/week/{place}", PICTURES["000007.png"])
+    for path in folder.glob("*.tar"):
+        store.pipe(f"/bucket/week/{path.name}", path.read_bytes())
+    for where in (folder, "memory://bucket/week"):
+        assert f"{where}: {name!a} lies beside tars" in refused(root, where)
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    assert add(root, folder).images == 2  # without tars all is looked at
+
+
+def test_papers_labels_and_system_files_may_lie_beside_shards(tmp_path: Path, root: Path) -> None:
+    folder = write_shards(tmp_path / "week")
+    for name in (
+        "README", "licence.rst", "SHA256SUMS", "md5sum.txt", "checksums", "shard-000000.tar.sha256", "shard-000000.tar.md5",
+        "shard-000000.idx", "shard-000000.json", "classes.txt", "index.html", "_SUCCESS", ".DS_Store", ".git/HEAD",
+        "__MACOSX/x", "Thumbs.db", "masks/a", "sub/NOTICE",
+    ):  # fmt: skip
+        tiny_source.put(folder, name, b"text")
+    assert add(root, folder).images == 8
+
+
 def test_braces_are_a_shells() -> None:
     assert deliveries.braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert deliveries.braces("{x,y}/s{0..1}") == ["x/s0", "x/s1", "y/s0", "y/s1"]
@@ -199,7 +228,9 @@ def web(tmp_path: Path) -> Iterator[str]:
                 self.send_header("Location", path.removeprefix("/to/").replace("~", "://"))
                 self.end_headers()
                 return
-            body = tar(PICTURES) if path == "/night.tar" else b""
+            body = tar(PICTURES) if path.endswith("/night.tar") else b""
+            if path == "/list/":
+                body = b'<a href="?C=N;O=D">Name</a> <a href="/">Up</a> <a href="night.tar">night.tar</a> <a href="#">top</a>'
             self.send_response(200 if body else 404)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -227,6 +258,11 @@ def test_over_http_with_a_signed_link_and_redirects(root: Path, web: str) -> Non
     assert (added.name, added.images) == ("night", 8)
     assert "secret" not in (root / "dumps.yaml").read_text()
     assert list(registry.read(root / "dumps.yaml").dumps) == ["base", "night"]
+
+
+def test_links_that_sort_a_web_servers_listing_are_no_files(root: Path, web: str) -> None:
+    added = add(root, f"{web}/list/")
+    assert (added.images, added.skipped) == (8, [])
 
 
 def test_a_redirect_to_another_web_scheme_is_refused(web: str) -> None:
