@@ -11,6 +11,7 @@ of 0.980).
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -83,10 +84,10 @@ def careful(model: bytes, batches: Sequence[NDArray[np.uint8]], form: Form, agre
     Raises:
         QuantizeError: as `static`.
     """
-    wanted, best = _labels(model, batches), None
+    wanted, best, ready = _labels(model, batches), None, prepared(model)
     with tempfile.TemporaryDirectory() as folder:
         for first in FIRST:
-            data = static(model, batches, form, first=first, ranges=Path(folder) / "ranges.json")
+            data = static(model, batches, form, first=first, ranges=Path(folder) / "ranges.json", ready=ready)
             same = [(a == b).mean() for a, b in zip(wanted, _labels(data, batches), strict=True)]
             made = Made(data, first, float(np.mean(same)))
             if best is None or made.agreement > best.agreement:
@@ -103,8 +104,44 @@ def _labels(model: bytes, batches: Sequence[NDArray[np.uint8]]) -> list[NDArray[
     return [session.run(outputs, {inputs: batch})[0] for batch in batches]
 
 
+@contextmanager
+def _quantiser() -> Iterator[None]:
+    """ONNX Runtime's quantiser at work: quiet, and what it raises is a QuantizeError."""
+    quiet = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # it logs advice for the command line to the root logger
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's own exceptions derive from nothing nearer
+        raise QuantizeError(f"the quantiser refuses this graph: {error}") from error
+    finally:
+        logging.getLogger().setLevel(quiet)
+
+
+def prepared(model: bytes) -> bytes:
+    """An fp32 graph as the quantiser wants it: folded, its shapes inferred, and every node with a name.
+
+    Raises:
+        QuantizeError: the quantiser refuses the graph.
+    """
+    with tempfile.TemporaryDirectory() as folder, _quantiser():
+        source, target = Path(folder) / "fp32.onnx", Path(folder) / "prepared.onnx"
+        source.write_bytes(model)
+        # Symbolic shapes need sympy and name nothing that quantisation uses.
+        quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
+        proto = onnx.load(target)
+        for i, node in enumerate(proto.graph.node):
+            node.name = node.name or f"node_{i}"  # left out by name
+        return proto.SerializeToString()
+
+
 def static(
-    model: bytes, batches: Iterable[NDArray[np.uint8]], form: Form, *, first: int = 0, ranges: Path | None = None
+    model: bytes,
+    batches: Iterable[NDArray[np.uint8]],
+    form: Form,
+    *,
+    first: int = 0,
+    ranges: Path | None = None,
+    ready: bytes | None = None,
 ) -> bytes:
     """An fp32 graph -> the same network with int8 weights (per channel) and activations.
 
@@ -113,39 +150,27 @@ def static(
         batches: training images as the graph takes them, N x H x W x 3; at least one.
         first: so many of the first weighted layers stay in float.
         ranges: file of the activations' ranges; read where it is there, else written. Of the same graph and images.
+        ready: `prepared(model)`, where the caller has it already.
     Raises:
         QuantizeError: no images, nothing to quantise, or the quantiser refuses the graph.
     """
     images = list(batches)
     if not images:
         raise QuantizeError("no training image to calibrate with")
-    with tempfile.TemporaryDirectory() as folder:
-        source, prepared, made = (Path(folder) / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx"))
-        source.write_bytes(model)
-        quiet = logging.getLogger().level
-        logging.getLogger().setLevel(logging.ERROR)  # it logs advice for the command line to the root logger
-        try:
-            # Symbolic shapes need sympy and name nothing that quantisation uses.
-            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-            proto = onnx.load(prepared)
-            for i, node in enumerate(proto.graph.node):
-                node.name = node.name or f"node_{i}"  # left out by name
-            onnx.save(proto, prepared)
-            stay = float_nodes(proto.graph, first)
-            if len(stay) == len(proto.graph.node):
-                raise QuantizeError("the graph has nothing to quantise before its last convolution or matrix product")
-            quantize_static(
-                str(prepared), str(made), _Reader(images, proto.graph.input[0].name),
-                quant_format=QuantFormat.QDQ, per_channel=True, weight_type=QuantType.QInt8,
-                calibrate_method=CalibrationMethod.MinMax, nodes_to_exclude=stay,
-                calibration_cache_path=ranges, **_settings(form),
-            )  # fmt: skip
-        except QuantizeError:
-            raise
-        except Exception as error:  # ONNX Runtime's own exceptions derive from nothing nearer
-            raise QuantizeError(f"the quantiser refuses this graph: {error}") from error
-        finally:
-            logging.getLogger().setLevel(quiet)
+    ready = ready or prepared(model)
+    graph = onnx.load_from_string(ready).graph
+    stay = float_nodes(graph, first)
+    if len(stay) == len(graph.node):
+        raise QuantizeError("the graph has nothing to quantise before its last convolution or matrix product")
+    with tempfile.TemporaryDirectory() as folder, _quantiser():
+        source, made = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+        source.write_bytes(ready)
+        quantize_static(
+            str(source), str(made), _Reader(images, graph.input[0].name),
+            quant_format=QuantFormat.QDQ, per_channel=True, weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax, nodes_to_exclude=stay,
+            calibration_cache_path=ranges, **_settings(form),
+        )  # fmt: skip
         result = onnx.load(made)
     used = {node.domain for node in result.graph.node}
     spoken = [entry for entry in result.opset_import if entry.domain in used]  # it declares every domain it knows

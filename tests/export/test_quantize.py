@@ -80,6 +80,8 @@ def test_what_cannot_be_quantised_is_said(fp32: bytes) -> None:
         quantize.static(fp32, [], "cpu")
     with pytest.raises(quantize.QuantizeError, match="nothing to quantise before its last"):
         quantize.static(tiny_onnx.model(), scenes(1), "cpu")
+    with pytest.raises(quantize.QuantizeError, match="the quantiser refuses this graph"):
+        quantize.static(b"no graph", scenes(1), "cpu")
 
 
 def test_float_nodes_of_a_chain() -> None:
@@ -152,6 +154,21 @@ def test_as_few_layers_stay_in_float_as_the_labels_need(
     assert (made.first, len(weights(made.model))) == (first, 9 - first)  # the last one is never quantised
     assert made.agreement == pytest.approx(agrees[first // 4])
     assert asked == [0, 9, 5, 1][: len(asked)]
+
+
+def test_the_graph_is_prepared_once_for_all_numbers_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, runs, images, graph = quantize.quant_pre_process, list[str](), scenes(2), chain()
+
+    def watch(source: str, target: str, **options: bool) -> None:
+        runs.append(source)
+        real(source, target, **options)
+
+    monkeypatch.setattr(quantize, "quant_pre_process", watch)
+    monkeypatch.setattr(quantize, "FIRST", (0, 2, 4))
+    made = quantize.careful(graph, images, "cpu", 1.01)  # out of reach: every number is tried
+    assert len(runs) == 1
+    assert made.model == quantize.static(graph, images, "cpu", first=made.first)
+    assert len(runs) == 2
 
 
 def test_agreement_is_that_of_the_two_graphs_labels() -> None:
