@@ -31,7 +31,10 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 Form = Literal["cpu", "tensorrt"]
 # How many of the first layers stay in float, tried in turn until the labels agree well enough. Those are the depthwise
 # convolutions on few channels with ranges that differ widely; on the demo's network 4 bring 0.985 to 0.991.
-FIRST = (0, 4, 8)
+FIRST = (0, 4, 8, 16, 24, 32)
+# Labels differ on unseen images so many times as often as on those that set the ranges, at most: seen 1.33 to 1.49 over
+# FIRST on CamVid (8 layers: 0.9928 of the labels as fp32 in calibration, 0.9893 in test), 0.5 to 1 on the demo.
+UNSEEN = 1.5
 WEIGHTED = {"Conv", "ConvTranspose", "MatMul", "Gemm"}
 # Activations are listed so that ranges are taken behind them, where they are cut off, and not before.
 TENSORRT_TYPES = ["Conv", "MatMul", "Gemm", "Clip", "Relu", "Add"]
@@ -78,21 +81,27 @@ def float_nodes(graph: onnx.GraphProto, first: int = 0) -> list[str]:
 
 
 def careful(model: bytes, batches: Sequence[NDArray[np.uint8]], form: Form, agreement: float) -> Made:
-    """`static` with as few of the first layers in float as the images' labels need to agree with fp32's in the share
-    `agreement`; where no number in `FIRST` is enough, the best of them.
+    """`static` with as few of the first layers in float as it takes for labels to agree with fp32's in the share
+    `agreement` on images that are not seen here, by `UNSEEN`; where no number in `FIRST` is enough, the best of them.
 
     Raises:
         QuantizeError: as `static`.
     """
     wanted, best, ready = _labels(model, batches), None, prepared(model)
+    enough = 1 - (1 - agreement) / UNSEEN
     with tempfile.TemporaryDirectory() as folder:
         for first in FIRST:
-            data = static(model, batches, form, first=first, ranges=Path(folder) / "ranges.json", ready=ready)
+            try:
+                data = static(model, batches, form, first=first, ranges=Path(folder) / "ranges.json", ready=ready)
+            except QuantizeError:
+                if best is None:
+                    raise
+                break  # a small network: so many layers are all it has
             same = [(a == b).mean() for a, b in zip(wanted, _labels(data, batches), strict=True)]
             made = Made(data, first, float(np.mean(same)))
             if best is None or made.agreement > best.agreement:
                 best = made
-            if made.agreement >= agreement:
+            if made.agreement >= enough:
                 return made
     assert best is not None
     return best
@@ -160,7 +169,7 @@ def static(
     ready = ready or prepared(model)
     graph = onnx.load_from_string(ready).graph
     stay = float_nodes(graph, first)
-    if len(stay) == len(graph.node):
+    if all(node.name in stay for node in graph.node if node.op_type in WEIGHTED):
         raise QuantizeError("the graph has nothing to quantise before its last convolution or matrix product")
     with tempfile.TemporaryDirectory() as folder, _quantiser():
         source, made = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
