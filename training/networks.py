@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder, DPTSegmentationHead
 from segmentation_models_pytorch.encoders import TimmViTEncoder
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from training.weights import WeightsError
@@ -52,12 +54,33 @@ def resize(logits_BKhw: Tensor, size: Sequence[int], *, align_corners: bool = Fa
     return F.interpolate(logits_BKhw, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
+def _place(vit: Any, patches_BHWC: Tensor) -> Tensor:
+    """In place of `VisionTransformer._pos_embed`: patches -> B x (prefix + H * W) x C, with their positions added."""
+    batch, height, width, channels = patches_BHWC.shape  # not len(), which would fix the batch in an exported graph
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    table_1NC = resample_abs_pos_embed(
+        vit.pos_embed, (height, width), vit.patch_embed.grid_size, num_prefix_tokens=prefix, antialias=False
+    )
+    ahead = [token.expand(batch, -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+    patches_BNC = patches_BHWC.reshape(batch, height * width, channels)
+    if vit.no_embed_class:
+        return vit.pos_drop(torch.cat([*ahead, patches_BNC + table_1NC], 1))
+    return vit.pos_drop(torch.cat([*ahead, patches_BNC], 1) + table_1NC)
+
+
 class VitEncoder(TimmViTEncoder):
     """A timm ViT of any input size in multiples of its patch: image_BCHW -> four feature maps, all B x width x h x w.
 
     smp's own returns raw block outputs and the prefix tokens beside them. Here the ViT's last norm is applied to each
-    map and the tokens are dropped, as DINOv2's `get_intermediate_layers` and UniMatch V2 have it.
+    map and the tokens are dropped, as DINOv2's `get_intermediate_layers` and UniMatch V2 have it. So is the table of
+    positions resized: bicubic without antialiasing, where timm has antialiasing, which TensorRT refuses and OpenVINO
+    leaves out without a word.
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if getattr(self.model, "pos_embed", None) is not None and hasattr(self.model, "_pos_embed"):
+            self.model._pos_embed = MethodType(_place, self.model)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = self.model.forward_intermediates(

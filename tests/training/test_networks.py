@@ -1,6 +1,9 @@
 """Networks by name: features that decode to the logits, padding choices, frozen encoders, sizes."""
 
+import functools
+
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import segmentation_models_pytorch as smp
@@ -76,9 +79,12 @@ def test_a_size_off_the_step_is_refused_by_the_options_name(architecture):
         model(torch.zeros(1, 3, 4 * model.step, 4 * model.step + 2))
 
 
-def test_our_dpt_is_smps_where_smps_works():
-    """A patch of 16 on an even grid, prefix tokens ignored, the ViT's last norm taken away."""
+def test_our_dpt_is_smps_where_smps_works(monkeypatch):
+    """A patch of 16 on an even grid, prefix tokens ignored, the ViT's last norm taken away, positions resized without
+    antialiasing as DINOv2 has it."""
     torch.manual_seed(0)
+    plain = functools.partial(timm.layers.resample_abs_pos_embed, antialias=False)
+    monkeypatch.setattr(timm.models.vision_transformer, "resample_abs_pos_embed", plain)
     ours = models.build(Model(architecture="DPT", encoder="test_vit", weights=None), 3).eval()
     ours.net.encoder.model.norm = nn.Identity()
     theirs = smp.DPT(
@@ -195,6 +201,8 @@ def test_the_step_that_settings_must_keep_to(model, step):
 def test_dpt_exports_with_free_sizes_and_agrees():
     model = small("DPT")
     graph = export_onnx.trace(model, model.step, {})
+    for node in onnx.load_from_string(graph.data).graph.node:  # TensorRT refuses it, OpenVINO leaves it out
+        assert not [a for a in node.attribute if a.name == "antialias" and a.i], node.name
     session = onnxruntime.InferenceSession(graph.data, providers=["CPUExecutionProvider"])
     deployed = export_onnx.Deployed(model).eval()
     for batch, rows, columns in ((1, 1, 1), (1, 3, 5), (3, 2, 7), (2, 5, 5)):
