@@ -59,7 +59,7 @@ compare: setup
 
 # Ratios of one run on this machine; run it when the machine is otherwise idle.
 bench: setup
-	for name in r03_mask_png r10_metric_share r11_metric_speed r12_noop r13_ingest step_time; do \
+	for name in r03_mask_png r10_metric_share r11_metric_speed r12_noop r13_ingest step_time tail_latency; do \
 	  $(BIN)/python tests/ratios/$$name.py --out benchmarks/results/$$name.json || exit 1; done
 	for name in r02_in_process request_latency r14_overload r15_swap r20_cold_start; do \
 	  $(BIN)/python tests/ratios/$$name.py $(SERVED) --out benchmarks/results/$$name.json || exit 1; done

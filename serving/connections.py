@@ -8,7 +8,7 @@ part of `serving.limits`.
 
 Our application is put before BentoML's there, too. As its middleware (`Service.add_asgi_middleware`) it stood behind
 BentoML's spans, which are made and thrown away, and behind its timer, which is never cancelled and ends a request however
-long that may take: see SPEED for what that cost.
+long that may take: 361 answers a second, p99 23 ms; before them 463 and 16 (4 callers, an idle model, 2 cores).
 """
 
 import asyncio

@@ -7,8 +7,10 @@ A round is each server in turn, as fast as the callers go. The bare one reads th
 """
 
 import asyncio
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,16 @@ uvicorn.run(app, port=int(sys.argv[1]), lifespan="off", access_log=False, log_le
 """
 
 
-def bare(port: int) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def bare(port: int) -> Iterator[None]:
     """A uvicorn with one route, ready."""
     process = subprocess.Popen([sys.executable, "-c", BARE, str(port)])
-    live_server.until(lambda: httpx.post(f"http://127.0.0.1:{port}/", trust_env=False).status_code == 200)
-    return process
+    try:
+        live_server.until(lambda: httpx.post(f"http://127.0.0.1:{port}/", trust_env=False).status_code == 200)
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 async def measure(url: str, call: load.Call, callers: int, seconds: float) -> dict[str, Any]:
@@ -59,18 +66,14 @@ def main() -> None:
     options = served.options(__doc__, seconds=8.0, rounds=5, callers=4)
     body = served.photograph(48, 64)
     call = load.Call("mask", request("POST", "/v1/segment", body, content_type="image/jpeg"))
-    server, port = live_server.start({}), live_server.free_port()  # the tiny graph at 64 x 48
-    beside = bare(port)
-    try:
-        urls = {"ours": server.url, "bare": f"http://127.0.0.1:{port}"}
-        asyncio.run(measure(server.url, call, options.callers, 2.0))
+    port = live_server.free_port()
+    with served.serve(options.bundle) as run, bare(port):
+        urls = {"ours": run.server.url, "bare": f"http://127.0.0.1:{port}"}
+        asyncio.run(measure(urls["ours"], call, options.callers, 2.0))
         rounds = [
             {name: asyncio.run(measure(url, call, options.callers, options.seconds)) for name, url in urls.items()}
             for _ in range(options.rounds)
         ]
-    finally:
-        beside.terminate()
-        server.stop()
     rows = [
         {"name": name, **{key: [r[side][key] for r in rounds] for key in rounds[0][side]}}
         for name, side in (("endpoint", "ours"), ("bare uvicorn", "bare"))
