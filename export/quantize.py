@@ -44,6 +44,10 @@ class QuantizeError(RuntimeError):
     """No int8 form can be made; the message says why."""
 
 
+class NothingToQuantize(QuantizeError):
+    """All that has weights stays in float."""
+
+
 class Made(NamedTuple):
     """An int8 graph, how many of its first layers stayed in float, and the share of labels as fp32 on the images."""
 
@@ -82,7 +86,8 @@ def float_nodes(graph: onnx.GraphProto, first: int = 0) -> list[str]:
 
 def careful(model: bytes, batches: Sequence[NDArray[np.uint8]], form: Form, agreement: float) -> Made:
     """`static` with as few of the first layers in float as it takes for labels to agree with fp32's in the share
-    `agreement` on images that are not seen here, by `UNSEEN`; where no number in `FIRST` is enough, the best of them.
+    `agreement` on images that are not seen here, by `UNSEEN`; where no number in `FIRST` is enough, the first with that
+    share on these images, or else the best of them.
 
     Raises:
         QuantizeError: as `static`.
@@ -93,13 +98,13 @@ def careful(model: bytes, batches: Sequence[NDArray[np.uint8]], form: Form, agre
         for first in FIRST:
             try:
                 data = static(model, batches, form, first=first, ranges=Path(folder) / "ranges.json", ready=ready)
-            except QuantizeError:
+            except NothingToQuantize:
                 if best is None:
                     raise
                 break  # a small network: so many layers are all it has
             same = [(a == b).mean() for a, b in zip(wanted, _labels(data, batches), strict=True)]
             made = Made(data, first, float(np.mean(same)))
-            if best is None or made.agreement > best.agreement:
+            if best is None or best.agreement < min(made.agreement, agreement):
                 best = made
             if made.agreement >= enough:
                 return made
@@ -170,7 +175,7 @@ def static(
     graph = onnx.load_from_string(ready).graph
     stay = float_nodes(graph, first)
     if all(node.name in stay for node in graph.node if node.op_type in WEIGHTED):
-        raise QuantizeError("the graph has nothing to quantise before its last convolution or matrix product")
+        raise NothingToQuantize("the graph has nothing to quantise before its last convolution or matrix product")
     with tempfile.TemporaryDirectory() as folder, _quantiser():
         source, made = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         source.write_bytes(ready)

@@ -26,7 +26,7 @@ _BESIDE = re.compile(
 # What publishers keep beside shards, further to that.
 _PAPERS = re.compile(
     r"(^|/)(readme|licen[cs]e|notice|copying|changelog|citation|manifest|_success|checksums?|(md5|sha\d+)sums?)(\.\w+)?$"
-    r"|\.(md5|sha\d+|sfv|sig|asc|idx|log|rst|html?|tsv)$",
+    r"|\.(md5|sha\d+|sfv|sig|asc|idx|log|rst|html?|tsv|parquet|arrow|feather|py|sh|pdf|toml|ini|cfg|bib|lst)$",
     re.IGNORECASE,
 )
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.[^\d/]*)$")

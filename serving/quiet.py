@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-PATIENCE_S = 20.0  # on cores that are never free it would not end
+# On cores that are never free it would not end, and whoever asked for it waits `load_timeout_s`, 20 s unless set.
+PATIENCE_S = 5.0
 
 
 def quietly(work: Callable[[], T]) -> T:
@@ -53,15 +54,16 @@ def _schedule(thread: int, policy: int) -> None:
 
 def _may_return() -> bool:
     """Whether a thread may be scheduled as idle and back again (Linux, and the right to: CAP_SYS_NICE or its limit)."""
-    if not hasattr(os, "SCHED_IDLE") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+    if not hasattr(os, "SCHED_IDLE"):
         return False
     returned: list[bool] = []
 
     def attempt() -> None:
         with contextlib.suppress(OSError):
-            _schedule(0, os.SCHED_IDLE)
-            _schedule(0, os.SCHED_OTHER)
-            returned.append(True)
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                _schedule(0, os.SCHED_IDLE)
+                _schedule(0, os.SCHED_OTHER)
+                returned.append(True)
 
     thread = threading.Thread(target=attempt)  # which would stay idle where it may not go back
     thread.start()

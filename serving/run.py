@@ -4,8 +4,8 @@ import gc
 import os
 import runpy
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -41,23 +41,39 @@ def prepare(bundle: Path | None = None) -> "Settings":
     return settings
 
 
+def _check(answer: Connection, bundle: Path | None) -> None:
+    try:
+        answer.send(prepare(bundle))
+    except Exception as error:
+        answer.send(
+            error if isinstance(error, StartError) else StartError(f"the bundle cannot be tried out: {error!r}")
+        )
+
+
 def prepared(bundle: Path | None = None) -> "Settings":
     """`prepare` in a process of its own while this one imports BentoML's command: each takes more than a second, and what
     the check needed does not stay in the memory of the process that only watches the workers.
 
     Raises:
-        StartError: as `prepare`, or the check was killed.
+        StartError: as `prepare`, or the check ended without an answer.
     """
-    with ProcessPoolExecutor(1) as pool:
-        found = pool.submit(prepare, bundle)
-        gc.disable()  # what is imported stays: looking for garbage among it takes 0.1 s
+    answer, told = Pipe(duplex=False)
+    check = Process(target=_check, args=(told, bundle), daemon=True)
+    check.start()
+    told.close()  # the check's end alone is open, so that its death is heard
+    gc.disable()  # what is imported stays: looking for garbage among it takes 0.1 s
+    try:
         import bentoml_cli.cli  # noqa: F401
-
+    finally:
         gc.enable()
-        try:
-            return found.result()
-        except BrokenProcessPool as error:
-            raise StartError("the bundle's check was killed: is there memory enough for the model?") from error
+    try:
+        found: Settings | StartError = answer.recv()
+    except EOFError as error:
+        raise StartError("the bundle's check ended without an answer: is there memory for the model?") from error
+    check.join()
+    if isinstance(found, StartError):
+        raise found
+    return found
 
 
 def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) -> NoReturn:

@@ -63,7 +63,11 @@ class Marginalia:
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     def start(self) -> None:
-        """BentoML's hook, before the first request."""
+        """BentoML's hook, before the first request. Raises RuntimeError where the routes would be missing."""
+        if not _in_worker:  # BentoML's alone: ours are put in where its worker process makes a server
+            raise RuntimeError(
+                "run it by `marginalia serve` or `bentoml serve`: another server would not have its routes"
+            )
         _worker().start()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]

@@ -12,7 +12,8 @@ _PROBES = ("/livez", "/readyz", "/healthz")
 
 
 class Front:
-    """Hands everything but the probes and the server's lifetime to our application.
+    """Hands a connection's requests to our application, all but the probes; what else there is (the server's start and
+    end, websockets) never comes here.
 
     So BentoML's own addresses are closed, and no path with a newline meets its router, which has no match for it.
     """
@@ -21,8 +22,7 @@ class Front:
         self._bentoml, self._ours = bentoml, ours
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        mine = scope["type"] == "http" and scope["path"] not in _PROBES
-        await (self._ours if mine else self._bentoml)(scope, receive, send)
+        await (self._bentoml if scope["path"] in _PROBES else self._ours)(scope, receive, send)
 
 
 class Worker:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder, DPTSegmentationHead
 from segmentation_models_pytorch.encoders import TimmViTEncoder
 from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from training.weights import WeightsError
@@ -56,6 +57,8 @@ def resize(logits_BKhw: Tensor, size: Sequence[int], *, align_corners: bool = Fa
 
 def _place(vit: Any, patches_BHWC: Tensor) -> Tensor:
     """In place of `VisionTransformer._pos_embed`: patches -> B x (prefix + H * W) x C, with their positions added."""
+    if vit.pos_embed is None:
+        return VisionTransformer._pos_embed(vit, patches_BHWC)
     batch, height, width, channels = patches_BHWC.shape  # not len(), which would fix the batch in an exported graph
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     table_1NC = resample_abs_pos_embed(
@@ -79,7 +82,9 @@ class VitEncoder(TimmViTEncoder):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        if getattr(self.model, "pos_embed", None) is not None and hasattr(self.model, "_pos_embed"):
+        if (
+            getattr(type(self.model), "_pos_embed", None) is VisionTransformer._pos_embed
+        ):  # others have rules of their own
             self.model._pos_embed = MethodType(_place, self.model)
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -92,7 +92,7 @@ def _file(name: str, files: Mapping[str, Path], by_end: Mapping[str, list[str]])
 def _owners(file: str, names: Sequence[str]) -> set[str]:
     """Of the pictures that could be `file` those that are: by their whole name, else the nearest where it is one."""
     exact = {name for name in names if file in (name, name.removeprefix("images/"))}
-    near = {name for name in names if name.rpartition("images/")[2] == file} or set(names)
+    near = {name for name in names if f"/{name}".rpartition("/images/")[2] == file} or set(names)
     return exact or (near if len(near) == 1 else set())
 
 

@@ -140,7 +140,13 @@ def test_weights_for_the_cpu_cannot_overflow_sums_of_two_products() -> None:
 
 @pytest.mark.parametrize(
     ("agrees", "first"),
-    [((0.9, 0.994, 1.0), 4), ((0.994, 0.0, 0.0), 0), ((0.993, 0.994, 0.0), 4), ((0.9, 0.8, 0.95), 8)],
+    [
+        ((0.9, 0.994, 1.0), 4),
+        ((0.994, 0.0, 0.0), 0),
+        ((0.993, 0.994, 0.0), 4),
+        ((0.9, 0.8, 0.95), 8),
+        ((0.9, 0.991, 0.992), 4),
+    ],
 )
 def test_as_few_layers_stay_in_float_as_the_labels_need(
     monkeypatch: pytest.MonkeyPatch, agrees: tuple[float, ...], first: int

@@ -211,7 +211,9 @@ def taken_and_refused(
 def test_pictures_that_could_all_be_one_image_are_all_refused(tmp_path: Path) -> None:
     """images/001.png lies flat: which camera's it is nobody can say, in whatever order the task lists them."""
     cams = ("cam1/001.png", "cam2/001.png")
-    for n, names in enumerate((cams, cams[::-1], ("a/images/001.png", "b/images/001.png"))):
+    for n, names in enumerate(
+        (cams, cams[::-1], ("a/images/001.png", "b/images/001.png"), ("my_images/001.png", "a/001.png"))
+    ):
         got, refused, said = taken_and_refused(tmp_path / str(n), ("001.png", "b.png"), (*names, "x/b.png"))
         assert got == {"masks/b.png": 2}
         assert refused == [(name, "labels-without-image") for name in names]

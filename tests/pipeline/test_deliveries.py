@@ -131,7 +131,7 @@ def test_papers_labels_and_system_files_may_lie_beside_shards(tmp_path: Path, ro
     for name in (
         "README", "licence.rst", "SHA256SUMS", "md5sum.txt", "checksums", "shard-000000.tar.sha256", "shard-000000.tar.md5",
         "shard-000000.idx", "shard-000000.json", "classes.txt", "index.html", "_SUCCESS", ".DS_Store", ".git/HEAD",
-        "__MACOSX/x", "Thumbs.db", "masks/a", "sub/NOTICE",
+        "__MACOSX/x", "Thumbs.db", "masks/a", "sub/NOTICE", "00000.parquet", "00000_stats.json", "loader.py",
     ):  # fmt: skip
         tiny_source.put(folder, name, b"text")
     assert add(root, folder).images == 8

@@ -6,6 +6,7 @@ import gc
 import logging
 import socket
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -256,14 +257,28 @@ def test_a_failed_run_puts_the_model_to_the_test(tmp_path: Path, caplog: pytest.
         assert own.desk.healthy
 
 
-def test_a_worker_tells_a_lost_model(monkeypatch: pytest.MonkeyPatch, model: Held, tmp_path: Path) -> None:
+@pytest.fixture
+def held_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[worker.Worker]:
     monkeypatch.setattr(worker.connections, "install", lambda *of_this_process: None)
     monkeypatch.setattr(worker.observe, "set_up_logging", lambda: None)
-    held = worker.Worker(settings.Settings(champions=tmp_path / "champion.json"))
-    gc.enable()
-    assert (held.alive, held.ready) == (True, False)
-    held._slot.runtime = model
-    assert (held.alive, held.ready) == (True, True)
-    held._desk._lost = model
-    assert (held.alive, held.ready) == (False, False)
-    held.stop()
+    try:
+        made = worker.Worker(settings.Settings(champions=tmp_path / "champion.json"))
+    finally:
+        gc.enable()
+    yield made
+    made.stop()
+
+
+def test_a_worker_tells_a_lost_model(held_worker: worker.Worker, model: Held) -> None:
+    assert (held_worker.alive, held_worker.ready) == (True, False)
+    held_worker._slot.runtime = model
+    assert (held_worker.alive, held_worker.ready) == (True, True)
+    held_worker._desk._lost = model
+    assert (held_worker.alive, held_worker.ready) == (False, False)
+
+
+def test_another_server_than_the_workers_is_refused() -> None:
+    from serving import service
+
+    with pytest.raises(RuntimeError, match="marginalia serve"):
+        service.Marginalia.inner.start(None)

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -163,6 +164,7 @@ def test_the_service_waits_for_its_first_champion(tmp_path: Path) -> None:
 import sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
+from typing import Any
 from starlette.testclient import TestClient
 from serving import app, settings, slots
 from tests import live_server, tiny_onnx
@@ -201,9 +203,9 @@ def test_a_passing_failure_does_not_lose_a_champion(
     opened = slots.open_runtime
     tries: list[float] = []
 
-    def counting(these: settings.Settings, folder: Path) -> Runtime:
+    def counting(these: settings.Settings, folder: Path, **rest: Any) -> Runtime:
         tries.append(now[0])
-        return opened(these, folder)
+        return opened(these, folder, **rest)
 
     monkeypatch.setattr(slots, "open_runtime", counting)
     while now[0] < 250:
@@ -239,6 +241,8 @@ def test_start_is_refused_with_a_reason(tmp_path: Path, monkeypatch: pytest.Monk
         run.prepare()
     with pytest.raises(run.StartError, match="no bundle folder here"):
         run.prepare(tmp_path / "absent")
+    with pytest.raises(run.StartError, match="no bundle folder here"):
+        run.prepared(tmp_path / "absent")  # in a process of its own
     monkeypatch.setenv("MARGINALIA_MAX_PIXEL", "5")
     with pytest.raises(run.StartError, match="did you mean MARGINALIA_MAX_PIXELS"):
         run.prepare()

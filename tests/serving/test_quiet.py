@@ -71,9 +71,12 @@ def test_work_that_does_not_end_is_quiet_no_longer(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_the_right_it_works_as_the_caller_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.sched_setscheduler
+
     def only_down(thread: int, wanted: int, parameters: os.sched_param) -> None:
         if wanted == os.SCHED_OTHER:
             raise PermissionError("no CAP_SYS_NICE")
+        real(thread, wanted, parameters)
 
     monkeypatch.setattr(os, "sched_setscheduler", only_down)
     assert quiet.quietly(policy) == os.SCHED_OTHER == policy()

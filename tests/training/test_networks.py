@@ -110,6 +110,16 @@ def test_our_dpt_is_smps_where_smps_works(monkeypatch):
             theirs(torch.zeros(1, 3, 48, 64))
 
 
+@pytest.mark.parametrize(
+    "encoder", ["eva02_tiny_patch14_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"]
+)
+def test_dpt_leaves_the_positions_of_other_vits_alone(encoder):
+    with torch.inference_mode():
+        net, step = networks.Dpt(encoder, 3).eval(), 14 if "14" in encoder else 16
+        image = torch.rand(1, 3, 3 * step, 5 * step)
+        assert net.decode(net.encoder(image), image.shape[-2:]).shape == (1, 3, 3 * step, 5 * step)
+
+
 def test_channel_dropout_on_every_feature_map_reaches_the_logits():
     """What UniMatch's and CorrMatch's feature perturbation does to the list."""
     for architecture in Model.ARCHITECTURES:
