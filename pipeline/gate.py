@@ -87,6 +87,26 @@ def _damage(home: Path, champion: dict[str, Any], student: Path) -> str | None:
     return None
 
 
+def _forms(bundle: Path) -> set[str]:
+    options = files.read_json(bundle / "bundle.json").get("options", [])
+    return {f"{o['runtime']} {o['device']} {o['precision']}" for o in options}
+
+
+def _exported_anew(
+    challenger: Scored, bundle: Path, student: Path, rival: Scored, home: Path, champion: dict[str, Any]
+) -> str | None:
+    """What the bundle of the champion's own weights offers and the champion's does not, or the reverse; None where the
+    weights, the scores or the classes differ, or nothing else does."""
+    theirs = home / str(champion["id"])
+    one = files.sha256(student) == files.sha256(theirs / student.name)
+    one = one and (challenger.test_hash, challenger.classes) == (rival.test_hash, rival.classes)
+    if not one or not np.array_equal(challenger.confusion_NKK.sum(0), rival.confusion_NKK.sum(0)):
+        return None
+    now, before = _forms(bundle), _forms(theirs / "bundle")
+    said = [f"{word} {', '.join(sorted(forms))}" for word, forms in (("with", now - before), ("without", before - now))]
+    return " and ".join(text for text in said if not text.endswith(" ")) or None
+
+
 def run(
     root: Path,
     gate: config.Gate,
@@ -98,7 +118,9 @@ def run(
     """The stage: read, judge, promote if so, write reports/gate.json. `home` is the champions' folder, if not in `root`.
 
     A challenger that is the champion already is kept; when the champion's own files are damaged or gone, they are
-    written again from it, and its record keeps what it won by. Inside `experiment` nothing in `home` is written.
+    written again from it, and its record keeps what it won by. The champion's own network in a bundle with other forms
+    (int8 that was left out before, say) takes its place without a comparison. Inside `experiment` nothing in `home` is
+    written.
 
     Raises:
         ChampionError: missing or damaged inputs; the message names the file and what to do.
@@ -122,6 +144,7 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
     if champion is not None and experiment is None:
         champions.settle(home, champion)
     challenger = read_scored(id, inputs[0], inputs[1])
+    miou = number(scores.miou(challenger.confusion_NKK.sum(0)))
     parity = champions.read_record(reports / "parity.json", (), "run the parity stage again")
     said = champions.read_record(inputs[0], ("weights",), "run the evaluate stage again")
     wrong = _belongs(id, student, said, parity)
@@ -133,21 +156,27 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
         reason, move = f"bundle {id} is the champion already", harm is not None
         if harm is not None:
             reason = f"{reason}; its files were written again, since {harm}"
-        verdict = Verdict("kept", reason, miou=number(scores.miou(challenger.confusion_NKK.sum(0))))
+        verdict = Verdict("kept", reason, miou=miou)
     elif id in history.withdrawn(history.read(home)):
         verdict = Verdict(
             "kept",
             f"bundle {id} was rolled back from; `marginalia rollback {id}` makes it the champion again, a new training "
             "may compete",
-            miou=number(scores.miou(challenger.confusion_NKK.sum(0))),
+            miou=miou,
         )
     else:
         rival = _champions_scores(home, champion) if champion is not None else None
-        made = comparisons.read(home)
-        pair = (challenger.test_hash, id, champion["id"] if champion is not None else "")
-        verdict = judge(challenger, rival, gate, experiment=experiment, comparison=comparisons.number(made, pair))
-        if verdict.comparison is not None and experiment is None:
-            comparisons.add(home, made, pair, {"at": when, "verdict": verdict.verdict, "delta": verdict.delta})
+        anew = None
+        if rival is not None and champion is not None and experiment is None:
+            anew = _exported_anew(challenger, bundle, student, rival, home, champion)
+        if anew is not None:
+            verdict = Verdict("promoted", f"the champion's own network, exported anew {anew}", miou=miou)
+        else:
+            made = comparisons.read(home)
+            pair = (challenger.test_hash, id, champion["id"] if champion is not None else "")
+            verdict = judge(challenger, rival, gate, experiment=experiment, comparison=comparisons.number(made, pair))
+            if verdict.comparison is not None and experiment is None:
+                comparisons.add(home, made, pair, {"at": when, "verdict": verdict.verdict, "delta": verdict.delta})
         move = verdict.verdict == "promoted"
     if move:
         trained = student.with_name("train.json")

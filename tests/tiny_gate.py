@@ -1,6 +1,7 @@
 """Challengers and champions made of counts, and the files that the gate reads."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,31 @@ def scored(id: str, conf: np.ndarray, *, test_hash: str = "t1", images: tuple[st
     return gate.Scored(id, test_hash, NAMES, images[: len(conf)], conf)
 
 
-def write_run(root: Path, name: str, conf: np.ndarray, *, test_hash: str = "t1", passed: bool = True) -> str:
-    """bundle/, models/ and reports/ of a run called `name`, consistent with each other; returns the bundle's id."""
+def write_run(
+    root: Path,
+    name: str,
+    conf: np.ndarray,
+    *,
+    test_hash: str = "t1",
+    passed: bool = True,
+    weights_of: str | None = None,
+    forms: Sequence[str] = (),
+) -> str:
+    """bundle/, models/ and reports/ of a run called `name`, consistent with each other; returns the bundle's id.
+
+    weights_of: another run whose network it exports. forms: "runtime device precision" of what the bundle offers.
+    """
     id = hashlib.sha256(name.encode()).hexdigest()[:16]
     content = {"model.onnx": f"graph {name}".encode(), "MODEL_CARD.md": b"card"}
-    content["bundle.json"] = files.to_json({"id": id}).encode()
+    content["bundle.json"] = files.to_json(
+        {"id": id, "options": [dict(zip(("runtime", "device", "precision"), f.split(), strict=True)) for f in forms]}
+    ).encode()
     for file, data in content.items():
         files.write_bytes(root / "bundle" / file, data)
     sums = "".join(f"{files.sha256(data)}  {file}\n" for file, data in sorted(content.items()))
     files.write_text(root / "bundle/SHA256SUMS", sums)
     student = root / "models/student/student.safetensors"
-    files.write_bytes(student, f"weights {name}".encode())
+    files.write_bytes(student, f"weights {weights_of or name}".encode())
     weights = files.sha256(student)
     files.write_json(root / "reports/scores.json", {"test_hash": test_hash, "weights": weights})
     with files.replacing(root / "reports/confusions.npz") as file:

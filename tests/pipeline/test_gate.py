@@ -10,7 +10,7 @@ import pytest
 from killed_at import killed_at
 from tiny_gate import NAMES, counts, scored, write_run
 
-from pipeline import champions, config, files, gate, scores
+from pipeline import champions, comparisons, config, files, gate, scores
 
 GATE = config.Gate(bootstrap=400)
 GOOD, BETTER = (0.80, 0.80, 0.70), (0.86, 0.84, 0.74)
@@ -311,3 +311,34 @@ def test_a_kill_at_any_point_leaves_a_valid_champion(tmp_path: Path, again_of_a_
     assert points > 15
     assert pointed_old > 5
     assert pointed_new > 2
+
+
+FP32, INT8 = "onnxruntime cpu fp32", "openvino cpu int8"
+
+
+def test_the_champions_network_exported_anew_takes_its_place(tmp_path: Path) -> None:
+    """It answers alike, so no comparison is spent on it; and what it offers is why."""
+    write_run(tmp_path, "one", counts(GOOD), forms=[FP32])
+    gate.run(tmp_path, GATE)
+    write_run(tmp_path, "again", counts(GOOD), weights_of="one", forms=[FP32])
+    assert gate.run(tmp_path, GATE).verdict == "kept"  # only another file: no reason to change
+    spent = comparisons.read(tmp_path / "champions")
+    id = write_run(tmp_path, "int8", counts(GOOD), weights_of="one", forms=[FP32, INT8])
+    assert gate.run(tmp_path, GATE, experiment="try-1").verdict != "promoted"
+    verdict = gate.run(tmp_path, GATE)
+    assert (verdict.verdict, verdict.comparison) == ("promoted", None)
+    assert verdict.reason.endswith(f"exported anew with {INT8}")
+    assert comparisons.read(tmp_path / "champions") == spent
+    pointer = champions.current(tmp_path / "champions")
+    assert pointer is not None
+    assert pointer["id"] == id
+    write_run(tmp_path, "bare", counts(GOOD), weights_of="one", forms=[])
+    assert gate.run(tmp_path, GATE).reason.endswith(f"without {FP32}, {INT8}")
+
+
+@pytest.mark.parametrize("other", [{"weights_of": "two"}, {"weights_of": "one", "test_hash": "t2"}])
+def test_what_is_not_the_champions_network_is_judged(tmp_path: Path, other: dict[str, str]) -> None:
+    write_run(tmp_path, "one", counts(GOOD), forms=[FP32])
+    gate.run(tmp_path, GATE)
+    write_run(tmp_path, "int8", counts(GOOD), forms=[FP32, INT8], **other)
+    assert "exported anew" not in gate.run(tmp_path, GATE).reason
