@@ -145,6 +145,8 @@ class Train(Section):
     combine: tuple[Literal["j1", "j2", "j3"], ...] = ("j1", "j2")  # of s4mc+corrmatch
     teacher: Literal["auto", "ema", "self"] = "auto"  # auto: as the method was published
     bar: Literal["auto", "fixed", "quantile", "class_max"] = "auto"  # the same
+    # After a warm start: the champion's labels of unlabelled images, where its refined margin is at least this.
+    offline: Share | None = None
     supervised_loss: Literal["ce", "ohem"] = "ce"
     ohem_sure: Share = 0.7
     ohem_pixels: Positive = 100_000

@@ -13,6 +13,7 @@ from pipeline.config import Input
 from pipeline.manifest import Row
 
 CACHE_BYTES = 2 << 30
+OFFLINE = 1 << 32  # beyond the other streams' seeds
 
 
 class ReadError(RuntimeError):
@@ -96,13 +97,15 @@ class Batches:
     """The batch of any step, with the next one being read while this one trains."""
 
     def __init__(
-        self, labelled: Images, unlabelled: Images, sizes: tuple[int, int], seed: int, rank: int = 0, world: int = 1
-    ) -> None:
+        self, labelled: Images, unlabelled: Images, sizes: tuple[int, int], seed: int, rank: int = 0, world: int = 1,
+        offline: Images | None = None,
+    ) -> None:  # fmt: skip
         if not len(labelled):
             raise ValueError(
                 "the split has no labelled training image; add masks under masks/ or check data.lists.labelled in params.yaml"
             )
         self.labelled, self.unlabelled, self.sizes, self.seed = labelled, unlabelled, sizes, seed
+        self.offline = offline if offline is not None and len(offline) else None  # half of each labelled batch
         self.rank, self.world = rank, world  # each rank takes its own stretch of one common order
         self._reader = ThreadPoolExecutor(1)
         self._next: tuple[int, bool, Future[Batch]] | None = None
@@ -110,12 +113,18 @@ class Batches:
     def _read(self, step: int, with_unlabelled: bool) -> Batch:
         n_labelled, n_unlabelled = self.sizes
         turn = step * self.world + self.rank
-        first = order(len(self.labelled), 2 * self.seed, turn * n_labelled, n_labelled)
-        second = []
+        n_offline = n_labelled // 2 if self.offline is not None else 0
+        n_true = n_labelled - n_offline
+        first = order(len(self.labelled), 2 * self.seed, turn * n_true, n_true)
+        third, second = list[int](), list[int]()
+        if self.offline is not None:
+            third = order(len(self.offline), OFFLINE + self.seed, turn * n_offline, n_offline)
         if with_unlabelled:
             second = order(len(self.unlabelled), 2 * self.seed + 1, turn * n_unlabelled, n_unlabelled)
-        names = [self.labelled.rows[i].name for i in first] + [self.unlabelled.rows[i].name for i in second]
-        return Batch([self.labelled[i] for i in first], [self.unlabelled[i] for i in second], names)
+        parts = [(self.labelled, first), (self.offline or self.labelled, third), (self.unlabelled, second)]
+        names = [images.rows[i].name for images, chosen in parts for i in chosen]
+        true, made, without = ([images[i] for i in chosen] for images, chosen in parts)
+        return Batch(true + made, without, names)
 
     def get(self, step: int, with_unlabelled: bool, next_with: bool) -> Batch:
         """The batch of `step`; starts reading step + 1 (with unlabelled images if `next_with`)."""

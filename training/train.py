@@ -22,6 +22,7 @@ from pipeline.config import Params
 from pipeline.manifest import Row
 from training import checkpoint, engine, figures, infer, methods, metrics, models, ranks, refine, start
 from training.data import Batches, Images
+from training.offline import relabel
 
 MANIFEST = Path("data/split/manifest.parquet")
 SUMMARY = Path("data/split/summary.json")
@@ -103,6 +104,7 @@ class Prepared:
     identity: dict[str, Any]
     seen: str
     precision_on: str
+    offline: int | None  # images with labels of `training.offline`; None: not asked for, or no champion to ask
 
 
 def prepare(params: Params, data: Data, start_at: Path | None, us: ranks.Ranks = ranks.ALONE) -> Prepared:
@@ -141,10 +143,16 @@ def prepare(params: Params, data: Data, start_at: Path | None, us: ranks.Ranks =
         "torch": torch.__version__,
     }
     sizes = settings.batch_labelled, settings.batch_unlabelled
-    batches = Batches(labelled, pool, sizes, settings.seed, us.rank, us.world)
+    offline = None
+    if settings.offline is not None and start_at is not None:
+        stride, chosen = params.input.stride, range(len(data.unlabelled))
+        model.to(infer.device())
+        offline = relabel(model, pool, chosen, least=settings.offline, ignore=data.ignore, stride=stride)
+    batches = Batches(labelled, pool, sizes, settings.seed, us.rank, us.world, offline)
     validate = validator(read(data.val), n_classes, params.input.stride, data.ignore, us=us)
     precision_on = "hidden labels" if hidden else "labels it trains on"
-    return Prepared(model, method, batches, validate, identity, start.short_ids(seen), precision_on)
+    made = None if offline is None else len(offline)
+    return Prepared(model, method, batches, validate, identity, start.short_ids(seen), precision_on, made)
 
 
 def class_table(images: Images, n_classes: int, ignore: int) -> Tensor:
@@ -154,15 +162,16 @@ def class_table(images: Images, n_classes: int, ignore: int) -> Tensor:
 
 
 def describe(
-    params: Params, data: Data, result: engine.Result, seconds: float, start_at: Path | None, precision_on: str
+    params: Params, data: Data, result: engine.Result, seconds: float, start_at: Path | None, ready: Prepared
 ) -> dict[str, Any]:
     last = result.history[-1]
     return {
         "method": params.train.method, "preset": params.train.preset, "steps": params.train.steps,
         "seed": params.train.seed, "best_step": result.best_step, "val_miou": _number(last.get("val_miou")),
-        "kept": _number(last.get("kept")), "precision": _number(last.get("precision")), "precision_on": precision_on,
-        "labelled": len(data.labelled), "unlabelled": len(data.unlabelled), "seconds": round(seconds, 1),
-        "warm_start": str(start_at) if start_at else None, "torch": torch.__version__, "machine": platform.machine(),
+        "kept": _number(last.get("kept")), "precision": _number(last.get("precision")), "precision_on": ready.precision_on,
+        "labelled": len(data.labelled), "unlabelled": len(data.unlabelled), "offline": ready.offline,
+        "seconds": round(seconds, 1), "warm_start": str(start_at) if start_at else None,
+        "torch": torch.__version__, "machine": platform.machine(),
         "device": str(engine.pick_device()), "split_hash": data.split_hash, "data_hash": data.data_hash,
     }  # fmt: skip
 
@@ -235,7 +244,7 @@ def stage(params: Params) -> None:
             live.next_step()
 
         result = fit(on_log=log)
-    about = describe(params, data, result, time.monotonic() - began, start_at, ready.precision_on)
+    about = describe(params, data, result, time.monotonic() - began, start_at, ready)
     shared = {
         **about,
         "classes": data.classes,
@@ -264,7 +273,7 @@ def stage(params: Params) -> None:
 
 
 def show(about: dict[str, Any]) -> None:
-    columns = ("labelled", "unlabelled", "steps", "val_miou", "best_step", "kept", "precision")
+    columns = ("labelled", "unlabelled", "offline", "steps", "val_miou", "best_step", "kept", "precision")
     table = Table(title=f"train: {about['method']} ({about['preset']}), {about['seconds']} s on {about['device']}")
     for column in columns:
         table.add_column(column.replace("_miou", " mIoU").replace("_", " "), justify="right")
