@@ -230,7 +230,7 @@ def bench(
     numbers = [parse_batch(text) for text in batches]
     if rounds < 1:
         raise BenchError(f"--rounds: {rounds}; at least one")
-    if student is not None and not student.exists():
+    if student is not None and not student.is_file():
         raise BenchError(f"--student: {student}: no such file; it is models/student/student.safetensors after training")
     threads = threads or machine.cores()
     groups = [cases(opened, size, batch, threads, student) for size in shapes for batch in numbers]

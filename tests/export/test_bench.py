@@ -74,8 +74,9 @@ def test_sizes_and_batches_are_checked(folder: Path) -> None:
     ):
         with pytest.raises(bench.BenchError, match=named):
             bench.bench(folder, sizes, batches)
-    with pytest.raises(bench.BenchError, match="--student"):
-        bench.bench(folder, student=folder / "none")
+    for no_file in (folder / "none", folder):
+        with pytest.raises(bench.BenchError, match="--student"):
+            bench.bench(folder, student=no_file)
 
 
 def test_the_command_line(folder: Path, tmp_path: Path) -> None:
