@@ -2,7 +2,9 @@
 
 Run in a project whose split exists (after `make demo`):
     python benchmarks/seeds.py [--runs supervised fixmatch s4mc s4mc:alpha_end=0.2] [--seeds 0 1 2] [--out FILE]
-The settings are params.yaml's; a run changes train.method, train.seed and what follows its colon, and nothing else.
+        [--start champions/ID/student.safetensors]
+The settings are params.yaml's; a run changes train.method, train.seed and what follows its colon, and nothing else. With
+--start all begin with those weights, as a retraining does: s4mc against s4mc:offline=0.9, say.
 With --out, finished runs are kept in the file and not repeated. On 2 cores a demo run takes 5 to 8 minutes.
 """
 
@@ -37,9 +39,11 @@ def variant(params: config.Params, run: str, seed: int) -> config.Params:
     return params.model_copy(update={"train": config.Train.model_validate(settings)})
 
 
-def fit(params: config.Params, data: train.Data, name: str) -> tuple[models.Segmenter, list[dict[str, float]]]:
-    """Train once; the teacher of the last step in eval mode, and the history."""
-    ready = train.prepare(params, data, None)
+def fit(
+    params: config.Params, data: train.Data, name: str, start: Path | None = None
+) -> tuple[models.Segmenter, list[dict[str, float]]]:
+    """Train once, from the weights in `start` if given; the teacher of the last step in eval mode, and the history."""
+    ready = train.prepare(params, data, start)
     with tempfile.TemporaryDirectory() as work, progress.bar(name, params.train.steps) as bar:
         done = 0
 
@@ -72,10 +76,12 @@ def told(total: Any, classes: list[dict[str, Any]]) -> dict[str, Any]:
     return {"miou": round(float(scores.miou(total)), 3), "iou": iou}
 
 
-def score(params: config.Params, rows: list[manifest.Row], data: train.Data, name: str) -> dict[str, Any]:
+def score(
+    params: config.Params, rows: list[manifest.Row], data: train.Data, name: str, start: Path | None
+) -> dict[str, Any]:
     """Train once; scores on test at working size in percent, and what the pseudo-labels did at the end."""
     began = time.monotonic()
-    model, history = fit(params, data, name)
+    model, history = fit(params, data, name, start)
     seconds = time.monotonic() - began
     test = [row for row in rows if row.split == "test"]
     images = Images(test, params.input, ignore=data.ignore, max_pixels=params.ingest.max_pixels)
@@ -104,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=["supervised", "fixmatch", "s4mc"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--start", type=Path, help="a student's weights; default: the encoder's own")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     params = config.load()
@@ -113,12 +120,13 @@ def main() -> None:
     about = {
         "train": params.train.model_dump(mode="json", exclude={"method", "seed"}), "split_hash": data.split_hash,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "start": files.sha256(arguments.start) if arguments.start else None,
     }  # fmt: skip
     results = kept["runs"] if kept.get("about") == about else {}
     for seed in arguments.seeds:
         for run in arguments.runs:
             if (name := f"{run} {seed}") not in results:
-                results[name] = score(variant(params, run, seed), rows, data, name)
+                results[name] = score(variant(params, run, seed), rows, data, name, arguments.start)
             if arguments.out:
                 files.write_json(arguments.out, {"about": about, "runs": results})
     show(results, arguments.runs, arguments.seeds)
