@@ -122,7 +122,11 @@ def main() -> None:
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "start": files.sha256(arguments.start) if arguments.start else None,
     }  # fmt: skip
-    results = kept["runs"] if kept.get("about") == about else {}
+    if kept and kept["about"] != about:
+        parser.error(f"{arguments.out} holds runs of other settings or data; name another file, or remove it")
+    if any("offline=" in run for run in arguments.runs) and not arguments.start:
+        parser.error("offline= is for a training that starts from a champion: name its weights with --start")
+    results = kept["runs"] if kept else {}
     for seed in arguments.seeds:
         for run in arguments.runs:
             if (name := f"{run} {seed}") not in results:

@@ -44,10 +44,6 @@ class QuantizeError(RuntimeError):
     """No int8 form can be made; the message says why."""
 
 
-class NothingToQuantize(QuantizeError):
-    """All that has weights stays in float."""
-
-
 class Made(NamedTuple):
     """An int8 graph, how many of its first layers stayed in float, and the share of labels as fp32 on the images."""
 
@@ -98,10 +94,10 @@ def careful(model: bytes, batches: Sequence[NDArray[np.uint8]], form: Form, agre
         for first in FIRST:
             try:
                 data = static(model, batches, form, first=first, ranges=Path(folder) / "ranges.json", ready=ready)
-            except NothingToQuantize:
+            except QuantizeError:
                 if best is None:
                     raise
-                break  # a small network: so many layers are all it has
+                break  # a small network: so many layers are all it has; and what was made is still to be judged
             same = [(a == b).mean() for a, b in zip(wanted, _labels(data, batches), strict=True)]
             made = Made(data, first, float(np.mean(same)))
             if best is None or best.agreement < min(made.agreement, agreement):
@@ -175,7 +171,7 @@ def static(
     graph = onnx.load_from_string(ready).graph
     stay = float_nodes(graph, first)
     if all(node.name in stay for node in graph.node if node.op_type in WEIGHTED):
-        raise NothingToQuantize("the graph has nothing to quantise before its last convolution or matrix product")
+        raise QuantizeError("the graph has nothing to quantise before its last convolution or matrix product")
     with tempfile.TemporaryDirectory() as folder, _quantiser():
         source, made = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         source.write_bytes(ready)

@@ -88,23 +88,36 @@ def _damage(home: Path, champion: dict[str, Any], student: Path) -> str | None:
 
 
 def _forms(bundle: Path) -> set[str]:
-    options = files.read_json(bundle / "bundle.json").get("options", [])
-    return {f"{o['runtime']} {o['device']} {o['precision']}" for o in options}
+    """What a bundle offers; nothing where that cannot be read."""
+    try:
+        return {
+            f"{o['runtime']} {o['device']} {o['precision']}" for o in files.read_json(bundle / "bundle.json")["options"]
+        }
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
 
 
-def _exported_anew(
-    challenger: Scored, bundle: Path, student: Path, rival: Scored, home: Path, champion: dict[str, Any]
-) -> str | None:
-    """What the bundle of the champion's own weights offers and the champion's does not, or the reverse; None where the
-    weights, the scores or the classes differ, or nothing else does."""
-    theirs = home / str(champion["id"])
-    one = files.sha256(student) == files.sha256(theirs / student.name)
-    one = one and (challenger.test_hash, challenger.classes) == (rival.test_hash, rival.classes)
-    if not one or not np.array_equal(challenger.confusion_NKK.sum(0), rival.confusion_NKK.sum(0)):
+def _weights(home: Path, id: str) -> str | None:
+    try:
+        return str(files.read_json(home / id / "scores.json")["weights"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    now, before = _forms(bundle), _forms(theirs / "bundle")
-    said = [f"{word} {', '.join(sorted(forms))}" for word, forms in (("with", now - before), ("without", before - now))]
-    return " and ".join(text for text in said if not text.endswith(" ")) or None
+
+
+def _added_forms(challenger: Scored, weights: str, bundle: Path, rival: Scored, home: Path) -> str | None:
+    """What a bundle of the champion's own weights offers beyond the champion's; None where the weights, the scores or the
+    classes differ, it lacks a form (which may be this machine's doing), adds none, or that network was rolled back from."""
+    if weights != _weights(home, rival.id) or (challenger.test_hash, challenger.classes) != (
+        rival.test_hash,
+        rival.classes,
+    ):
+        return None
+    if weights in {_weights(home, id) for id in history.withdrawn(history.read(home))}:
+        return None
+    if not np.array_equal(challenger.confusion_NKK.sum(0), rival.confusion_NKK.sum(0)):
+        return None
+    now, before = _forms(bundle), _forms(home / rival.id / "bundle")
+    return ", ".join(sorted(now - before)) if now > before > set() else None
 
 
 def run(
@@ -118,9 +131,9 @@ def run(
     """The stage: read, judge, promote if so, write reports/gate.json. `home` is the champions' folder, if not in `root`.
 
     A challenger that is the champion already is kept; when the champion's own files are damaged or gone, they are
-    written again from it, and its record keeps what it won by. The champion's own network in a bundle with other forms
-    (int8 that was left out before, say) takes its place without a comparison. Inside `experiment` nothing in `home` is
-    written.
+    written again from it, and its record keeps what it won by. The champion's own network in a bundle with further forms
+    (int8 that was left out before, say) takes its place without a comparison, unless it was rolled back from. Inside
+    `experiment` nothing in `home` is written.
 
     Raises:
         ChampionError: missing or damaged inputs; the message names the file and what to do.
@@ -148,6 +161,7 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
     parity = champions.read_record(reports / "parity.json", (), "run the parity stage again")
     said = champions.read_record(inputs[0], ("weights",), "run the evaluate stage again")
     wrong = _belongs(id, student, said, parity)
+    added: str | None = None
     move, harm, when = False, None, now().isoformat(timespec="seconds")
     if wrong is not None:
         verdict = Verdict("refused", wrong)
@@ -166,11 +180,10 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
         )
     else:
         rival = _champions_scores(home, champion) if champion is not None else None
-        anew = None
-        if rival is not None and champion is not None and experiment is None:
-            anew = _exported_anew(challenger, bundle, student, rival, home, champion)
-        if anew is not None:
-            verdict = Verdict("promoted", f"the champion's own network, exported anew {anew}", miou=miou)
+        if rival is not None and experiment is None:
+            added = _added_forms(challenger, str(said["weights"]), bundle, rival, home)
+        if rival is not None and added is not None:
+            verdict = Verdict("promoted", f"the network of champion {rival.id}, exported anew with {added}", miou=miou)
         else:
             made = comparisons.read(home)
             pair = (challenger.test_hash, id, champion["id"] if champion is not None else "")
@@ -186,6 +199,8 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
             "miou": verdict.miou, "reason": verdict.reason, "delta": verdict.delta, "ci": verdict.ci,
             "comparison": verdict.comparison,
         }  # fmt: skip
+        if champion is not None and added is not None:
+            record |= {name: champion.get(name) for name in ("delta", "ci", "comparison")}  # what its network won by
         if champion is not None and harm is not None:
             record = champion | {"repaired_at": when, "repaired": harm}
         champions.promote(home, id, bundle, [student, *inputs], record)

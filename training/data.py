@@ -13,7 +13,6 @@ from pipeline.config import Input
 from pipeline.manifest import Row
 
 CACHE_BYTES = 2 << 30
-OFFLINE = 1 << 32  # beyond the other streams' seeds
 
 
 class ReadError(RuntimeError):
@@ -70,7 +69,7 @@ class Images:
         return Sample(scaled, torch.from_numpy(placed.astype(np.int32)))
 
 
-def order(length: int, seed: int, start: int, count: int) -> list[int]:
+def order(length: int, seed: int, start: int, count: int, stream: int = 0) -> list[int]:
     """Items start..start+count of an endless stream of seeded permutations of range(length).
 
     Every item occurs once before any occurs twice, across batch borders too; any position can be asked for directly,
@@ -79,7 +78,8 @@ def order(length: int, seed: int, start: int, count: int) -> list[int]:
     found: list[int] = []
     while len(found) < count:
         epoch, offset = divmod(start + len(found), length)
-        permutation = np.random.default_rng([seed, epoch]).permutation(length)
+        # A zero at the end would change nothing: stream 0 is the one that there was before there were others.
+        permutation = np.random.default_rng([seed, epoch, stream]).permutation(length)
         found += permutation[offset : offset + count - len(found)].tolist()
     return found
 
@@ -105,7 +105,7 @@ class Batches:
                 "the split has no labelled training image; add masks under masks/ or check data.lists.labelled in params.yaml"
             )
         self.labelled, self.unlabelled, self.sizes, self.seed = labelled, unlabelled, sizes, seed
-        self.offline = offline if offline is not None and len(offline) else None  # half of each labelled batch
+        self.offline = offline if offline is not None and len(offline) else None  # for part of each labelled batch
         self.rank, self.world = rank, world  # each rank takes its own stretch of one common order
         self._reader = ThreadPoolExecutor(1)
         self._next: tuple[int, bool, Future[Batch]] | None = None
@@ -113,12 +113,15 @@ class Batches:
     def _read(self, step: int, with_unlabelled: bool) -> Batch:
         n_labelled, n_unlabelled = self.sizes
         turn = step * self.world + self.rank
-        n_offline = n_labelled // 2 if self.offline is not None else 0
+        n_offline = 0
+        if self.offline is not None:  # their share, and half at most
+            share = len(self.offline) / (len(self.offline) + len(self.labelled))
+            n_offline = min(n_labelled // 2, round(n_labelled * share))
         n_true = n_labelled - n_offline
         first = order(len(self.labelled), 2 * self.seed, turn * n_true, n_true)
         third, second = list[int](), list[int]()
         if self.offline is not None:
-            third = order(len(self.offline), OFFLINE + self.seed, turn * n_offline, n_offline)
+            third = order(len(self.offline), self.seed, turn * n_offline, n_offline, stream=1)
         if with_unlabelled:
             second = order(len(self.unlabelled), 2 * self.seed + 1, turn * n_unlabelled, n_unlabelled)
         parts = [(self.labelled, first), (self.offline or self.labelled, third), (self.unlabelled, second)]

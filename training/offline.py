@@ -2,18 +2,19 @@
 
 A round of self-training (ST++, Yang et al., CVPR 2022, its second stage without the choice of images). The method makes
 pseudo-labels anew at each step; these stand for the whole training. Only pixels with at least `train.offline` of S4MC's
-refined margin have one. They are half of each labelled batch, the true labels the other.
+refined margin have one. They have their share of each labelled batch, half of it at most; the true labels have the rest.
 """
 
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline import progress
+from pipeline import files, progress
 from training import infer
 from training.data import Images, Sample
 from training.refine import margin, refine
@@ -28,35 +29,41 @@ def sure_labels(logits_KHW: Tensor, least: float, ignore: int) -> NDArray[np.uin
 
 
 class Relabelled(Images):
-    """Some of `images`, none at first, with labels that are not their own: kept compressed, all in memory."""
+    """The first of `images`, with labels that are not their own: uint8 of each one's working size, by `zlib`."""
 
-    def __init__(self, images: Images) -> None:
-        self.rows = []
-        self._images, self._at, self._packed = images, list[int](), list[bytes]()
-
-    def add(self, index: int, label_HW: NDArray[np.uint8]) -> None:
-        """The image at `index`, with this label (H x W of its working size)."""
-        self.rows.append(self._images.rows[index])
-        self._at.append(index)
-        self._packed.append(zlib.compress(label_HW.tobytes(), 1))
+    def __init__(self, images: Images, packed: Sequence[bytes]) -> None:
+        self.rows = images.rows[: len(packed)]
+        self._images, self._packed = images, packed
 
     def __getitem__(self, index: int) -> Sample:
-        image_HWC = self._images[self._at[index]].image_HWC
+        image_HWC = self._images[index].image_HWC
         label_HW = np.frombuffer(zlib.decompress(self._packed[index]), np.uint8).reshape(image_HWC.shape[:2])
         return Sample(image_HWC, torch.from_numpy(label_HW.astype(np.int32)))
 
 
 def relabel(
-    model: nn.Module, images: Images, chosen: Sequence[int], *, least: float, ignore: int, stride: int
+    model: nn.Module, images: Images, count: int, *, least: float, ignore: int, stride: int, kept: Path | None = None
 ) -> Relabelled:
-    """Those of the `chosen` images in which `model` is sure of a pixel; the model keeps the mode that it had."""
-    was_training, found = model.training, Relabelled(images)
+    """The first `count` images with the model's labels; the model keeps the mode that it had.
+
+    All of them, also where it is sure of nothing: so their order hangs on the pool alone, not on a card's rounding.
+
+    Args:
+        kept: a file where the labels are; written where they are not, so that a resumed run need not ask again.
+    """
+    if kept is not None and kept.exists():
+        with np.load(kept, allow_pickle=False) as arrays:
+            ends = np.cumsum(arrays["sizes"])
+            return Relabelled(images, [part.tobytes() for part in np.split(arrays["packed"], ends[:-1])])
+    was_training, packed = model.training, list[bytes]()
     model.eval()
-    with progress.bar("offline labels", len(chosen)) as bar:
-        for i in chosen:
+    with progress.bar("offline labels", count) as bar:
+        for i in range(count):
             label_HW = sure_labels(infer.logits_of(model, images[i].image_HWC, stride), least, ignore)
-            if (label_HW != ignore).any():
-                found.add(i, label_HW)
+            packed.append(zlib.compress(label_HW.tobytes(), 1))
             bar.advance(1)
     model.train(was_training)
-    return found
+    if kept is not None and packed:
+        with files.replacing(kept) as file:
+            np.savez(file, packed=np.frombuffer(b"".join(packed), np.uint8), sizes=np.array([len(p) for p in packed]))
+    return Relabelled(images, packed)

@@ -145,9 +145,11 @@ def prepare(params: Params, data: Data, start_at: Path | None, us: ranks.Ranks =
     sizes = settings.batch_labelled, settings.batch_unlabelled
     offline = None
     if settings.offline is not None and start_at is not None:
-        stride, chosen = params.input.stride, range(len(data.unlabelled))
         model.to(infer.device())
-        offline = relabel(model, pool, chosen, least=settings.offline, ignore=data.ignore, stride=stride)
+        offline = relabel(
+            model, pool, len(data.unlabelled), least=settings.offline, ignore=data.ignore, stride=params.input.stride,
+            kept=checkpoint.folder(identity) / "offline.npz" if us.rank == 0 else None,
+        )  # fmt: skip
     batches = Batches(labelled, pool, sizes, settings.seed, us.rank, us.world, offline)
     validate = validator(read(data.val), n_classes, params.input.stride, data.ignore, us=us)
     precision_on = "hidden labels" if hidden else "labels it trains on"

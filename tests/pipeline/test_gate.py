@@ -10,7 +10,7 @@ import pytest
 from killed_at import killed_at
 from tiny_gate import NAMES, counts, scored, write_run
 
-from pipeline import champions, comparisons, config, files, gate, scores
+from pipeline import champions, comparisons, config, files, gate, rollback, scores
 
 GATE = config.Gate(bootstrap=400)
 GOOD, BETTER = (0.80, 0.80, 0.70), (0.86, 0.84, 0.74)
@@ -332,8 +332,28 @@ def test_the_champions_network_exported_anew_takes_its_place(tmp_path: Path) -> 
     pointer = champions.current(tmp_path / "champions")
     assert pointer is not None
     assert pointer["id"] == id
-    write_run(tmp_path, "bare", counts(GOOD), weights_of="one", forms=[])
-    assert gate.run(tmp_path, GATE).reason.endswith(f"without {FP32}, {INT8}")
+    assert pointer["previous"] is not None
+    write_run(tmp_path, "bare", counts(GOOD), weights_of="one", forms=[FP32])
+    assert gate.run(tmp_path, GATE).verdict == "kept"  # a form that this machine lacks, or found slow today
+
+
+def test_exported_anew_it_does_not_undo_a_rollback(tmp_path: Path) -> None:
+    write_run(tmp_path, "one", counts(GOOD), forms=[FP32])
+    gate.run(tmp_path, GATE)
+    write_run(tmp_path, "int8", counts(GOOD), weights_of="one", forms=[FP32, INT8])
+    assert gate.run(tmp_path, GATE).verdict == "promoted"
+    rollback.run(tmp_path)
+    write_run(tmp_path, "int8-again", counts(GOOD), weights_of="one", forms=[FP32, INT8])
+    assert gate.run(tmp_path, GATE).verdict == "kept"
+
+
+@pytest.mark.parametrize("harm", ["student.safetensors", "bundle/bundle.json"])
+def test_a_hole_in_the_champions_folder_stops_no_other_challenger(tmp_path: Path, harm: str) -> None:
+    id = write_run(tmp_path, "one", counts(GOOD), forms=[FP32])
+    gate.run(tmp_path, GATE)
+    (tmp_path / "champions" / id / harm).write_bytes(b"{")
+    write_run(tmp_path, "two", counts(BETTER), forms=[FP32])
+    assert gate.run(tmp_path, GATE).verdict == "promoted"
 
 
 @pytest.mark.parametrize("other", [{"weights_of": "two"}, {"weights_of": "one", "test_hash": "t2"}])

@@ -164,7 +164,6 @@ def test_the_service_waits_for_its_first_champion(tmp_path: Path) -> None:
 import sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from typing import Any
 from starlette.testclient import TestClient
 from serving import app, settings, slots
 from tests import live_server, tiny_onnx

@@ -7,7 +7,7 @@ from tiny_samples import Memory
 
 from tests.training import test_train
 from tests.training.test_train import data_of
-from training import infer, offline, train
+from training import engine, infer, offline, train
 from training.data import Batches
 from training.refine import margin, refine
 
@@ -45,15 +45,15 @@ def test_a_pixel_has_the_refined_class_where_its_lead_is_large_enough():
     assert found == {True, False}
 
 
-def test_images_come_with_the_models_labels_and_only_where_it_is_sure():
+def test_images_come_with_the_models_labels_where_it_is_sure(tmp_path):
     pool = Memory(4, 1)
     pool.samples[2].image_HWC[:] = 90  # grey: no class leads anywhere
-    model = Colours().train()
-    made = offline.relabel(model, pool, range(3), least=0.2, ignore=255, stride=16)
+    model, kept = Colours().train(), tmp_path / "work" / "offline.npz"
+    made = offline.relabel(model, pool, 3, least=0.2, ignore=255, stride=16, kept=kept)
     assert model.training
-    assert [row.name for row in made.rows] == ["1-0", "1-1"]
-    assert len(made) == 2
-    for i in range(2):
+    assert [row.name for row in made.rows] == ["1-0", "1-1", "1-2"]
+    assert len(made) == 3
+    for i in range(3):
         sample = made[i]
         assert torch.equal(sample.image_HWC, pool[i].image_HWC)
         logits_KHW = infer.logits_of(model, pool[i].image_HWC, 16)
@@ -61,6 +61,10 @@ def test_images_come_with_the_models_labels_and_only_where_it_is_sure():
         wanted = torch.where(margin(refined)[0] >= 0.2, refined.argmax(1)[0], 255)
         assert sample.label_HW.dtype == torch.int32
         assert torch.equal(sample.label_HW, wanted.int())
+        assert (wanted == 255).any()
+        assert (wanted != 255).any() == (i != 2)
+    again = offline.relabel(None, pool, 3, least=0.2, ignore=255, stride=16, kept=kept)  # nobody is asked
+    assert all(torch.equal(again[i].label_HW, made[i].label_HW) for i in range(3))
 
 
 def test_half_of_each_labelled_batch_is_of_the_offline_images():
@@ -77,29 +81,64 @@ def test_half_of_each_labelled_batch_is_of_the_offline_images():
     assert len(set(offline_names)) == 4  # ranks share one order
 
 
+def test_few_offline_images_have_their_share_alone():
+    batches = Batches(Memory(50, 1), Memory(9, 2), (4, 3), seed=0, offline=Memory(1, 3))
+    assert [name[0] for name in batches.get(0, True, False).names] == list("1111222")
+    batches = Batches(Memory(18, 1), Memory(9, 2), (4, 3), seed=0, offline=Memory(6, 3))
+    assert [name[0] for name in batches.get(0, True, False).names] == list("1113222")
+
+
 def test_without_an_offline_image_the_batches_are_the_plain_ones():
     plain = Batches(Memory(5, 1), Memory(9, 2), (3, 3), seed=0)
-    none = offline.Relabelled(Memory(1, 3))
+    none = offline.Relabelled(Memory(1, 3), [])
     assert len(none) == 0
     other = Batches(Memory(5, 1), Memory(9, 2), (3, 3), seed=0, offline=none)
     assert [plain.get(s, True, True).names for s in range(3)] == [other.get(s, True, True).names for s in range(3)]
 
 
-@pytest.mark.parametrize("least", [0.0, None])
-def test_the_champion_that_training_starts_from_gives_them(project, tmp_path, least):
+@pytest.fixture
+def asked(project, tmp_path):
+    """(params that ask for it, rows, the champion to start from)."""
     params, rows = project
-    params = params.model_copy(update={"train": params.train.model_copy(update={"offline": least})})
-    path = test_train.champion(tmp_path, rows, ["f" * 64])
+    params = params.model_copy(update={"train": params.train.model_copy(update={"offline": 0.15})})
+    return params, rows, test_train.champion(tmp_path, rows, ["f" * 64])
+
+
+def test_the_champion_that_training_starts_from_gives_them(asked, project):
+    params, rows, path = asked
     ready = train.prepare(params, data_of(rows), path)
-    if least is None:
-        assert (ready.offline, ready.batches.offline) == (None, None)
-        return
     unlabelled = [row for row in rows if row.split == "unlabelled"]
     assert ready.offline == len(unlabelled) == 3
     assert [row.id for row in ready.batches.offline.rows] == [row.id for row in unlabelled]
-    sample = ready.batches.offline[1]
-    logits_KHW = infer.logits_of(ready.model.eval(), sample.image_HWC, params.input.stride)
-    assert torch.equal(sample.label_HW, refine(torch.softmax(logits_KHW, 0)[None]).argmax(1)[0].int())
+    sure = []
+    for sample in (ready.batches.offline[i] for i in range(3)):
+        logits_KHW = infer.logits_of(ready.model.eval(), sample.image_HWC, params.input.stride)
+        assert np.array_equal(sample.label_HW, offline.sure_labels(logits_KHW, 0.15, 255))
+        sure.append((sample.label_HW != 255).float().mean().item())
+    assert 0 < sum(sure) < 3  # the bar matters
     assert train.prepare(params, data_of(rows), None).offline is None  # a first training has nobody to ask
-    _, result = test_train.fit(params, data_of(rows), tmp_path / "w", path)
-    assert all(v.isfinite().all() for v in result.teacher.values())
+    assert train.prepare(project[0], data_of(rows), path).offline is None  # nobody asked for it
+
+
+def test_a_resumed_run_ends_as_an_undisturbed_one(asked, tmp_path, monkeypatch):
+    params, rows, path = asked
+    _, whole = test_train.fit(params, data_of(rows), tmp_path / "whole", path)
+
+    class Killed(Exception):
+        pass
+
+    real, count = engine.step, [0]
+
+    def dying(*arguments, **options):
+        count[0] += 1
+        if count[0] == 4:
+            raise Killed
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(engine, "step", dying)
+    with pytest.raises(Killed):
+        test_train.fit(params, data_of(rows), tmp_path / "cut", path)
+    monkeypatch.setattr(engine, "step", real)
+    monkeypatch.setattr(offline, "sure_labels", None)  # they are there already
+    _, rest = test_train.fit(params, data_of(rows), tmp_path / "cut", path)
+    assert all(torch.equal(value, rest.teacher[key]) for key, value in whole.teacher.items())
