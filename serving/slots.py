@@ -9,13 +9,12 @@ shadow's), two afterwards; an older one is freed when the last request that star
 An operator's choice (load, rollback) holds until the pointer next changes, or the service starts anew.
 """
 
-import contextlib
-import ctypes
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +61,6 @@ def cause(error: Exception) -> str:
         return error.cause
     kinds = {PointerError: "pointer", BundleError: "bundle", ProviderError: "provider"}
     return next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
-
-
-def give_back() -> None:
-    """Hand the system what was freed: glibc keeps the pages of a model that is gone. Nothing where there is no glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Claim:
@@ -257,7 +250,7 @@ class Slot:
         except OSError:
             return b"absent"
 
-    @contextlib.contextmanager
+    @contextmanager
     def _changing(self) -> Iterator[int]:
         """Take the turn; gives the count of rollbacks at which it began. Raises Busy."""
         if not self._turn.acquire(blocking=False):
@@ -296,7 +289,6 @@ class Slot:
                 raise trial.Refused("late", "the service was rolled back while it was loaded; load it again if wanted")
             self.runtime, self.previous = fresh, self.runtime
         self._exchanged(fresh)
-        give_back()
         observe.swapped("loaded")
         observe.ready(True)
         self._tell(
