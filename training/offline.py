@@ -3,6 +3,8 @@
 A round of self-training (ST++, Yang et al., CVPR 2022, its second stage without the choice of images). The method makes
 pseudo-labels anew at each step; these stand for the whole training. Only pixels with at least `train.offline` of S4MC's
 refined margin have one. They have their share of each labelled batch, half of it at most; the true labels have the rest.
+Off unless asked for: 300 steps of S4MC from a champion of 40.2 test mIoU on CamVid (46 labels, one seed) came to 43.4, with
+labels of margin 0.9 to 40.9 (benchmarks/results/offline_round.json): what the champion takes for buildings stays so.
 """
 
 import zlib
