@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precision", nargs="+", choices=tensorrt.PRECISIONS, help="default: all the bundle has")
-    parser.add_argument("--max-batch", type=int, default=tensorrt.MAX_BATCH)
+    parser.add_argument("--max-batch", type=int, help="default: as the runtime has it")
     parser.add_argument("--cache", type=Path, help=f"default: {HERE}, or the user's cache folder")
     parser.add_argument("--report", type=Path, default=Path("reports/engines.json"))
     parser.add_argument("--rebuild", action="store_true", help="build even what the cache has")

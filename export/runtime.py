@@ -184,7 +184,7 @@ class Runtime:
         keep the buffers of the largest batch (demo, 8 of 512 x 512: 760 to 1060 MB against 135 to 255) and from 256 x 192
         on were no faster for one."""
         if self.option.device != "cpu":
-            return BATCHES[0]
+            return fit.most_images(self.bundle.manifest.input.long_side)
         return max(1, self.bundle.manifest.input.long_side**2 // (height * width))
 
     def segment(self, image_HWC: NDArray[np.uint8]) -> Segmentation:

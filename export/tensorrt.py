@@ -31,7 +31,6 @@ DRIVER, MANAGEMENT = "libcuda.so.1", "libnvidia-ml.so.1"
 # tf32 is the fp32 graph with products rounded to 10 bits of mantissa; elsewhere only the graph's own types decide.
 PRECISIONS = ("fp32", "tf32", "fp16", "int8")
 RECIPE = 1  # part of an engine's key: raise it when `build` makes another engine of the same arguments
-MAX_BATCH = 8
 SCRATCH = 4 << 30  # bytes a layer may use for scratch; without a limit the builder may take the whole card
 _CHANNELS = 3
 _log = logging.getLogger(__name__)
@@ -98,8 +97,8 @@ class Profile:
             raise ValueError(f"profile heights and widths must be multiples of {self.stride}: {self}")
 
     @classmethod
-    def of(cls, *, long_side: int, stride: int, max_batch: int = MAX_BATCH, opt_batch: int = 1) -> "Profile":
-        """Every size that `pipeline.fit` can make (pixels), in batches up to `max_batch`.
+    def of(cls, *, long_side: int, stride: int, max_batch: int | None = None, opt_batch: int = 1) -> "Profile":
+        """Every size that `pipeline.fit` can make (pixels), in batches up to `max_batch`, else as `fit.most_images` has it.
 
         Chosen for `opt_batch` photographs of 4:3 at full size: serving runs images one by one as they come.
         Raises ValueError for sizes below 1 or `opt_batch` above `max_batch`.
@@ -110,7 +109,7 @@ class Profile:
             stride,
             (1, stride, stride),
             (opt_batch, usual.padded_height, usual.padded_width),
-            (max_batch, largest.padded_height, largest.padded_width),
+            (max_batch or fit.most_images(long_side), largest.padded_height, largest.padded_width),
         )
 
     def check(self, shape_NHW: tuple[int, ...]) -> None:
