@@ -55,9 +55,8 @@ def curves(history: Sequence[dict[str, float]], classes: Sequence[dict[str, Any]
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if drawn:
-            beside = (
-                {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if len(lines) > 5 else {}
-            )  # it would hide lines
+            # So many names would hide the lines.
+            beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if len(lines) > 5 else {}
             axis.legend(fontsize=8, **beside)
         else:
             axis.text(0.5, 0.5, "not used by this method", ha="center", transform=axis.transAxes)

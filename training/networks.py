@@ -82,9 +82,8 @@ class VitEncoder(TimmViTEncoder):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        if (
-            getattr(type(self.model), "_pos_embed", None) is VisionTransformer._pos_embed
-        ):  # others have rules of their own
+        # Other ViTs have rules of their own.
+        if getattr(type(self.model), "_pos_embed", None) is VisionTransformer._pos_embed:
             self.model._pos_embed = MethodType(_place, self.model)
 
     def forward(self, x: Tensor) -> list[Tensor]:
