@@ -55,7 +55,7 @@ def fit(
         result = engine.fit(
             ready.model, ready.batches, ready.method, params.train,
             n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
-            work=Path(work), on_log=log,
+            stride=params.input.stride, work=Path(work), on_log=log,
         )  # fmt: skip
     ready.model.load_state_dict(result.teacher)
     return ready.model.eval(), result.history

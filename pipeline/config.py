@@ -144,6 +144,8 @@ class Train(Section):
     corrmatch_neighbours: Positive = 4
     combine: tuple[Literal["j1", "j2", "j3"], ...] = ("j1", "j2")  # of s4mc+corrmatch
     teacher: Literal["auto", "ema", "self"] = "auto"  # auto: as the method was published
+    # What the EMA teacher looks at: the weak view, or the whole image, its answer being cut like the weak view.
+    teacher_view: Literal["crop", "whole"] = "crop"
     bar: Literal["auto", "fixed", "quantile", "class_max"] = "auto"  # the same
     # After a warm start: the champion's labels of unlabelled images, where its refined margin is at least this.
     offline: Share | None = None
@@ -210,6 +212,13 @@ class Train(Section):
             raise ValueError(
                 f"accumulate {self.accumulate}: {self.method} takes pseudo-labels from the student's own pass, which "
                 "cannot be cut up exactly; set accumulate: 1 (or teacher: ema, streams: v2 with unimatch)"
+            )
+        published = "corrmatch" in self.method or ("unimatch" in self.method and self.streams == "v1")
+        by_itself = self.teacher == "self" or (self.teacher == "auto" and published)
+        if self.teacher_view == "whole" and self.method != "supervised" and by_itself:
+            raise ValueError(
+                f"teacher_view whole: {self.method} is its own teacher here and sees the weak view only; set teacher_view: "
+                "crop, or teacher: ema"
             )
         if self.accumulate > 1 and self.supervised_loss == "ohem":
             raise ValueError("supervised_loss ohem picks its pixels over a whole batch; set accumulate: 1")

@@ -12,12 +12,28 @@ from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
+class Window:
+    """Where a view lies in its source images: y_BH and x_BW in source pixels, half a pixel inside the photograph at least.
+
+    valid_BHW: pixel lies in the photo.
+    """
+
+    y_BH: Tensor
+    x_BW: Tensor
+    valid_BHW: Tensor
+
+
+@dataclass(frozen=True)
 class View:
-    """A cropped batch. image_BCHW float in 0..255; label_BHW int64 with ignore outside; valid_BHW: pixel lies in the photo."""
+    """A cropped batch. image_BCHW float in 0..255; label_BHW int64 with ignore outside; valid_BHW: pixel lies in the photo.
+
+    window: where it was cut.
+    """
 
     image_BCHW: Tensor
     label_BHW: Tensor
     valid_BHW: Tensor
+    window: Window | None = None
 
 
 def send(value: Tensor, device: torch.device) -> Tensor:
@@ -75,21 +91,27 @@ def crop(
     height, width = send(sizes_B2.float(), device).split(1, dim=1)
     valid = ((rows < height)[:, :, None]) & ((columns < width)[:, None, :])
 
-    def sample(value: Tensor, y: Tensor, x: Tensor, mode: str) -> Tensor:
-        grid = torch.stack(
-            [
-                (2 * x / value.shape[-1] - 1)[:, None, :].expand(n, out_h, out_w),
-                (2 * y / value.shape[-2] - 1)[:, :, None].expand(n, out_h, out_w),
-            ],
-            dim=-1,
-        )
-        return F.grid_sample(value, grid, mode=mode, padding_mode="border", align_corners=False)
-
     # Half a pixel inside the photograph: bilinear weights never reach the padding of `stack`.
-    y, x = rows.minimum(height - 0.5), columns.minimum(width - 0.5)
-    image = sample(image_BCHW.float(), y, x, "bilinear") * valid[:, None]
-    label = sample(label_BHW.float()[:, None], y, x, "nearest")[:, 0].long()
-    return View(image, torch.where(valid, label, ignore), valid)
+    window = Window(rows.minimum(height - 0.5), columns.minimum(width - 0.5), valid)
+    label = _sample(label_BHW.float()[:, None], window, "nearest")[:, 0].long()
+    return View(cut(image_BCHW.float(), window), torch.where(valid, label, ignore), valid, window)
+
+
+def _sample(value_BCHW: Tensor, window: Window, mode: str) -> Tensor:
+    n, out_h, out_w = window.valid_BHW.shape
+    grid = torch.stack(
+        [
+            (2 * window.x_BW / value_BCHW.shape[-1] - 1)[:, None, :].expand(n, out_h, out_w),
+            (2 * window.y_BH / value_BCHW.shape[-2] - 1)[:, :, None].expand(n, out_h, out_w),
+        ],
+        dim=-1,
+    )
+    return F.grid_sample(value_BCHW, grid, mode=mode, padding_mode="border", align_corners=False)
+
+
+def cut(value_BCHW: Tensor, window: Window) -> Tensor:
+    """Float planes of the source images (padded right/bottom as by `stack`) -> the view's planes, 0 where it is not valid."""
+    return _sample(value_BCHW, window, "bilinear") * window.valid_BHW[:, None]
 
 
 def _luma(image_BCHW: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Train
-from training import augment, checkpoint, correlate, ema, guards, ranks, resume, schedule
+from training import augment, checkpoint, correlate, ema, guards, infer, ranks, resume, schedule
 from training.augment import View
 from training.data import Batches, Sample
 from training.diagnostics import PseudoLabels
@@ -92,6 +92,17 @@ def _view(samples: list[Sample], config: Train, ignore: int, device: torch.devic
     return augment.crop(image, label, sizes, config.crop, config.scale, ignore, generator)
 
 
+@torch.no_grad()
+def uncut(teacher: nn.Module, samples: list[Sample], stride: int) -> Tensor:
+    """logits_BCHW of the whole images, each answered for as at test time, padded right/bottom with 0 to the largest."""
+    maps = [infer.logits_of(teacher, sample.image_HWC, stride) for sample in samples]
+    height, width = (max(logits.shape[axis] for logits in maps) for axis in (1, 2))
+    out = torch.zeros(len(maps), len(maps[0]), height, width, device=maps[0].device)
+    for i, logits in enumerate(maps):
+        out[i, :, : logits.shape[1], : logits.shape[2]] = logits
+    return out
+
+
 def student_of(model: nn.Module, method: Method, n_classes: int) -> Student:
     """The network with the head that the method asks for. Raises NoFeatures where the network hides its features."""
     needs = method.correlation is not None or method.feature_dropout != "none"
@@ -118,6 +129,7 @@ def fit(
     validate: Callable[[nn.Module], float],
     on_log: Callable[[Event], None] = lambda _: None,
     log_every: int = 10,
+    stride: int = 32,
     work: Path | None = None,
     group: ranks.Group = ranks.SINGLE,
 ) -> Result:
@@ -129,6 +141,7 @@ def fit(
         identity: everything that shapes the run; keys the checkpoint.
         validate: teacher -> mIoU on val in percent; called every `val_every` steps and at the end, on every rank.
         on_log: called every `log_every` steps, and for the steps of a resumed history.
+        stride: the network takes images whose sides are multiples of it (`input.stride`), under `teacher_view: whole`.
         group: the processes that train together; rank 0 writes.
     Raises:
         guards.TrainingStopped: too many non-finite steps in a row, or collapsed pseudo-labels. Interrupted: SIGTERM.
@@ -183,10 +196,12 @@ def fit(
             finite.before_step(at, batch.names)
             optimizer.zero_grad(set_to_none=True)
             with autocast(config, device):
+                wide = semi and config.teacher_view == "whole"
                 done = step(
                     method, whole, teacher, labelled, unlabelled,
                     ignore=ignore, at=at - config.warmup_steps, unsup_weight=weight, cutmix=config.cutmix,
                     generator=generator, partner=partner, chunks=config.accumulate, ranks=us,
+                    uncut_BCHW=uncut(teacher, batch.unlabelled, stride) if wide else None,
                     backward=backward, hold=lambda: group.hold(whole),
                 )  # fmt: skip
             norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)

@@ -53,6 +53,7 @@ def step(
     cutmix: float,
     generator: Generator,
     partner: View | None = None,
+    uncut_BCHW: Tensor | None = None,
     chunks: int = 1,
     ranks: Ranks = ALONE,
     backward: Callable[[Tensor], None] = lambda loss: loss.backward(),
@@ -67,6 +68,7 @@ def step(
         unsup_weight: factor of the unlabelled terms at this step (ramped by the engine).
         cutmix: probability of a box per image.
         partner: other crops of the same unlabelled images, for methods that mix with those.
+        uncut_BCHW: the EMA teacher's logits for the whole unlabelled images; its answer to a view is then cut from them.
         chunks: micro-batches of equal size; sums and counts are taken over all of them and over all ranks before the
             division, so gradients are those of the whole batch.
         hold: context for the backward passes of all chunks but the last (ranks then wait for one another only once).
@@ -88,8 +90,8 @@ def step(
     theirs = None
     if method.teacher == "ema":
         with torch.no_grad():
-            logits = teacher(weak)
-            theirs = teacher(partner.image_BCHW) if partner is not None else None
+            logits = _answer(teacher, unlabelled, uncut_BCHW)
+            theirs = _answer(teacher, partner, uncut_BCHW) if partner is not None else None
     elif partner is not None:
         theirs = _eval_pass(student, partner.image_BCHW)
 
@@ -124,6 +126,15 @@ def step(
     loss = _sum(terms, ranks)
     backward(loss)
     return Step(_over_ranks(terms, ranks), loss.detach(), chosen)
+
+
+def _answer(teacher: nn.Module, view: View, uncut_BCHW: Tensor | None) -> Tensor:
+    """logits_BCHW of the view: the teacher's for its pixels, or cut from those for the whole images."""
+    if uncut_BCHW is None:
+        logits_BCHW: Tensor = teacher(view.image_BCHW)
+        return logits_BCHW
+    assert view.window is not None
+    return augment.cut(uncut_BCHW, view.window)
 
 
 @torch.no_grad()

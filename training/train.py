@@ -226,7 +226,7 @@ def stage(params: Params) -> None:
     fit = partial(
         engine.fit, ready.model, ready.batches, ready.method, params.train,
         n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
-        work=work, group=group,
+        stride=params.input.stride, work=work, group=group,
     )  # fmt: skip
     if group.ranks.rank:
         fit()
