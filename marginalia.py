@@ -38,15 +38,17 @@ def add_dump(
     params: Annotated[Path, typer.Option(help="settings file")] = Path("params.yaml"),
 ) -> None:
     """Register a dump of unlabelled images; `dvc repro` then ingests it, retrains from the champion and gates."""
-    from pipeline import dumps, registry, versioning
+    from pipeline.ingest import add_dump as dumps
+    from pipeline.ingest import dump_registry
+    from pipeline.storage import dvc
 
     code = dumps.main([path, "--params", str(params), *(["--name", name] if name else [])])
     if code == 0:
-        known = registry.read()
-        keep = [Path(e.archive) for n, e in known.dumps.items() if n != registry.BASE]
+        known = dump_registry.read()
+        keep = [Path(e.archive) for n, e in known.dumps.items() if n != dump_registry.BASE]
         if known.warm_start:
             keep.append(Path("champions") / known.warm_start)
-        if problem := versioning.track([path for path in keep if not versioning.tracked(path)]):
+        if problem := dvc.track([path for path in keep if not dvc.tracked(path)]):
             typer.secho(f"not versioned by DVC: {problem}", fg="yellow", err=True)
     raise typer.Exit(code)
 
@@ -61,10 +63,10 @@ def export_labels(
     params: Annotated[Path, typer.Option(help="settings file")] = Path("params.yaml"),
 ) -> None:
     """Write the project's images with their labels, or pre-labels where there are none, for a label tool."""
-    from pipeline import label_export
+    from pipeline.labels import exporter
 
     splits = [word for part in split or [] for word in ("--split", part)]
-    raise typer.Exit(label_export.main(["--format", format, "-o", str(output), "--params", str(params), *splits]))
+    raise typer.Exit(exporter.main(["--format", format, "-o", str(output), "--params", str(params), *splits]))
 
 
 @app.command("import-labels")
@@ -78,13 +80,15 @@ def import_labels(
     params: Annotated[Path, typer.Option(help="settings file")] = Path("params.yaml"),
 ) -> None:
     """Take corrected labels back; `dvc repro` then trains with them. What is known already changes nothing."""
-    from pipeline import label_import, labels, versioning
+    from pipeline.labels import importer
+    from pipeline.labels import registry as labels
+    from pipeline.storage import dvc
 
     options = [*(["--by", by] if by else []), *(["--accept-unchanged"] if accept_unchanged else [])]
-    code = label_import.main([str(path), "--format", format, "--params", str(params), *options])
+    code = importer.main([str(path), "--format", format, "--params", str(params), *options])
     if code == 0:
         keep = [Path(entry.archive) for entry in labels.read().labels.values()]
-        if problem := versioning.track([path for path in keep if not versioning.tracked(path)]):
+        if problem := dvc.track([path for path in keep if not dvc.tracked(path)]):
             typer.secho(f"not versioned by DVC: {problem}", fg="yellow", err=True)
     raise typer.Exit(code)
 
@@ -99,7 +103,8 @@ def drift(
     """
     from rich.console import Console
 
-    from pipeline import config, served
+    from pipeline import config
+    from pipeline.drift import serving as served
 
     with _errors_told():
         passed = served.run(serving, config.load(), Console())
@@ -113,7 +118,7 @@ def serve(
     bundle: Annotated[Path | None, typer.Option(help="a bundle folder; default: the champion's")] = None,
 ) -> None:
     """Answer HTTP segmentation requests with the champion's bundle."""
-    from serving import run
+    from serving.bento import run
 
     with _errors_told():
         run.main(host, port, bundle)
@@ -122,7 +127,7 @@ def serve(
 @app.command()
 def verify(bundle: Annotated[Path, typer.Argument(help="a bundle folder")]) -> None:
     """Check a bundle's files against their checksums and rules."""
-    from export.bundle import verify as check
+    from export.bundle.bundle import verify as check
 
     with _errors_told():
         manifest = check(bundle)
@@ -141,7 +146,7 @@ def predict(
     confidence: Annotated[bool, typer.Option("--confidence", help="also the confidence, as grey PNG")] = False,
 ) -> None:
     """Segment files, folders and archives; bad images are listed, not fatal. Exit code 1 if none could be segmented."""
-    from export import predict as job
+    from export.tools import predict as job
 
     with _errors_told():
         result = job.predict(
@@ -166,7 +171,7 @@ def onnx(
     TensorRT refuses its antialiased Resize and OpenVINO leaves the antialias out: give those --core.
     """
     with _errors_told():
-        from export import whole as job
+        from export.tools import standalone_onnx as job
 
         made = job.write(bundle, output, size=job.parse_size(size) if size else None, core=core)
     typer.echo(f"{made.path}: image {' x '.join(map(str, made.shape))}, {made.nodes} nodes, {made.size / 1e6:.1f} MB")
@@ -183,22 +188,22 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="also write everything measured as JSON")] = None,
 ) -> None:
     """Latency, images/s and peak memory of every runtime and precision of a bundle that runs here, as one table."""
-    from export import bench as job
-    from pipeline import files
+    from export.tools import bench as job
+    from pipeline.storage import atomic
 
     with _errors_told():
         result = job.bench(
             bundle, job.split(sizes or []), job.split(batches), rounds=rounds, threads=threads, student=student
         )
         if out is not None:
-            files.write_json(out, result)
+            atomic.write_json(out, result)
     job.show(result)
 
 
 @app.command()
 def bento(bundle: Annotated[Path, typer.Argument(help="a bundle folder")]) -> None:
     """Build a bento that holds the bundle; `bentoml serve marginalia:latest` then serves it from anywhere."""
-    from serving import bento as job
+    from serving.bento import build as job
 
     with _errors_told():
         tag, folder = job.build(bundle)
@@ -217,7 +222,7 @@ def triton(
     instances: Annotated[str, typer.Option(help="copies of the model, as in cpu:2; default: Triton's choice")] = "",
 ) -> None:
     """Write a Triton model repository from a bundle: ONNX Runtime backend, dynamic batching."""
-    from export import triton as job
+    from export.tools import triton as job
 
     with _errors_told():
         folder = job.write(
@@ -230,21 +235,22 @@ def triton(
 @app.command()
 def report() -> None:
     """One table of the last run: scores, parity, verdict, and where bundle and pictures are."""
-    from pipeline import story
+    from pipeline.reports import summary
 
     with _errors_told():
-        story.show(Path())
+        summary.show(Path())
 
 
 @app.command("history")
 def history_(as_json: Annotated[bool, typer.Option("--json", help="everything recorded, as JSON")] = False) -> None:
     """Every champion: data, settings that changed, scores and why it won."""
-    from pipeline import files, history
+    from pipeline.champions import history
+    from pipeline.storage import atomic
 
     with _errors_told():
         said = history.told(Path("champions"))
     if as_json:
-        typer.echo(files.to_json(said), nl=False)
+        typer.echo(atomic.to_json(said), nl=False)
     elif said["champions"]:
         history.show(said)
     else:
@@ -258,7 +264,7 @@ def rollback(
     ] = None,
 ) -> None:
     """Make a former champion the champion again; the running server follows, the next training starts from it."""
-    from pipeline import rollback as job
+    from pipeline.champions import rollback as job
 
     with _errors_told():
         moved = job.run(Path(), id)
@@ -270,7 +276,7 @@ def rollback(
 @app.command("data-report")
 def data_report() -> None:
     """What the data is, as one page that works offline: reports/data.html."""
-    from pipeline import data_report as job
+    from pipeline.reports import data_report as job
 
     raise typer.Exit(job.main())
 

@@ -24,7 +24,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pipeline import cloud, config, files, pool, progress
+from pipeline import config, console
+from pipeline.drift import two_sample
+from pipeline.storage import atomic, predictions
 
 BLOCK = 12
 DAY, DARK = ("0006R0", "0016E5", "Seq05VD"), "0001TP"
@@ -32,10 +34,10 @@ Rows = NDArray[np.int64]
 
 
 def descriptors(paths: list[Path]) -> NDArray[np.float64]:
-    with progress.bar("descriptors", len(paths)) as bar:
+    with console.bar("descriptors", len(paths)) as bar:
         found = []
         for path in paths:
-            found.append(pool.descriptor(np.asarray(Image.open(path).convert("RGB"))))
+            found.append(predictions.descriptor(np.asarray(Image.open(path).convert("RGB"))))
             bar.advance()
     return np.array(found, np.float64)
 
@@ -44,16 +46,16 @@ def features(paths: list[Path]) -> NDArray[np.float64]:
     """The encoder's deepest features, averaged over each image."""
     import torch
 
-    from pipeline import fit
-    from training import models
+    from pipeline.imaging import resize
+    from training.models import segmenter
 
     torch.set_num_threads(1)
-    net = models.build(config.Model(architecture="FPN"), 2).eval()
+    net = segmenter.build(config.Model(architecture="FPN"), 2).eval()
     found = []
-    with torch.inference_mode(), progress.bar("features", len(paths)) as bar:
+    with torch.inference_mode(), console.bar("features", len(paths)) as bar:
         for path in paths:
             image = np.asarray(Image.open(path).convert("RGB"))
-            fitted = fit.apply(image, fit.plan(*image.shape[:2], long_side=160, stride=32))
+            fitted = resize.apply(image, resize.plan(*image.shape[:2], long_side=160, stride=32))
             tensor = torch.from_numpy(np.ascontiguousarray(fitted)).permute(2, 0, 1)[None].float()
             heard: list[Any] = []
             handle = net.net.encoder.register_forward_hook(lambda _m, _i, out: heard.append(out[-1]))  # noqa: B023
@@ -76,11 +78,11 @@ def groups(paths: list[Path]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
 
 def flagged(
     feature_ND: NDArray[np.float64], group: NDArray[np.str_], name: str, ours: Rows, theirs: Rows
-) -> cloud.Finding:
+) -> two_sample.Finding:
     rows = np.concatenate([ours, theirs])
-    dump = np.array([cloud.BASE] * len(ours) + [name] * len(theirs))
-    points = cloud.Cloud(feature_ND[rows], dump, group[rows], np.array(["unlabelled"] * len(rows)))
-    return cloud.compare(points, name, config.Pool())
+    dump = np.array([two_sample.BASE] * len(ours) + [name] * len(theirs))
+    points = two_sample.Cloud(feature_ND[rows], dump, group[rows], np.array(["unlabelled"] * len(rows)))
+    return two_sample.compare(points, name, config.Pool())
 
 
 def interval(hits: int, trials: int) -> tuple[float, float]:
@@ -159,7 +161,7 @@ def main() -> None:
     for space, look in (("descriptor", descriptors), ("encoder features", features)):
         feature_ND = look(paths)
         for kind, name, trial, trials in cases:
-            with progress.bar(name, trials) as bar:
+            with console.bar(name, trials) as bar:
                 found = []
                 for number in range(trials):
                     found.append(flagged(feature_ND, group, f"week{number}", *trial()))
@@ -174,7 +176,7 @@ def main() -> None:
             table.add_row(space, kind, name, f"{hits} of {trials}", f"{100 * hits / trials:.2f} %", bounds, rules)
     Console(width=150).print(table)
     if arguments.out:
-        files.write_json(arguments.out, {"drift_p": config.Pool().drift_p, "images": len(paths), "rows": results})
+        atomic.write_json(arguments.out, {"drift_p": config.Pool().drift_p, "images": len(paths), "rows": results})
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from export import onnx, quantize, tensorrt
-from export.tensorrt import Profile
-from pipeline import config, files
-from training import models
+from export import onnx, quantize
+from export.tensorrt import builder
+from export.tensorrt.builder import Profile
+from pipeline import config
+from pipeline.storage import atomic
+from training.models import segmenter
 
 CLASSES = 6
 SIZE = 256  # of the calibration images, before they are rounded up to the stride
@@ -36,7 +38,7 @@ def forms(params: config.Params) -> dict[str, bytes]:
     """The exported graph of the settings' network by precision."""
     torch.manual_seed(0)
     own = params.model.model_copy(update={"weights": None})
-    model, stride = models.build(own, CLASSES).eval(), params.input.stride
+    model, stride = segmenter.build(own, CLASSES).eval(), params.input.stride
     plain = onnx.trace(model, stride, {}).data
     side = -(-SIZE // stride) * stride
     noise = np.random.default_rng(0)
@@ -49,12 +51,12 @@ def forms(params: config.Params) -> dict[str, bytes]:
 
 
 def build(name: str, precision: str, model: bytes, profile: Profile) -> dict[str, Any]:
-    module, began = tensorrt.load(), time.monotonic()
+    module, began = builder.load(), time.monotonic()
     row = {"network": name, "precision": precision, "onnx_mb": round(len(model) / 1e6, 1), "module": module.__name__}
     try:
-        made = tensorrt.build(module, model, precision=precision, profile=profile, name=f"{name} {precision}")
+        made = builder.build(module, model, precision=precision, profile=profile, name=f"{name} {precision}")
         row |= {"engine_mb": round(len(made.engine) / 1e6, 1), "failure": None}
-    except tensorrt.EngineError as error:
+    except builder.EngineError as error:
         row |= {"engine_mb": None, "failure": str(error)[:400]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return row | {"seconds": round(time.monotonic() - began, 1), "peak_gb_so_far": round(peak, 2)}
@@ -68,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
     if arguments.out and arguments.out.exists():
-        rows = {f"{row['network']} {row['precision']}": row for row in files.read_json(arguments.out)["rows"]}
+        rows = {f"{row['network']} {row['precision']}": row for row in atomic.read_json(arguments.out)["rows"]}
     for path in arguments.settings:
         params = config.load(path)
         policy = params.input
@@ -89,7 +91,7 @@ def main() -> None:
                 except PackageNotFoundError:
                     release = "unknown"
                 about = {"tensorrt_rtx": release, "torch": torch.__version__, "classes": CLASSES}
-                files.write_json(arguments.out, {"about": about, "rows": list(rows.values())})
+                atomic.write_json(arguments.out, {"about": about, "rows": list(rows.values())})
     table = Table("network", "precision", "ONNX MB", "engine MB", "seconds", "failure")
     for row in rows.values():
         keys = ("network", "precision", "onnx_mb", "engine_mb", "seconds", "failure")

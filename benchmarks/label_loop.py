@@ -4,7 +4,7 @@ Run in a project whose split exists and whose unlabelled images have hidden mask
     python benchmarks/label_loop.py --out label_loop.json [--seeds 0 1 2] [--rounds 6] [--strategies chosen random]
 Each seed draws its first images; both strategies share them and their model. A round trains on the labels there are,
 supervised, from the encoder's own weights; scores the test split at working size (`--long-side`, not the images' own);
-and lets `rank.choose`, or chance, name the next images. The settings are params.yaml's but for what the options say.
+and lets `ranking.choose`, or chance, name the next images. The settings are params.yaml's but for what the options say.
 Finished trainings are kept in the file and not repeated; the curve is drawn beside it. On one core a round of 150 steps
 takes about two minutes.
 """
@@ -25,22 +25,27 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import seeds
-from pipeline import config, files, manifest, rank, split
-from pipeline.pool import Pool
-from training import infer, models, predict, report, train
-from training.data import Images
+from pipeline import config
+from pipeline.ingest import split
+from pipeline.labels import ranking
+from pipeline.storage import atomic, manifest
+from pipeline.storage.predictions import Pool
+from training import inference, predict, train
+from training.engine.data import Images
+from training.models import segmenter
+from training.reports import evaluation
 
 Rows = Sequence[manifest.Row]
 SHORT = 16  # hex digits of an id kept in the file
 
 
 def chosen(seen: Pool, frequency_K: Any, count: int, seed: int) -> list[int]:
-    return [choice.index for choice in rank.choose(seen, frequency_K, count)]
+    return [choice.index for choice in ranking.choose(seen, frequency_K, count)]
 
 
 def doubtful(seen: Pool, frequency_K: Any, count: int, seed: int) -> list[int]:
     """The most doubtful ones, however alike."""
-    return rank.shortlist(seen, frequency_K, count)[:count]
+    return ranking.shortlist(seen, frequency_K, count)[:count]
 
 
 def random(seen: Pool, frequency_K: Any, count: int, seed: int) -> list[int]:
@@ -82,10 +87,10 @@ class Loop:
         following = {s: [str(seen.id[i]) for i in STRATEGIES[s](seen, share_K, self.add, seed)] for s in strategies}
         return found | {"labelled": list(labelled), "next": following}
 
-    def survey(self, model: models.Segmenter, known: Rows) -> Pool:
+    def survey(self, model: segmenter.Segmenter, known: Rows) -> Pool:
         policy, ids = self.params.input, {row.id for row in known}
         rest = [replace(row, split="unlabelled") for id, row in self.free.items() if id not in ids]
-        batches = infer.plan_batches([*known, *rest], policy, self.params.evaluate.batch)
+        batches = inference.plan_batches([*known, *rest], policy, self.params.evaluate.batch)
         columns = predict.survey(model, batches, policy, self.params.ingest.max_pixels)
         return Pool(**columns, classes=np.array([c["name"] for c in self.summary["classes"]]))
 
@@ -139,12 +144,12 @@ def draw(
     """Mean over seeds as a line, every seed as a thin one."""
     of = {strategy: curve(runs, strategy, seeds_, counts) for strategy in strategies}
     means = {name: (counts, np.mean(values, axis=0)) for name, values in of.items()}
-    figure = report.curves_figure(means, "labelled images", "test mIoU (%)", title)
+    figure = evaluation.curves_figure(means, "labelled images", "test mIoU (%)", title)
     axes = figure.axes[0]
     for line, values in zip(list(axes.lines), of.values(), strict=True):
         for row in values:
             axes.plot(counts, row, color=line.get_color(), lw=0.7, alpha=0.5)
-    report.save(figure, out)
+    evaluation.save(figure, out)
 
 
 def main() -> None:
@@ -170,7 +175,7 @@ def main() -> None:
     settings = config.Train.model_validate(params.train.model_dump() | changes)
     view = config.Input(long_side=arguments.long_side, stride=params.input.stride)
     params = params.model_copy(update={"train": settings, "input": view})
-    summary = files.read_json(train.SUMMARY)
+    summary = atomic.read_json(train.SUMMARY)
     loop = Loop(params, manifest.read(train.MANIFEST), summary, arguments.add)
     about = {
         "train": settings.model_dump(mode="json", exclude={"seed"}), "input": view.model_dump(), "first": arguments.first,
@@ -178,7 +183,7 @@ def main() -> None:
         "candidates": len(loop.free), "test_images": len(loop.test), "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    kept = files.read_json(arguments.out) if arguments.out.exists() else {}
+    kept = atomic.read_json(arguments.out) if arguments.out.exists() else {}
     runs = kept["runs"] if kept.get("about") == about else {}
     last = arguments.first + arguments.rounds * arguments.add
     if last > len(loop.free):
@@ -186,7 +191,7 @@ def main() -> None:
     for seed in arguments.seeds:
         play(
             loop, seed, arguments.first, arguments.rounds, arguments.strategies, runs,
-            lambda: files.write_json(arguments.out, {"about": about, "runs": runs}),
+            lambda: atomic.write_json(arguments.out, {"about": about, "runs": runs}),
         )  # fmt: skip
     counts = list(range(arguments.first, last + 1, arguments.add))
     title = f"test mIoU (%) at long side {arguments.long_side}, {arguments.steps} steps"

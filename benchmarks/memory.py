@@ -21,7 +21,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipeline import config
-from training import methods, models
+from training.methods import registry
+from training.models import segmenter
 
 PRESETS = Path(__file__).parents[1] / "presets"
 GB = 1e9
@@ -42,9 +43,9 @@ class Images(NamedTuple):
     decoded_again: int
 
 
-def network(model: config.Model, n_classes: int = 21) -> models.Segmenter:
+def network(model: config.Model, n_classes: int = 21) -> segmenter.Segmenter:
     """The network with random weights: nothing is read or fetched."""
-    return models.build(model, n_classes, load_weights=False)
+    return segmenter.build(model, n_classes, load_weights=False)
 
 
 def activations(model: config.Model, n_classes: int, size: tuple[int, int]) -> Activations:
@@ -73,7 +74,7 @@ def activations(model: config.Model, n_classes: int, size: tuple[int, int]) -> A
     return Activations(*((after - before) / 2 for before, after in pairwise(totals)))
 
 
-def fixed(net: models.Segmenter) -> int:
+def fixed(net: segmenter.Segmenter) -> int:
     """Bytes that do not depend on the batch: weights, gradients and AdamW's moments where they train, the teacher."""
     weights = sum(value.numel() for value in net.state_dict().values())
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -81,7 +82,7 @@ def fixed(net: models.Segmenter) -> int:
 
 
 def images(train: config.Train, n_classes: int) -> Images:
-    method = methods.build(train, n_classes=n_classes, total=1, epoch_steps=1)
+    method = registry.build(train, n_classes=n_classes, total=1, epoch_steps=1)
     one = train.batch_unlabelled // train.accumulate
     whole = train.batch_labelled // train.accumulate
     if method.threshold is None:

@@ -24,9 +24,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pipeline import config, files, manifest, progress, scores
-from training import engine, infer, metrics, models, train
-from training.data import Images
+from pipeline import config, console
+from pipeline.champions import metrics as scores
+from pipeline.storage import atomic, manifest
+from training import inference, metrics, train
+from training.engine import trainer
+from training.engine.data import Images
+from training.models import segmenter
 
 SHOWN = ("kept", "precision", "seconds_per_step", "val_miou")
 
@@ -41,18 +45,18 @@ def variant(params: config.Params, run: str, seed: int) -> config.Params:
 
 def fit(
     params: config.Params, data: train.Data, name: str, start: Path | None = None
-) -> tuple[models.Segmenter, list[dict[str, float]]]:
+) -> tuple[segmenter.Segmenter, list[dict[str, float]]]:
     """Train once, from the weights in `start` if given; the teacher of the last step in eval mode, and the history."""
     ready = train.prepare(params, data, start)
-    with tempfile.TemporaryDirectory() as work, progress.bar(name, params.train.steps) as bar:
+    with tempfile.TemporaryDirectory() as work, console.bar(name, params.train.steps) as bar:
         done = 0
 
-        def log(event: engine.Event) -> None:
+        def log(event: trainer.Event) -> None:
             nonlocal done
             bar.advance(event.step - done)
             done = event.step
 
-        result = engine.fit(
+        result = trainer.fit(
             ready.model, ready.batches, ready.method, params.train,
             n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
             stride=params.input.stride, work=Path(work), on_log=log,
@@ -61,11 +65,11 @@ def fit(
     return ready.model.eval(), result.history
 
 
-def measure(model: models.Segmenter, images: Images, classes: list[dict[str, Any]], ignore: int, stride: int) -> Any:
+def measure(model: segmenter.Segmenter, images: Images, classes: list[dict[str, Any]], ignore: int, stride: int) -> Any:
     """K x K counts over `images` at working size."""
     total = np.zeros((len(classes),) * 2, np.int64)
     for sample in (images[i] for i in range(len(images))):
-        label = infer.logits_of(model, sample.image_HWC, stride).argmax(0).cpu()
+        label = inference.logits_of(model, sample.image_HWC, stride).argmax(0).cpu()
         total += metrics.confusion(sample.label_HW.long(), label, len(classes), ignore).numpy()
     return total
 
@@ -115,12 +119,12 @@ def main() -> None:
     arguments = parser.parse_args()
     params = config.load()
     rows = manifest.read(train.MANIFEST)
-    data = train.Data.read(rows, files.read_json(train.SUMMARY))
-    kept = files.read_json(arguments.out) if arguments.out and arguments.out.exists() else {}
+    data = train.Data.read(rows, atomic.read_json(train.SUMMARY))
+    kept = atomic.read_json(arguments.out) if arguments.out and arguments.out.exists() else {}
     about = {
         "train": params.train.model_dump(mode="json", exclude={"method", "seed"}), "split_hash": data.split_hash,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "start": files.sha256(arguments.start) if arguments.start else None,
+        "start": atomic.sha256(arguments.start) if arguments.start else None,
     }  # fmt: skip
     if kept and kept["about"] != about:
         parser.error(f"{arguments.out} holds runs of other settings or data; name another file, or remove it")
@@ -132,7 +136,7 @@ def main() -> None:
             if (name := f"{run} {seed}") not in results:
                 results[name] = score(variant(params, run, seed), rows, data, name, arguments.start)
             if arguments.out:
-                files.write_json(arguments.out, {"about": about, "runs": results})
+                atomic.write_json(arguments.out, {"about": about, "runs": results})
     show(results, arguments.runs, arguments.seeds)
 
 

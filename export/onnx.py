@@ -20,10 +20,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.export import Dim
 
-from export import bundle, quantize, tensorrt
-from export.schema import INPUT, OUTPUTS, Option
-from pipeline import config, files, manifest
-from training import infer, models
+from export import quantize
+from export.bundle import bundle
+from export.bundle.manifest import INPUT, OUTPUTS, Option
+from export.tensorrt import builder
+from pipeline import config
+from pipeline.storage import atomic, manifest
+from training import inference
+from training.models import segmenter
 
 OPSET = 20
 STUDENT = Path("models/student/student.safetensors")
@@ -59,7 +63,7 @@ class Deployed(nn.Module):
         # Cast before transpose: TensorRT's parser refuses a transpose of uint8. Contiguous: with channels last in memory
         # the trace of a global average pooling ends in index arithmetic about strides (as_strided), which ONNX lacks.
         precision = next(self.model.parameters()).dtype
-        return infer.answer(self.model(image.to(torch.float32).permute(0, 3, 1, 2).contiguous().to(precision)))
+        return inference.answer(self.model(image.to(torch.float32).permute(0, 3, 1, 2).contiguous().to(precision)))
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def describe(meta: dict[str, Any], scores: dict[str, Any]) -> dict[str, str]:
     """The metadata that travels inside model.onnx: classes and palette, input policy, hashes, commit, method.
 
     The bundle's id is not among it, being a hash over these very bytes: `weights` names the network here, and
-    `export.whole` adds the id to what it makes of the finished bundle.
+    `export.tools.standalone_onnx` adds the id to what it makes of the finished bundle.
     """
     policy = {"layout": "NHWC", "dtype": "uint8", "channels": "RGB", **meta["params"]["input"]}
     values = {
@@ -183,7 +187,7 @@ def calibration(params: config.Params, policy: config.Input) -> list[Any]:
     )
     count = min(len(rows), params.export.calibration_images)
     picked = [rows[i * len(rows) // count] for i in range(count)]
-    return [infer.read(row, policy, params.ingest.max_pixels, mask=False).input_HWC[None] for row in picked]
+    return [inference.read(row, policy, params.ingest.max_pixels, mask=False).input_HWC[None] for row in picked]
 
 
 def others(
@@ -219,13 +223,13 @@ def others(
 
 def run(params: config.Params, console: Console) -> None:
     """The stage: student, scores and some training images -> models/exported/ and reports/export.json."""
-    model, meta = models.load(STUDENT)
-    scores = files.read_json(Path("reports/scores.json"))
-    weights = files.sha256(STUDENT)
+    model, meta = segmenter.load(STUDENT)
+    scores = atomic.read_json(Path("reports/scores.json"))
+    weights = atomic.sha256(STUDENT)
     if scores["weights"] != weights:
         raise ExportError(f"{STUDENT} is not what reports/scores.json was measured on; run the evaluate stage again")
     policy = config.Input.model_validate(meta["params"]["input"])
-    metadata, gpu = describe(meta, scores), tensorrt.look()
+    metadata, gpu = describe(meta, scores), builder.look()
     with console.status("tracing the network"):
         graph = trace(model, policy.stride, metadata)
     with console.status("making its cheaper forms"):
@@ -253,7 +257,7 @@ def run(params: config.Params, console: Console) -> None:
         "seconds": round(graph.seconds, 2), "torch": torch.__version__, "onnx": onnx.__version__,
         "tensorrt": gpu.as_dict(),
     }  # fmt: skip
-    files.write_json(Path("reports/export.json"), report)
+    atomic.write_json(Path("reports/export.json"), report)
     table = Table(title="exported, to be judged by parity", show_header=False)
     table.add_row("graph", f"{graph.nodes} nodes, opset {graph.opset}, IR {graph.ir_version}")
     for name, size in report["bytes"].items():
@@ -269,7 +273,7 @@ def main() -> int:
     try:
         run(config.load(), Console())
     except (
-        ExportError, bundle.BundleError, models.WeightsError, config.ConfigError, manifest.ManifestError, FileNotFoundError
+        ExportError, bundle.BundleError, segmenter.WeightsError, config.ConfigError, manifest.ManifestError, FileNotFoundError
     ) as error:  # fmt: skip
         Console(stderr=True).print(f"export: {error}", style="red", markup=False, soft_wrap=True)
         return 1

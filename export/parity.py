@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from export import bundle, machine
-from export.agreement import Measured, measure, report
-from export.runtime import Runtime
-from export.schema import MODEL, Option
-from export.sessions import ProviderError
-from pipeline import config, files, manifest
-from training import infer, models
+from export.bundle import bundle
+from export.bundle.manifest import MODEL, Option
+from export.parity_metrics import Measured, measure, report
+from export.runtime import cpu
+from export.runtime.runtime import Runtime
+from export.runtime.sessions import ProviderError
+from pipeline import config
+from pipeline.storage import atomic, manifest
+from training import inference
+from training.models import segmenter
 
 STUDENT = Path("models/student/student.safetensors")
 DRAFT = Path("models/exported")
@@ -160,7 +163,7 @@ def _show(said: dict[str, Any], console: Console) -> None:
 def run(params: config.Params, console: Console) -> bool:
     """The stage: draft, student and test images -> reports/parity.json (written pass or fail) and bundle/ (on pass)."""
     draft = bundle.open_bundle(DRAFT)
-    model, meta = models.load(STUDENT)
+    model, meta = segmenter.load(STUDENT)
     names = [c["name"] for c in meta["classes"]]
     policy = config.Input.model_validate(meta["params"]["input"])
     rows = pick([r for r in manifest.read(SPLIT / "manifest.parquet") if r.split == "test"], params.parity.images)
@@ -170,7 +173,7 @@ def run(params: config.Params, console: Console) -> bool:
     by_name, failed = measure(
         model,
         {str(option): runtime for option, runtime in opened.items()},
-        infer.plan_batches(rows, policy, params.evaluate.batch),
+        inference.plan_batches(rows, policy, params.evaluate.batch),
         policy=policy,
         classes=len(names),
         ignore=meta["ignore"],
@@ -180,7 +183,7 @@ def run(params: config.Params, console: Console) -> bool:
     for option in [o for o in opened if str(o) in failed]:
         refused[option] = failed[str(option)]
         del opened[option]
-    samples = [infer.read(row, policy, params.ingest.max_pixels, mask=False) for row in rows[:TIMED]]
+    samples = [inference.read(row, policy, params.ingest.max_pixels, mask=False) for row in rows[:TIMED]]
     with console.status("timing the forms of the network"):
         times = seconds(opened, [sample.input_HWC for sample in samples])
     records = judge_all({o: by_name[str(o)] for o in opened}, times, names, params.parity)
@@ -188,13 +191,13 @@ def run(params: config.Params, console: Console) -> bool:
     first = records[0]
     said = {k: v for k, v in first.items() if k not in ("left_out", "runtime", "device", "precision", "file", "name")}
     said |= {
-        "weights": files.sha256(STUDENT), "provider": "onnxruntime cpu fp32", "bundle": None, "options": records,
+        "weights": atomic.sha256(STUDENT), "provider": "onnxruntime cpu fp32", "bundle": None, "options": records,
         "not_judged": {str(o): reason for o, reason in refused.items()}, "timed_on": ", ".join(sizes),
-        "threads": opened[BASE].threads, "machine": machine.name(),
+        "threads": opened[BASE].threads, "machine": cpu.name(),
     }  # fmt: skip
     if said["passed"]:
         said["bundle"] = finish(draft, records, Path("bundle")).manifest.id
-    files.write_json(Path("reports/parity.json"), said)
+    atomic.write_json(Path("reports/parity.json"), said)
     _show(said, console)
     for failure in said["failures"]:
         Console(stderr=True).print(f"parity: {failure}", style="red", markup=False, soft_wrap=True)
@@ -207,10 +210,10 @@ def main() -> int:
         return 0 if run(config.load(), Console()) else 1
     except (
         ParityError,
-        infer.MaskError,
+        inference.MaskError,
         bundle.BundleError,
         manifest.ManifestError,
-        models.WeightsError,
+        segmenter.WeightsError,
         config.ConfigError,
     ) as error:
         Console(stderr=True).print(f"parity: {error}", style="red", markup=False, soft_wrap=True)

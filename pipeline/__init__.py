@@ -1,0 +1,1 @@
+"""Files in; checked, chosen and judged. No torch."""

@@ -281,7 +281,7 @@ class Parity(Bars):
 class Gate(Section):
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     bootstrap: Positive = 2000
-    sequential: Literal["spend", "none"] = "spend"  # of one test set: pipeline/comparisons.py
+    sequential: Literal["spend", "none"] = "spend"  # of one test set: pipeline/champions/alpha_spending.py
     class_floor: Annotated[float, Field(ge=0)] = 5.0
     guarded: tuple[str, ...] = ()
     minimum_miou: Annotated[float, Field(ge=0, le=100)] = 0.0

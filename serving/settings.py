@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import PydanticCustomError
 
-from export import machine
-from export.schema import Precision, Provider
+from export.bundle.manifest import Precision, Provider
+from export.runtime import cpu
 
 PREFIX = "MARGINALIA_"
 # What Kubernetes puts into every pod for a service called marginalia or marginalia-<name>: MARGINALIA_SERVICE_HOST,
@@ -50,7 +50,8 @@ class Settings(BaseModel):
     `allow_class_change`; POST /v1/models/load takes one from below `bundles` (default: the folder that holds
     `champions/`) and gives up after `load_timeout_s`. `shadow`, a bundle below that folder, is run beside the champion on
     a `shadow_share` of the images. `statistics` is a folder for prediction statistics, written every `statistics_every_s`.
-    Above `large_pixels`, and for resolution=full, an image is read, run and encoded in bands (`serving.large`) within
+    Above `large_pixels`, and for resolution=full, an image is read, run and encoded in bands
+    (`serving.http.large_images`) within
     `large_timeout_s`; up to `max_pixels`, but `max_whole_pixels` for kinds that must be decoded whole. Its body may have
     `max_large_body_mb`; what is over `max_body_mb` lies in a temporary file.
     A call of many images takes `many_images` of them and a body of `many_mb`; `many_calls` may be
@@ -65,7 +66,7 @@ class Settings(BaseModel):
     provider: Provider = "auto"
     precision: Precision = "auto"
     threads: Positive | None = None
-    concurrency: Positive = Field(default_factory=lambda: machine.cores() + 2)
+    concurrency: Positive = Field(default_factory=lambda: cpu.cores() + 2)
     queue: Annotated[int, Field(ge=0)] = 32
     max_batch: Positive | None = None
     max_pixels_at_once: Positive = 100_000_000

@@ -16,8 +16,9 @@ from tiny_network import Featured
 from tiny_samples import Memory
 
 from pipeline.config import Train
-from training import engine, methods
-from training.data import Batches
+from training.engine import trainer
+from training.engine.data import Batches
+from training.methods import registry
 
 
 def fit(work: Path) -> dict[str, torch.Tensor]:
@@ -27,9 +28,9 @@ def fit(work: Path) -> dict[str, torch.Tensor]:
     )  # fmt: skip
     torch.manual_seed(0)
     model = Featured()
-    method = methods.build(config, n_classes=3, total=56, epoch_steps=4)
+    method = registry.build(config, n_classes=3, total=56, epoch_steps=4)
     batches = Batches(Memory(4, 1), Memory(7, 2), (2, 2), 0)
-    result = engine.fit(
+    result = trainer.fit(
         model, batches, method, config, n_classes=3, ignore=255, identity={"run": "killed"},
         validate=lambda m: float(next(m.parameters()).abs().sum()), log_every=5, work=work,
     )  # fmt: skip

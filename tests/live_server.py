@@ -18,12 +18,12 @@ from typing import Any
 
 import httpx
 
-from pipeline import files
+from pipeline.storage import atomic
 from tests import tiny_onnx
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "correct-horse-battery-staple"
-START = "from serving import run; import sys; run.main('127.0.0.1', int(sys.argv[1]))"
+START = "from serving.bento import run; import sys; run.main('127.0.0.1', int(sys.argv[1]))"
 
 
 def free_port() -> int:
@@ -93,7 +93,7 @@ class Server:
 def point(champions: Path, bundle_folder: Path) -> None:
     """Make `bundle_folder` the champion, as the gate does: atomically, relative to the folder above champions/."""
     named = os.path.relpath(bundle_folder, champions.parent)
-    files.write_json(champions / "champion.json", {"id": bundle_folder.parent.name, "bundle": named})
+    atomic.write_json(champions / "champion.json", {"id": bundle_folder.parent.name, "bundle": named})
 
 
 def start(settings: dict[str, str], command: list[str] | None = None, cwd: Path = ROOT) -> Server:

@@ -15,9 +15,12 @@ import pytest
 import uvicorn
 from numpy.typing import NDArray
 
-from export.runtime import Runtime
-from serving import app, connections, settings, slots
-from serving.desk import Desk
+from export.runtime.runtime import Runtime
+from serving import settings
+from serving.bento import uvicorn_protocol
+from serving.http import app
+from serving.http.segment import Desk
+from serving.model import manager
 from tests import tiny_onnx
 from tests.live_server import free_port, until
 
@@ -40,9 +43,9 @@ class Held(Runtime):
         return super().run(images_NHWC)
 
 
-def slot_of(runtime: Runtime) -> slots.Slot:
+def slot_of(runtime: Runtime) -> manager.Slot:
     """A slot that serves `runtime` and watches nothing."""
-    slot = slots.Slot(settings.Settings())
+    slot = manager.Slot(settings.Settings())
     slot.runtime = runtime
     return slot
 
@@ -51,7 +54,7 @@ def slot_of(runtime: Runtime) -> slots.Slot:
 class Own:
     port: int
     desk: Desk
-    protocol: type[connections.Connection]
+    protocol: type[uvicorn_protocol.Connection]
 
     def limit(self, **chosen: Any) -> None:
         """Other limits for the connections and the work that begin after this: a short one only where it must fire."""
@@ -78,7 +81,9 @@ def serving(runtime: Runtime, **chosen: Any) -> Iterator[Own]:
     """A server with these settings (and patient ones) over `runtime`, ended at the end."""
     these = settings.Settings(**{"timeout_s": LONGEST, "head_timeout_s": LONGEST} | chosen)
     web, desk = app.build(these, slot_of(runtime))
-    protocol = type("Limited", (connections.Connection,), {"settings": these, "front": staticmethod(lambda app: app)})
+    protocol = type(
+        "Limited", (uvicorn_protocol.Connection,), {"settings": these, "front": staticmethod(lambda app: app)}
+    )
     port = free_port()
     server = uvicorn.Server(
         uvicorn.Config(web, port=port, http=protocol, log_config=None, lifespan="off", timeout_graceful_shutdown=5)

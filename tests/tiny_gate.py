@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import files, gate
+from pipeline.champions import gate
+from pipeline.storage import atomic
 
 NAMES = ("road", "tree", "lamp")
 WRONG = (1, 0, 0)  # what a missed pixel is called instead: nothing is taken for a lamp
@@ -44,21 +45,21 @@ def write_run(
     """
     id = hashlib.sha256(name.encode()).hexdigest()[:16]
     content = {"model.onnx": f"graph {name}".encode(), "MODEL_CARD.md": b"card"}
-    content["bundle.json"] = files.to_json(
+    content["bundle.json"] = atomic.to_json(
         {"id": id, "options": [dict(zip(("runtime", "device", "precision"), f.split(), strict=True)) for f in forms]}
     ).encode()
     for file, data in content.items():
-        files.write_bytes(root / "bundle" / file, data)
-    sums = "".join(f"{files.sha256(data)}  {file}\n" for file, data in sorted(content.items()))
-    files.write_text(root / "bundle/SHA256SUMS", sums)
+        atomic.write_bytes(root / "bundle" / file, data)
+    sums = "".join(f"{atomic.sha256(data)}  {file}\n" for file, data in sorted(content.items()))
+    atomic.write_text(root / "bundle/SHA256SUMS", sums)
     student = root / "models/student/student.safetensors"
-    files.write_bytes(student, f"weights {weights_of or name}".encode())
-    weights = files.sha256(student)
-    files.write_json(root / "reports/scores.json", {"test_hash": test_hash, "weights": weights})
-    with files.replacing(root / "reports/confusions.npz") as file:
+    atomic.write_bytes(student, f"weights {weights_of or name}".encode())
+    weights = atomic.sha256(student)
+    atomic.write_json(root / "reports/scores.json", {"test_hash": test_hash, "weights": weights})
+    with atomic.replacing(root / "reports/confusions.npz") as file:
         arrays = {"confusion": conf, "ids": np.array(IMAGES[: len(conf)]), "groups": np.array([""] * len(conf))}
         np.savez(file, **arrays, classes=np.array(NAMES), test_hash=np.array(test_hash), weights=np.array(weights))
     failures = [] if passed else ["class 'lamp' agrees on 0.5"]
     report = {"bundle": id, "weights": weights, "passed": passed, "failures": failures}
-    files.write_json(root / "reports/parity.json", report)
+    atomic.write_json(root / "reports/parity.json", report)
     return id

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline import images
 from pipeline.config import Data
-from pipeline.formats.source import Source
+from pipeline.formats.common.source import Source
+from pipeline.imaging import decode
 
 GOLDEN = Path(__file__).parent / "golden"
 PIXELS = 1 << 22
@@ -20,14 +20,14 @@ def read(reader: Callable[..., Source], root: Path, source: str, **data: Any) ->
     return reader(root, Data.model_validate({"source": source, **data}), max_pixels=PIXELS)
 
 
-def content(source: Source) -> dict[str, bytes | images.Refused]:
+def content(source: Source) -> dict[str, bytes | decode.Refused]:
     """Every member's bytes, or why there are none."""
-    found: dict[str, bytes | images.Refused] = {}
+    found: dict[str, bytes | decode.Refused] = {}
     for name, origin in source.files:
         assert name not in found
         try:
             found[name] = origin.read_bytes() if isinstance(origin, Path) else origin()
-        except images.Refused as error:
+        except decode.Refused as error:
             found[name] = error
     return found
 

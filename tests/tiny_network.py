@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.augment import View
+from training.methods.augment import View
 
 
 class Featured(nn.Module):

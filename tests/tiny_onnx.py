@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export import bundle
+from export.bundle import bundle
 
 CLASSES: list[dict[str, Any]] = [
     {"id": 0, "name": "dark", "color": [20, 20, 20]},

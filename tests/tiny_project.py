@@ -16,8 +16,10 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from pipeline import config, files, manifest, masks, shards
-from training import models
+from pipeline import config
+from pipeline.imaging import label_maps
+from pipeline.storage import atomic, manifest, shards
+from training.models import segmenter
 
 CLASSES = [
     {"id": 0, "name": "sky", "color": [80, 160, 230]},
@@ -68,7 +70,7 @@ def write_data(
             image, mask = scene(rng, height, width, dark=dump in dark)
             name = f"{group}/{dump}{n:03d}"
             images.append((f"{len(images):06d}.png", png(image)))
-            answers.append((f"{len(answers):06d}.png", masks.encode_png(mask)))
+            answers.append((f"{len(answers):06d}.png", label_maps.encode_png(mask)))
             rows.append((name, dump, group, split, image))
     home = root / "data/ingested"
     shards.write_tar(home / "images.tar", images)
@@ -90,7 +92,7 @@ def write_data(
     pixels = {"labelled": {"sky": 4000, "wall": 3000, "floor": 3000, "lamp": 150}}
     summary = {"classes": CLASSES, "ignore": 255, "counts": counts, "pixels": pixels}
     summary |= {"split_hash": "5" * 64, "test_hash": "7" * 64, "data_hash": "d" * 64}
-    files.write_json(root / "data/split/summary.json", summary)
+    atomic.write_json(root / "data/split/summary.json", summary)
     return table
 
 
@@ -105,7 +107,7 @@ def meta() -> dict[str, Any]:
 def trained(steps: int = 25) -> nn.Module:
     """The real network, trained for a few steps on scenes, so that every class is answered somewhere."""
     torch.manual_seed(0)
-    model = models.build(MODEL, len(CLASSES))
+    model = segmenter.build(MODEL, len(CLASSES))
     rng = np.random.default_rng(9)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
@@ -123,14 +125,14 @@ def trained(steps: int = 25) -> nn.Module:
 
 def write_student(root: Path, model: nn.Module, *, best: nn.Module | None = None) -> None:
     folder = root / "models/student"
-    models.save(folder / "student.safetensors", model.state_dict(), meta())
-    models.save(folder / "best.safetensors", (best or model).state_dict(), meta())
+    segmenter.save(folder / "student.safetensors", model.state_dict(), meta())
+    segmenter.save(folder / "best.safetensors", (best or model).state_dict(), meta())
 
 
 def write_params(root: Path, **sections: Any) -> config.Params:
     values: dict[str, Any] = {"evaluate": {"bootstrap": 200, "previews": 3, "batch": 4}}
     values |= {"pool": {"permutations": 199, "label_next": 4}, "model": MODEL.model_dump(), "input": INPUT.model_dump()}
-    files.write_text(root / "params.yaml", yaml.safe_dump(values | sections))
+    atomic.write_text(root / "params.yaml", yaml.safe_dump(values | sections))
     return config.load(root / "params.yaml")
 
 

@@ -1,14 +1,14 @@
-"""Samples in memory with the interface of training.data.Images."""
+"""Samples in memory with the interface of training.engine.data.Images."""
 
 from types import SimpleNamespace
 
 import torch
 
-from training.data import Sample
+from training.engine.data import Sample
 
 
 class Memory:
-    """Random colours labelled by brightness; the interface of training.data.Images."""
+    """Random colours labelled by brightness; the interface of training.engine.data.Images."""
 
     def __init__(self, n, seed):
         g = torch.Generator().manual_seed(seed)

@@ -11,7 +11,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from pipeline import index, ingest, manifest, pull, registry, split
+from pipeline.ingest import check, deduplicate, dump_registry, pull, split
+from pipeline.storage import manifest
 
 CLASSES = ("sky", "wall", "floor")
 
@@ -80,15 +81,15 @@ def write_project(root: Path, source: Path, data: dict[str, Any] | None = None, 
     root.mkdir(parents=True, exist_ok=True)
     section = {"source": "folder", "path": str(source), **(data or {})}
     (root / "params.yaml").write_text(yaml.safe_dump({"data": section, **sections}))
-    base = registry.Entry(archive="data/pulled/base.tar")
-    registry.write(registry.Registry(dumps={"base": base}), root / registry.FILE)
+    base = dump_registry.Entry(archive="data/pulled/base.tar")
+    dump_registry.write(dump_registry.Registry(dumps={"base": base}), root / dump_registry.FILE)
 
 
 def run(root: Path, *, dumps: tuple[str, ...] = ("base",), upto: str = "split") -> int:
     """pull, ingest of each dump, index, split, in this process; the first exit code that is not 0, else 0."""
     stages = [("pull", lambda: pull.main([]))]
-    stages += [("ingest", lambda dump=dump: ingest.main([dump])) for dump in dumps]
-    stages += [("index", lambda: index.main([])), ("split", lambda: split.main([]))]
+    stages += [("ingest", lambda dump=dump: check.main([dump])) for dump in dumps]
+    stages += [("index", lambda: deduplicate.main([])), ("split", lambda: split.main([]))]
     last = max(i for i, (name, _) in enumerate(stages) if name == upto)
     with chdir(root):
         for _, stage in stages[: last + 1]:

@@ -4,21 +4,22 @@ import torch
 from tiny_network import Featured, view
 
 from pipeline.config import Train
-from training import ema, engine, methods
-from training import step as step_module
-from training.ranks import ALONE
+from training.engine import ema, trainer
+from training.engine.distributed import ALONE
+from training.methods import registry
+from training.methods import step as step_module
 
 
 def build(n_classes=3, **changes):
     config = Train(**{"threshold": 0.4, "corrmatch_start": 0.4, **changes})
-    return methods.build(config, n_classes=n_classes, total=10, epoch_steps=4)
+    return registry.build(config, n_classes=n_classes, total=10, epoch_steps=4)
 
 
 def run(method, *, model=None, chunks=1, at=3, seed=0, hook=lambda s: s, views=None, cutmix=0.9, ranks=ALONE):
     """One step on a fresh network; returns the step, the student and its gradients by name."""
     torch.manual_seed(7)
     model = model or Featured()
-    trained = engine.student_of(model, method, 3).train()
+    trained = trainer.student_of(model, method, 3).train()
     teacher = ema.teacher_of(model)
     torch.manual_seed(seed)
     labelled, unlabelled = views or (view(4, 1), view(4, 2))

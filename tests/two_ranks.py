@@ -11,10 +11,12 @@ from tiny_samples import Memory
 
 import training
 from pipeline.config import Train
-from training import augment, ema, engine, methods, ranks, step, threshold, train
-from training.augment import View
-from training.data import Batches
-from training.student import Student
+from training import train
+from training.engine import distributed, ema, trainer
+from training.engine.data import Batches
+from training.methods import augment, registry, step, threshold
+from training.methods.augment import View
+from training.methods.student import Student
 
 METHODS = {
     "fixmatch": {}, "s4mc": {}, "unimatch": {}, "s4mc ref_a": {"preset": "ref_a"},
@@ -22,23 +24,23 @@ METHODS = {
 }  # fmt: skip
 
 
-def half(value: View, us: ranks.Ranks) -> View:
+def half(value: View, us: distributed.Ranks) -> View:
     return View(*(v.chunk(us.world)[us.rank] for v in (value.image_BCHW, value.label_BHW, value.valid_BHW)))
 
 
-def gradients(name: str, group: ranks.Group) -> dict[str, torch.Tensor]:
+def gradients(name: str, group: distributed.Group) -> dict[str, torch.Tensor]:
     """One step on this rank's part of a common batch, without what is random per rank (views, mixing, dropped channels)."""
     us = group.ranks
     torch.manual_seed(0)
     model = Featured(dropout=0.0, norm=False)
-    method = methods.build(
+    method = registry.build(
         Train(method=name.split()[0], threshold=0.36, **METHODS[name]),
         n_classes=3,
         total=10,
         epoch_steps=4,
         table_K=torch.tensor([0.9, 0.8, 0.7]),
     )
-    method = methods.replace(method, dropout="none")
+    method = registry.replace(method, dropout="none")
     whole = group.wrap(Student(model))
     labelled, unlabelled = half(view(4, 1), us), half(view(4, 2), us)
     step.step(
@@ -48,7 +50,7 @@ def gradients(name: str, group: ranks.Group) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-def together(group: ranks.Group, work: Path) -> dict[str, object]:
+def together(group: distributed.Group, work: Path) -> dict[str, object]:
     us = group.ranks
     g = torch.Generator().manual_seed(0)
     score, label = torch.rand(6, 9, 7, generator=g), torch.randint(0, 3, (6, 9, 7), generator=g)
@@ -77,7 +79,7 @@ def together(group: ranks.Group, work: Path) -> dict[str, object]:
         out["kept"] = result.history[-1]["kept"]
         try:
             fit(group, work / "cut", notice_at_rank=1)
-        except engine.Interrupted as told:
+        except trainer.Interrupted as told:
             out["told"] = str(told)
         again = fit(group, work / "cut")
         out["resumed_alike"] = all(torch.equal(v, again.student[k]) for k, v in result.student.items())
@@ -85,7 +87,7 @@ def together(group: ranks.Group, work: Path) -> dict[str, object]:
     return out
 
 
-def fit(group: ranks.Group, work: Path, notice_at_rank: int = -1) -> engine.Result:
+def fit(group: distributed.Group, work: Path, notice_at_rank: int = -1) -> trainer.Result:
     """A short CorrMatch run; the spot notice reaches one rank only, at the first validation."""
     us = group.ranks
     config = Train(
@@ -93,7 +95,7 @@ def fit(group: ranks.Group, work: Path, notice_at_rank: int = -1) -> engine.Resu
         crop=(16, 16), val_every=4, checkpoint_every=100, lr_warmup=2,
     )  # fmt: skip
     torch.manual_seed(us.rank)  # DDP makes them start alike
-    method = methods.build(config, n_classes=3, total=6, epoch_steps=4)
+    method = registry.build(config, n_classes=3, total=6, epoch_steps=4)
     score = train.validator(Memory(7, 3), 3, 4, 255, us=us)
 
     def validate(teacher: torch.nn.Module) -> float:
@@ -101,7 +103,7 @@ def fit(group: ranks.Group, work: Path, notice_at_rank: int = -1) -> engine.Resu
             os.kill(os.getpid(), signal.SIGTERM)
         return float(score(teacher))
 
-    return engine.fit(
+    return trainer.fit(
         Featured(), Batches(Memory(3, 1), Memory(5, 2), (2, 2), 0, us.rank, us.world), method, config, n_classes=3,
         ignore=255, identity={"run": "two"}, validate=validate, log_every=2, work=work, group=group,
     )  # fmt: skip
@@ -110,7 +112,7 @@ def fit(group: ranks.Group, work: Path, notice_at_rank: int = -1) -> engine.Resu
 if __name__ == "__main__":
     assert training
     torch.set_num_threads(1)
-    group = ranks.connect()
+    group = distributed.connect()
     answer = together(group, Path(sys.argv[1]).parent / "work")
     if group.ranks.rank == 0:
         torch.save(answer, sys.argv[1])

@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import files, progress
-from training import report
+from pipeline import console
+from pipeline.storage import atomic
+from training.reports import evaluation
 
 OUT = Path("reports/compare")
 SCORES, TRAINED = "reports/scores.json", "reports/train/train.json"
@@ -47,7 +48,7 @@ class Run:
 
 def name_of(method: str, seed: int, settings: Sequence[str], params: bytes) -> str:
     """A name that DVC takes for an experiment (letters, digits, dashes), with a short hash of all other settings."""
-    tail = files.sha256(params + "\0".join(settings).encode())[:6]
+    tail = atomic.sha256(params + "\0".join(settings).encode())[:6]
     return f"compare-{method.replace('+', '-and-')}-seed{seed}-{tail}"
 
 
@@ -124,7 +125,7 @@ def draw(runs: Sequence[Run], rows: Sequence[dict[str, Any]], path: Path) -> Non
     right.grid(alpha=0.3)
     if right.has_data():
         right.legend(fontsize=8)
-    report.save(figure, path)
+    evaluation.save(figure, path)
 
 
 def write(runs: Sequence[Run], methods: Sequence[str], out: Path = OUT) -> list[dict[str, Any]]:
@@ -136,7 +137,7 @@ def write(runs: Sequence[Run], methods: Sequence[str], out: Path = OUT) -> list[
         writer = csv.DictWriter(text, list(lines[0]) if lines else ["method"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-        files.write_text(out / name, text.getvalue())
+        atomic.write_text(out / name, text.getvalue())
     draw(runs, rows, out / "compare.png")
     return rows
 
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems = Console(stderr=True)
     try:
         there = set(dvc("exp", "list", "--name-only").split())
-        with progress.bar("compare", len(grid)) as bar:
+        with console.bar("compare", len(grid)) as bar:
             for name, (method, seed) in grid.items():
                 if name not in there:
                     settings = [f"train.method={method}", f"train.seed={seed}", *given.set]

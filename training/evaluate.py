@@ -1,6 +1,6 @@
 """Student weights and the test split to scores: dataset-level, at each image's original resolution, as it is served.
 
-Each image is answered as a request would be (`training.infer`), brought back to its original size by `fit.restore` and
+Each image is answered as a request would be (`training.inference`), brought back to its original size by `resize.restore` and
 counted against the mask as it was delivered, exactly once, whatever the number of processes.
 """
 
@@ -9,8 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pipeline import champions, config, files, fit, manifest, progress, scores
-from training import infer, metrics, models, report, start
+from pipeline import config
+from pipeline import console as progress
+from pipeline.champions import metrics as scores
+from pipeline.champions import store
+from pipeline.imaging import resize
+from pipeline.storage import atomic, manifest
+from training import inference, metrics, warm_start
+from training.metrics import Result
+from training.models import segmenter
+from training.reports import evaluation
 
 STUDENT = Path("models/student")
 SPLIT = Path("data/split")
@@ -30,22 +36,6 @@ SEED = 0
 
 class EvaluateError(ValueError):
     """Weights and data do not belong together, or there is nothing to score; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """Per-image counts in the order of `rows`."""
-
-    rows: tuple[manifest.Row, ...]
-    tallies: tuple[metrics.Tally, ...]
-
-    @property
-    def total(self) -> metrics.Tally:
-        return reduce(add, self.tallies)
-
-    @property
-    def confusion_NKK(self) -> NDArray[np.int64]:
-        return np.stack([t.confusion_KK for t in self.tallies])
 
 
 def commit(folder: Path = Path()) -> str:
@@ -72,11 +62,11 @@ def score(
     rows: list[manifest.Row] = []
     tallies: list[metrics.Tally] = []
     with progress.bar(what, sum(map(len, batches))) as bar:
-        for samples in infer.stream(batches, policy, max_pixels, mask=True):
-            labels, confidences = infer.segment(model, samples, where)
+        for samples in inference.stream(batches, policy, max_pixels, mask=True):
+            labels, confidences = inference.segment(model, samples, where)
             for sample, label, confidence in zip(samples, labels, confidences, strict=True):
                 assert sample.truth_HW is not None
-                sized = fit.restore(label, sample.fit), fit.restore(confidence, sample.fit)
+                sized = resize.restore(label, sample.fit), resize.restore(confidence, sample.fit)
                 try:
                     counted = metrics.tally(sample.truth_HW, *sized, k=classes, ignore=ignore, distance=distance)
                 except metrics.LabelError as error:
@@ -130,8 +120,8 @@ class Scoring:
 
 def evaluate(weights: Path, params: config.Params, *, split: Path = SPLIT, same_split: bool = True) -> Scoring:
     """Score one weights file on the test split; `scores` lacks only "last", "best" and "chosen"."""
-    model, meta = models.load(weights, infer.device())
-    summary = files.read_json(split / "summary.json")
+    model, meta = segmenter.load(weights, inference.device())
+    summary = atomic.read_json(split / "summary.json")
     check(meta, summary, weights, same_split=same_split)
     policy = config.Input.model_validate(meta["params"]["input"])
     result = score_split(model, meta, "test", params, split=split)
@@ -147,7 +137,7 @@ def evaluate(weights: Path, params: config.Params, *, split: Path = SPLIT, same_
         "absent_rule": scores.ABSENT_RULE, "boundary_px": params.evaluate.boundary_px, "test_images": len(result.rows),
         "test_hash": summary["test_hash"], "split_hash": summary["split_hash"], "data_hash": summary["data_hash"],
         "stride": policy.stride, "crop": f"whole image, longer side <= {policy.long_side} px",
-        "commit": commit(), "weights": files.sha256(weights),
+        "commit": commit(), "weights": atomic.sha256(weights),
         **{key: meta[key] for key in ("method", "steps", "seed")},
     }  # fmt: skip
     return Scoring(value, result)
@@ -161,7 +151,7 @@ def score_split(
     rows = [row for row in manifest.read(split / "manifest.parquet") if row.split == name]
     return score(
         model,
-        infer.plan_batches(rows, policy, params.evaluate.batch),
+        inference.plan_batches(rows, policy, params.evaluate.batch),
         policy=policy,
         classes=len(meta["classes"]),
         ignore=meta["ignore"],
@@ -176,7 +166,7 @@ def write_confusions(path: Path, scoring: Scoring, names: Sequence[str]) -> None
     objects.
     """
     result = scoring.result
-    with files.replacing(path) as file:
+    with atomic.replacing(path) as file:
         np.savez_compressed(
             file,
             confusion=result.confusion_NKK,
@@ -194,20 +184,22 @@ def _short(value: dict[str, Any], val_miou: float | None) -> dict[str, Any]:
 
 
 def _val_miou(weights: Path, params: config.Params) -> float | None:
-    model, meta = models.load(weights, infer.device())
+    model, meta = segmenter.load(weights, inference.device())
     result = score_split(model, meta, "val", params)
     return metrics.summary(result.total)["miou"] if result.rows else None
 
 
 def _show(value: dict[str, Any], console: Console) -> None:
-    low, high = map(report.percent, value["miou_ci"] or (None, None))
-    title = f"test mIoU {report.percent(value['miou'])} [{low}, {high}] on {value['test_images']} images"
+    low, high = map(evaluation.percent, value["miou_ci"] or (None, None))
+    title = f"test mIoU {evaluation.percent(value['miou'])} [{low}, {high}] on {value['test_images']} images"
     table = Table("class", "IoU", "95% interval", "precision", "recall", "pixels", title=title)
     for name, row in value["per_class"].items():
-        cells = [report.percent(row[k]) for k in ("iou", "precision", "recall")]
-        spread = " .. ".join(map(report.percent, row["ci"] or (None, None)))
+        cells = [evaluation.percent(row[k]) for k in ("iou", "precision", "recall")]
+        spread = " .. ".join(map(evaluation.percent, row["ci"] or (None, None)))
         table.add_row(name, cells[0], spread, *cells[1:], f"{row['pixels']:,}")
-    overall, edge, best = (report.percent(v) for v in (value["miou_all"], value["boundary_iou"], value["best"]["miou"]))
+    overall, edge, best = (
+        evaluation.percent(v) for v in (value["miou_all"], value["boundary_iou"], value["best"]["miou"])
+    )
     table.caption = (
         f"mIoU over all classes {overall}, boundary IoU {edge}, pixel accuracy {value['pixel_accuracy']:.4f}, "
         f"calibration error {value['ece']:.4f}; best on val: test mIoU {best}"
@@ -219,23 +211,25 @@ def run(params: config.Params, console: Console) -> None:
     """The stage: models/student and data/split -> reports/."""
     last_file, best_file = STUDENT / "student.safetensors", STUDENT / "best.safetensors"
     last = evaluate(last_file, params)
-    same = not best_file.exists() or files.sha256(best_file) == last.scores["weights"]
+    same = not best_file.exists() or atomic.sha256(best_file) == last.scores["weights"]
     best = last if same else evaluate(best_file, params)
     vals = [_val_miou(last_file, params)]
     vals.append(vals[0] if same else _val_miou(best_file, params))
     value = last.scores | {"last": _short(last.scores, vals[0]), "best": _short(best.scores, vals[1]), "chosen": "last"}
     names = list(value["per_class"])
     write_confusions(Path("reports/confusions.npz"), last, names)
-    model, meta = models.load(last_file, infer.device())
-    report.write(Path("reports/evaluate"), value, last.result, previews(model, meta, last.result, params), meta)
-    files.write_text(Path("reports/model_card.md"), report.card(value, meta, files.read_json(SPLIT / "summary.json")))
-    files.write_json(Path("reports/scores.json"), value)
+    model, meta = segmenter.load(last_file, inference.device())
+    evaluation.write(Path("reports/evaluate"), value, last.result, previews(model, meta, last.result, params), meta)
+    atomic.write_text(
+        Path("reports/model_card.md"), evaluation.card(value, meta, atomic.read_json(SPLIT / "summary.json"))
+    )
+    atomic.write_json(Path("reports/scores.json"), value)
     _show(value, console)
 
 
 def previews(
     model: nn.Module, meta: dict[str, Any], result: Result, params: config.Params
-) -> Iterator[tuple[infer.Sample, NDArray[np.uint8], float]]:
+) -> Iterator[tuple[inference.Sample, NDArray[np.uint8], float]]:
     """infer.Sample, label map at original size and accuracy of the images to draw: the worst half, then some spread
     over the rest.
     """
@@ -247,20 +241,20 @@ def previews(
     policy = config.Input.model_validate(meta["params"]["input"])
     where = next(model.parameters()).device
     for i in chosen:
-        sample = infer.read(result.rows[i], policy, params.ingest.max_pixels, mask=True)
-        label, _ = infer.segment(model, [sample], where)
-        yield sample, fit.restore(label[0], sample.fit), float(right[i])
+        sample = inference.read(result.rows[i], policy, params.ingest.max_pixels, mask=True)
+        label, _ = inference.segment(model, [sample], where)
+        yield sample, resize.restore(label[0], sample.fit), float(right[i])
 
 
 def rescore_champion(params: config.Params, home: Path = Path("champions")) -> Path:
     """Score the champion on today's test split, so that the gate can compare again after the test set changed."""
-    record = champions.current(home)
+    record = store.current(home)
     if record is None:
         raise EvaluateError(f"{home}/champion.json: there is no champion to score yet")
     folder = home / str(record["id"])
     weights = folder / "student.safetensors"
     rows = manifest.read(SPLIT / "manifest.parquet")
-    start.refuse_seen(weights, models.read_meta(weights), (row.id for row in rows if row.split == "test"))
+    warm_start.refuse_seen(weights, segmenter.read_meta(weights), (row.id for row in rows if row.split == "test"))
     scoring = evaluate(folder / "student.safetensors", params, same_split=False)
     value = scoring.scores | {
         "last": _short(scoring.scores, None),
@@ -268,7 +262,7 @@ def rescore_champion(params: config.Params, home: Path = Path("champions")) -> P
         "chosen": "last",
     }
     write_confusions(folder / "confusions.npz", scoring, list(value["per_class"]))
-    files.write_json(folder / "scores.json", value)
+    atomic.write_json(folder / "scores.json", value)
     return folder
 
 
@@ -286,10 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run(params, Console())
     except (
         EvaluateError,
-        infer.MaskError,
+        inference.MaskError,
         manifest.ManifestError,
-        models.WeightsError,
-        champions.ChampionError,
+        segmenter.WeightsError,
+        store.ChampionError,
         config.ConfigError,
     ) as error:
         Console(stderr=True).print(f"evaluate: {error}", style="red", markup=False, soft_wrap=True)

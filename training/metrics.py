@@ -1,10 +1,12 @@
 """Counts per image from label maps: confusion, boundary, calibration. Integers only, so sums are exact in any order.
 
-What the counts mean (IoU, mIoU, the rule for absent classes, the bootstrap) is in `pipeline.scores`, which the gate
+What the counts mean (IoU, mIoU, the rule for absent classes, the bootstrap) is in `pipeline.champions.metrics`, which the gate
 shares.
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import overload
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import scores
+from pipeline.champions import metrics
+from pipeline.storage import manifest
 
 Labels = NDArray[np.unsignedinteger]
 CONFIDENCE_LEVELS = 256
@@ -199,10 +202,26 @@ def summary(total: Tally) -> dict[str, float | None]:
     union = truth + predicted - inter
     edge = np.divide(inter, union, out=np.full_like(inter, np.nan), where=union > 0)
     values = {
-        "miou": scores.miou(conf),
-        "miou_all": scores.miou_all(conf),
+        "miou": metrics.miou(conf),
+        "miou_all": metrics.miou_all(conf),
         "pixel_accuracy": float(np.trace(conf) / conf.sum()) if conf.sum() else float("nan"),
-        "boundary_iou": 100 * float(scores.mean_present(edge)),
+        "boundary_iou": 100 * float(metrics.mean_present(edge)),
         "ece": ece(total.calibration_L2),
     }
     return {name: None if np.isnan(value) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Per-image counts in the order of `rows`."""
+
+    rows: tuple[manifest.Row, ...]
+    tallies: tuple[Tally, ...]
+
+    @property
+    def total(self) -> Tally:
+        return reduce(add, self.tallies)
+
+    @property
+    def confusion_NKK(self) -> NDArray[np.int64]:
+        return np.stack([t.confusion_KK for t in self.tallies])

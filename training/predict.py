@@ -1,8 +1,8 @@
 """The student over labelled and unlabelled images: what it is unsure about and where each image lies in feature space.
 
-Writes data/pool/images.npz (the arrays `pipeline.pool` describes) and data/pool/prelabels.tar: for the shortlist of
-images worth labelling, the student's label map as an index PNG named by image id. `pipeline.drift` and
-`pipeline.rank` read them.
+Writes data/pool/images.npz (the arrays `pipeline.storage.predictions` describes) and data/pool/prelabels.tar: for the
+shortlist of images worth labelling, the student's label map as an index PNG named by image id. `pipeline.drift.stage` and
+`pipeline.labels.ranking` read them.
 """
 
 import sys
@@ -18,9 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pipeline import config, files, fit, manifest, masks, pool, progress, rank, shards
-from training import infer, models
-from training.refine import margin, refine
+from pipeline import config
+from pipeline import console as progress
+from pipeline.imaging import label_maps, resize
+from pipeline.labels import ranking
+from pipeline.storage import atomic, manifest, predictions, shards
+from training import inference
+from training.methods.s4mc import margin, refine
+from training.models import segmenter
 
 STUDENT = Path("models/student/student.safetensors")
 SPLIT = Path("data/split")
@@ -34,7 +39,7 @@ class PredictError(ValueError):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per image of a batch; see `pipeline.pool` for the meaning of each."""
+    """Per image of a batch; see `pipeline.storage.predictions` for the meaning of each."""
 
     embedding: Tensor
     confidence: Tensor
@@ -56,7 +61,7 @@ def with_features(model: nn.Module, image_BCHW: Tensor) -> tuple[Tensor, Tensor]
     return logits_BKHW, heard[-1]
 
 
-def statistics(logits_KHW: Tensor, features_DHW: Tensor, plan: fit.Fit) -> Statistics:
+def statistics(logits_KHW: Tensor, features_DHW: Tensor, plan: resize.Fit) -> Statistics:
     """Numbers of one image, over its own pixels only (the padding is cut away; at least one feature cell stays).
 
     Entropy is divided by log K. Area is the share of pixels predicted as each class, doubt the sum of 1 - refined
@@ -72,7 +77,7 @@ def statistics(logits_KHW: Tensor, features_DHW: Tensor, plan: fit.Fit) -> Stati
     flat, pixels = label.flatten(), label.numel()
     doubt = torch.zeros(k, dtype=torch.float64, device=flat.device)
     doubt.scatter_add_(0, flat, 1 - sure.flatten().double())
-    bin_ = (sure.flatten() * pool.MARGIN_BINS).long().clamp(0, pool.MARGIN_BINS - 1)
+    bin_ = (sure.flatten() * predictions.MARGIN_BINS).long().clamp(0, predictions.MARGIN_BINS - 1)
     rows, columns = (
         -(-used * features_DHW.shape[axis] // padded)
         for axis, used, padded in (
@@ -87,7 +92,7 @@ def statistics(logits_KHW: Tensor, features_DHW: Tensor, plan: fit.Fit) -> Stati
         entropy=entropy.double().mean(),
         area=torch.bincount(flat, minlength=k).double() / pixels,
         doubt=doubt / pixels,
-        margins=torch.bincount(bin_, minlength=pool.MARGIN_BINS).double() / pixels,
+        margins=torch.bincount(bin_, minlength=predictions.MARGIN_BINS).double() / pixels,
     )
 
 
@@ -113,8 +118,8 @@ def survey(
     rows: list[manifest.Row] = []
     found: list[Statistics] = []
     with progress.bar("predict", sum(map(len, batches))) as bar:
-        for samples in infer.stream(batches, policy, max_pixels, mask=False):
-            logits_BKHW, features_BDHW = with_features(model, infer.to_network(samples, where))
+        for samples in inference.stream(batches, policy, max_pixels, mask=False):
+            logits_BKHW, features_BDHW = with_features(model, inference.to_network(samples, where))
             for sample, logits_KHW, features_DHW in zip(samples, logits_BKHW, features_BDHW, strict=True):
                 rows.append(sample.row)
                 found.append(statistics(logits_KHW, features_DHW, sample.fit))
@@ -138,33 +143,35 @@ def write_prelabels(
 ) -> None:
     """A tar of ID.png label maps at original size, by batch."""
     where = next(model.parameters()).device
-    batches = infer.plan_batches(rows, policy, params.evaluate.batch)
+    batches = inference.plan_batches(rows, policy, params.evaluate.batch)
     with shards.replacing_tar(path) as add, progress.bar("pre-label", len(rows)) as bar:
-        for samples in infer.stream(batches, policy, params.ingest.max_pixels, mask=False):
-            labels, _ = infer.segment(model, samples, where)
+        for samples in inference.stream(batches, policy, params.ingest.max_pixels, mask=False):
+            labels, _ = inference.segment(model, samples, where)
             for sample, label in zip(samples, labels, strict=True):
-                add(f"{sample.row.id}.png", masks.encode_png(fit.restore(label, sample.fit), list(palette)))
+                add(f"{sample.row.id}.png", label_maps.encode_png(resize.restore(label, sample.fit), list(palette)))
             bar.advance(len(samples))
 
 
 def run(params: config.Params, console: Console) -> None:
     """The stage: student and data/split -> data/pool/. Raises PredictError when there is no image."""
-    model, meta = models.load(STUDENT, infer.device())
-    summary = files.read_json(SPLIT / "summary.json")
+    model, meta = segmenter.load(STUDENT, inference.device())
+    summary = atomic.read_json(SPLIT / "summary.json")
     policy = config.Input.model_validate(meta["params"]["input"])
     rows = choose_rows(manifest.read(SPLIT / "manifest.parquet"), params.pool.max_images)
     if not rows:
         raise PredictError("neither labelled nor unlabelled images are in data/split; check the source and its lists")
-    columns = survey(model, infer.plan_batches(rows, policy, params.evaluate.batch), policy, params.ingest.max_pixels)
+    columns = survey(
+        model, inference.plan_batches(rows, policy, params.evaluate.batch), policy, params.ingest.max_pixels
+    )
     columns["classes"] = np.array([c["name"] for c in meta["classes"]])
-    with files.replacing(pool.FILE) as file:
+    with atomic.replacing(predictions.FILE) as file:
         np.savez_compressed(file, **columns)
-    seen = pool.read()
-    frequency = rank.label_frequency(summary, list(map(str, seen.classes)))
-    listed = rank.shortlist(seen, frequency, params.pool.label_next)
+    seen = predictions.read()
+    frequency = ranking.label_frequency(summary, list(map(str, seen.classes)))
+    listed = ranking.shortlist(seen, frequency, params.pool.label_next)
     by_id = {row.id: row for row in rows}
     palette = [tuple(c["color"]) for c in meta["classes"]]
-    write_prelabels(pool.PRELABELS, model, [by_id[str(seen.id[i])] for i in listed], policy, params, palette)
+    write_prelabels(predictions.PRELABELS, model, [by_id[str(seen.id[i])] for i in listed], policy, params, palette)
     table = Table("dump", "split", "images", "confidence", "refined margin", "entropy", title="predict: the pool")
     for dump in dict.fromkeys(map(str, seen.dump)):
         for split in POOL_SPLITS:
@@ -178,7 +185,7 @@ def run(params: config.Params, console: Console) -> None:
 def main() -> int:
     try:
         run(config.load(), Console())
-    except (PredictError, manifest.ManifestError, models.WeightsError, config.ConfigError) as error:
+    except (PredictError, manifest.ManifestError, segmenter.WeightsError, config.ConfigError) as error:
         Console(stderr=True).print(f"predict: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     return 0

@@ -24,9 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pipeline import config, files, fit, manifest, masks, progress
-from training import contradiction, infer, models
-from training.contradiction import Region
+from pipeline import config
+from pipeline import console as progress
+from pipeline.imaging import label_maps, resize
+from pipeline.storage import atomic, manifest
+from training import confident_learning, inference
+from training.confident_learning import Region
+from training.models import segmenter
 
 STUDENT, SPLIT = Path("models/student/student.safetensors"), Path("data/split")
 TABLE, PICTURES = Path("reports/suspect_labels.csv"), Path("reports/suspects")
@@ -55,17 +59,17 @@ class Suspect:
 @torch.inference_mode()
 def answers(
     model: nn.Module, rows: Sequence[manifest.Row], policy: config.Input, params: config.Params, ignore: int, what: str
-) -> Iterator[tuple[infer.Sample, NDArray[np.float32], NDArray[np.uint8]]]:
+) -> Iterator[tuple[inference.Sample, NDArray[np.float32], NDArray[np.uint8]]]:
     """(sample, probability_KHW, mask_HW) of each row at working size, padding cut away."""
     where = next(model.parameters()).device
-    batches = infer.plan_batches(rows, policy, params.evaluate.batch)
+    batches = inference.plan_batches(rows, policy, params.evaluate.batch)
     with progress.bar(what, len(rows)) as bar:
-        for samples in infer.stream(batches, policy, params.ingest.max_pixels, mask=True):
-            probability_BKHW = torch.softmax(model(infer.to_network(samples, where)).float(), dim=1).cpu().numpy()
+        for samples in inference.stream(batches, policy, params.ingest.max_pixels, mask=True):
+            probability_BKHW = torch.softmax(model(inference.to_network(samples, where)).float(), dim=1).cpu().numpy()
             for sample, probability_KHW in zip(samples, probability_BKHW, strict=True):
                 assert sample.truth_HW is not None
                 height, width = sample.fit.scaled_height, sample.fit.scaled_width
-                mask_HW = fit.apply_mask(sample.truth_HW, sample.fit, ignore=ignore)[:height, :width]
+                mask_HW = resize.apply_mask(sample.truth_HW, sample.fit, ignore=ignore)[:height, :width]
                 yield sample, probability_KHW[:, :height, :width], mask_HW
             bar.advance(len(samples))
 
@@ -76,16 +80,16 @@ def rank(
     """Suspects of one split, first the one with most to repaint, and the thresholds that judged."""
     total, count = 0.0, 0.0
     for _, probability_KHW, mask_HW in answers(model, rows, policy, params, ignore, f"{split}: confidence"):
-        ours = contradiction.self_confidence(probability_KHW, mask_HW)
+        ours = confident_learning.self_confidence(probability_KHW, mask_HW)
         total, count = total + ours[0], count + ours[1]
-    threshold_K = contradiction.thresholds(np.asarray(total), np.asarray(count))
+    threshold_K = confident_learning.thresholds(np.asarray(total), np.asarray(count))
     found = []
     for sample, probability_KHW, mask_HW in answers(model, rows, policy, params, ignore, f"{split}: masks"):
-        judged = contradiction.suggestions(
+        judged = confident_learning.suggestions(
             probability_KHW, mask_HW, threshold_K, ignore=ignore, distance=params.evaluate.boundary_px
         )
-        if regions := contradiction.regions(mask_HW, *judged, ignore=ignore):
-            value = contradiction.score(regions, mask_HW, ignore=ignore)
+        if regions := confident_learning.regions(mask_HW, *judged, ignore=ignore):
+            value = confident_learning.score(regions, mask_HW, ignore=ignore)
             found.append(Suspect(sample.row, value, regions, sample.row.width / sample.fit.scaled_width))
     return sorted(found, key=lambda suspect: (-suspect.score, suspect.row.id)), threshold_K
 
@@ -118,8 +122,8 @@ def strip(
     """Image | mask | prediction | contradiction over the darkened image, as JPEG."""
     dark = image_HWC // 3
     panels = [
-        image_HWC, masks.overlay(image_HWC, mask_HW, palette, 0.65), masks.overlay(image_HWC, label_HW, palette, 0.65),
-        masks.overlay(dark, suggested_HW, palette, 0.9),
+        image_HWC, label_maps.overlay(image_HWC, mask_HW, palette, 0.65), label_maps.overlay(image_HWC, label_HW,
+        palette, 0.65), label_maps.overlay(dark, suggested_HW, palette, 0.9),
     ]  # fmt: skip
     factor = min(1.0, PANEL / max(image_HWC.shape[:2]))
     height, width = (max(1, round(side * factor)) for side in image_HWC.shape[:2])
@@ -133,29 +137,29 @@ def strip(
 
 def run(params: config.Params, console: Console) -> None:
     """The stage. Raises SuspectsError when the student was trained for other classes or on another split."""
-    model, meta = models.load(STUDENT, infer.device())
-    summary = files.read_json(SPLIT / "summary.json")
+    model, meta = segmenter.load(STUDENT, inference.device())
+    summary = atomic.read_json(SPLIT / "summary.json")
     if any(meta[key] != summary[key] for key in ("classes", "split_hash")):
         raise SuspectsError(f"{STUDENT} was trained for other classes or on another split: train again (`dvc repro`)")
     policy, ignore = config.Input.model_validate(meta["params"]["input"]), meta["ignore"]
     names, palette = ([c[key] for c in meta["classes"]] for key in ("name", "color"))
     rows = manifest.read(SPLIT / "manifest.parquet")
     found: dict[str, list[Suspect]] = {}
-    with files.replacing_folder(PICTURES) as folder:
+    with atomic.replacing_folder(PICTURES) as folder:
         for split in SPLITS:
             ours = [row for row in rows if row.split == split]
             found[split], threshold_K = rank(model, ours, policy, params, ignore, split)
             first = {s.row.id: place for place, s in enumerate(found[split][: params.pool.suspects], 1)}
             again = [row for row in ours if row.id in first]
             for sample, probability_KHW, mask_HW in answers(model, again, policy, params, ignore, f"{split}: pictures"):
-                suggested_HW, _ = contradiction.suggestions(
+                suggested_HW, _ = confident_learning.suggestions(
                     probability_KHW, mask_HW, threshold_K, ignore=ignore, distance=params.evaluate.boundary_px
                 )
                 image_HWC = sample.input_HWC[: mask_HW.shape[0], : mask_HW.shape[1]]
                 label_HW = probability_KHW.argmax(0).astype(np.uint8)
                 data = strip(image_HWC, mask_HW, label_HW, suggested_HW, [tuple(c) for c in palette])
-                files.write_bytes(folder / picture(split, first[sample.row.id]).name, data)
-    files.write_text(TABLE, table_csv(found, names, params.pool.suspects))
+                atomic.write_bytes(folder / picture(split, first[sample.row.id]).name, data)
+    atomic.write_text(TABLE, table_csv(found, names, params.pool.suspects))
     shown = Table("split", "", "image", "score", "mask says", "student says", title=f"suspect masks: {PICTURES}")
     for split, suspects in found.items():
         for place, s in enumerate(suspects[:5], 1):
@@ -168,7 +172,13 @@ def run(params: config.Params, console: Console) -> None:
 def main() -> int:
     try:
         run(config.load(), Console())
-    except (SuspectsError, manifest.ManifestError, infer.MaskError, models.WeightsError, config.ConfigError) as error:
+    except (
+        SuspectsError,
+        manifest.ManifestError,
+        inference.MaskError,
+        segmenter.WeightsError,
+        config.ConfigError,
+    ) as error:
         Console(stderr=True).print(f"suspects: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     return 0

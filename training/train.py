@@ -17,12 +17,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pipeline import config, files, manifest, progress, scores
+from pipeline import config, console
+from pipeline.champions import metrics as scores
 from pipeline.config import Params
-from pipeline.manifest import Row
-from training import checkpoint, engine, figures, infer, methods, metrics, models, ranks, refine, start
-from training.data import Batches, Images
-from training.offline import relabel
+from pipeline.storage import atomic, manifest
+from pipeline.storage.manifest import Row
+from training import inference, metrics, warm_start
+from training.engine import checkpoint, distributed, trainer
+from training.engine.data import Batches, Images
+from training.methods import registry, s4mc
+from training.methods.pseudo_labels import relabel
+from training.models import segmenter
+from training.reports import curves
 
 MANIFEST = Path("data/split/manifest.parquet")
 SUMMARY = Path("data/split/summary.json")
@@ -30,7 +36,9 @@ OUT = Path("models/student")
 REPORTS = Path("reports/train")
 # They look at weights and cannot change a run's: editing them must not cost a half-finished run. One that is missing here
 # costs no more than that.
-ONLOOKERS = frozenset({"compare", "contradiction", "evaluate", "figures", "predict", "report", "suspects"})
+ONLOOKERS = frozenset(
+    {"compare", "confident_learning", "evaluate", "predict", "reports/curves", "reports/evaluation", "suspects"}
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,12 @@ class Data:
 
 
 def validator(
-    images: Images, n_classes: int, stride: int, ignore: int, limit: int = 128, us: ranks.Ranks = ranks.ALONE
+    images: Images,
+    n_classes: int,
+    stride: int,
+    ignore: int,
+    limit: int = 128,
+    us: distributed.Ranks = distributed.ALONE,
 ) -> Any:
     """teacher -> mIoU in percent over (at most `limit`) val images at working size; NaN without val images.
 
@@ -77,7 +90,7 @@ def validator(
         chosen = np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
         for i in chosen[us.rank :: us.world]:
             sample = images[int(i)]
-            label = infer.logits_of(model, sample.image_HWC, stride).argmax(0)
+            label = inference.logits_of(model, sample.image_HWC, stride).argmax(0)
             total += metrics.confusion(sample.label_HW.long().to(device), label, n_classes, ignore)
         model.train(was_training)
         return float(scores.miou(us.add(total).cpu().numpy()))
@@ -87,27 +100,34 @@ def validator(
 
 def code_hash(architecture: str = "") -> str:
     """Digest of the source that trains and of the user's own network: a killed run is not continued by other code."""
-    sources = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem not in ONLOOKERS)
+    room = Path(__file__).parent
+    sources = sorted(
+        path for path in room.rglob("*.py") if path.relative_to(room).with_suffix("").as_posix() not in ONLOOKERS
+    )
+    # How an image is decoded and resized changes the numbers as much as the step does.
+    sources += sorted((room.parent / "pipeline/imaging").rglob("*.py"))
     if ":" in architecture:
         sources.append(Path(architecture.partition(":")[0].replace(".", "/") + ".py"))
-    return files.sha256(b"".join(path.read_bytes() for path in sources if path.exists()))
+    return atomic.sha256(b"".join(path.read_bytes() for path in sources if path.exists()))
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything that the engine needs, and what the outputs say about it."""
 
-    model: models.Segmenter
-    method: methods.Method
+    model: segmenter.Segmenter
+    method: registry.Method
     batches: Batches
     validate: Any
     identity: dict[str, Any]
     seen: str
     precision_on: str
-    offline: int | None  # images with labels of `training.offline`; None: not asked for, or no champion to ask
+    offline: (
+        int | None
+    )  # images with labels of `training.methods.pseudo_labels`; None: not asked for, or no champion to ask
 
 
-def prepare(params: Params, data: Data, start_at: Path | None, us: ranks.Ranks = ranks.ALONE) -> Prepared:
+def prepare(params: Params, data: Data, start_at: Path | None, us: distributed.Ranks = distributed.ALONE) -> Prepared:
     """Networks, samples and method for `data`; wires, decides nothing but what measures the pseudo-labels."""
     settings, n_classes = params.train, len(data.classes)
 
@@ -121,23 +141,23 @@ def prepare(params: Params, data: Data, start_at: Path | None, us: ranks.Ranks =
     blank = {"mask_shard": None, "mask_offset": None, "mask_length": None}
     pool = read([*data.unlabelled, *(replace(row, **blank) if hidden else row for row in data.labelled)])
     torch.manual_seed(settings.seed)
-    model = models.build(params.model, n_classes)
+    model = segmenter.build(params.model, n_classes)
     seen = {row.id for row in (*data.labelled, *data.unlabelled)}
     if start_at is not None:
-        seen |= start.load_into(model, start_at, data.classes, data.judged)
-    method = methods.build(
+        seen |= warm_start.load_into(model, start_at, data.classes, data.judged)
+    method = registry.build(
         settings,
         n_classes=n_classes,
         total=settings.steps - settings.warmup_steps,
         epoch_steps=max(1, math.ceil(len(pool) / (settings.batch_unlabelled * us.world))),
-        table_K=class_table(labelled, n_classes, data.ignore) if methods.needs_table(settings) else None,
+        table_K=class_table(labelled, n_classes, data.ignore) if registry.needs_table(settings) else None,
     )
     identity = {
         "params": params.model_dump(mode="json", include={"model", "input", "train"}),
         "split": data.split_hash,
         "data": data.data_hash,
         "labels": data.label_hash,
-        "start": files.sha256(start_at) if start_at is not None else None,
+        "start": atomic.sha256(start_at) if start_at is not None else None,
         "world": us.world,
         "code": code_hash(params.model.architecture),
         "torch": torch.__version__,
@@ -145,7 +165,7 @@ def prepare(params: Params, data: Data, start_at: Path | None, us: ranks.Ranks =
     sizes = settings.batch_labelled, settings.batch_unlabelled
     offline = None
     if settings.offline is not None and start_at is not None:
-        model.to(infer.device())
+        model.to(inference.device())
         offline = relabel(
             model, pool, len(data.unlabelled), least=settings.offline, ignore=data.ignore, stride=params.input.stride,
             kept=checkpoint.folder(identity) / "offline.npz" if us.rank == 0 else None,
@@ -154,17 +174,17 @@ def prepare(params: Params, data: Data, start_at: Path | None, us: ranks.Ranks =
     validate = validator(read(data.val), n_classes, params.input.stride, data.ignore, us=us)
     precision_on = "hidden labels" if hidden else "labels it trains on"
     made = None if offline is None else len(offline)
-    return Prepared(model, method, batches, validate, identity, start.short_ids(seen), precision_on, made)
+    return Prepared(model, method, batches, validate, identity, warm_start.short_ids(seen), precision_on, made)
 
 
 def class_table(images: Images, n_classes: int, ignore: int) -> Tensor:
     """S4MC's neighbour table from the labelled masks alone (preset ref_a)."""
     labels = (images[i].label_HW for i in range(len(images)))
-    return refine.neighbour_table(labels, n_classes, ignore=ignore).float()
+    return s4mc.neighbour_table(labels, n_classes, ignore=ignore).float()
 
 
 def describe(
-    params: Params, data: Data, result: engine.Result, seconds: float, start_at: Path | None, ready: Prepared
+    params: Params, data: Data, result: trainer.Result, seconds: float, start_at: Path | None, ready: Prepared
 ) -> dict[str, Any]:
     last = result.history[-1]
     return {
@@ -174,7 +194,7 @@ def describe(
         "labelled": len(data.labelled), "unlabelled": len(data.unlabelled), "offline": ready.offline,
         "seconds": round(seconds, 1), "warm_start": str(start_at) if start_at else None,
         "torch": torch.__version__, "machine": platform.machine(),
-        "device": str(engine.pick_device()), "split_hash": data.split_hash, "data_hash": data.data_hash,
+        "device": str(trainer.pick_device()), "split_hash": data.split_hash, "data_hash": data.data_hash,
     }  # fmt: skip
 
 
@@ -216,15 +236,15 @@ def open_live() -> Any:
 
 def stage(params: Params) -> None:
     """The stage: train, write weights and reports, print one table. Of several processes only the first writes."""
-    group = ranks.connect()
-    summary = files.read_json(SUMMARY)
+    group = distributed.connect()
+    summary = atomic.read_json(SUMMARY)
     data = Data.read(manifest.read(MANIFEST), summary)
-    start_at = start.champion()
+    start_at = warm_start.champion()
     began = time.monotonic()
     ready = prepare(params, data, start_at, group.ranks)
     work = checkpoint.folder(ready.identity)
     fit = partial(
-        engine.fit, ready.model, ready.batches, ready.method, params.train,
+        trainer.fit, ready.model, ready.batches, ready.method, params.train,
         n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
         stride=params.input.stride, work=work, group=group,
     )  # fmt: skip
@@ -233,10 +253,10 @@ def stage(params: Params) -> None:
         return
     for other in checkpoint.unfinished(ready.identity):
         Console(stderr=True).print(f"train: {other}", style="yellow", markup=False, soft_wrap=True)
-    with open_live() as live, progress.bar(f"train {params.train.method}", params.train.steps) as bar:
+    with open_live() as live, console.bar(f"train {params.train.method}", params.train.steps) as bar:
         done = 0
 
-        def log(event: engine.Event) -> None:
+        def log(event: trainer.Event) -> None:
             nonlocal done
             bar.advance(event.step - done)
             done = live.step = event.step
@@ -254,22 +274,22 @@ def stage(params: Params) -> None:
         "params": params.model_dump(mode="json", include={"model", "input"}),
         "trained_on": ready.seen,
     }
-    models.save(OUT / "student.safetensors", result.teacher, {**shared, "weights": "teacher, last step"})
+    segmenter.save(OUT / "student.safetensors", result.teacher, {**shared, "weights": "teacher, last step"})
     if result.best is not None:
         best = {**shared, "weights": f"teacher, step {result.best_step}, best on val"}
-        models.save(OUT / "best.safetensors", result.best, best)
-    files.write_json(OUT / "train.json", about | lineage(params, summary))
-    files.write_json(REPORTS / "train.json", about)  # beside the curves, where DVC reads it as a metric
-    figures.curves(result.history, data.classes, REPORTS / "curves.png")
+        segmenter.save(OUT / "best.safetensors", result.best, best)
+    atomic.write_json(OUT / "train.json", about | lineage(params, summary))
+    atomic.write_json(REPORTS / "train.json", about)  # beside the curves, where DVC reads it as a metric
+    curves.curves(result.history, data.classes, REPORTS / "curves.png")
     some = Images(
         data.unlabelled[:: max(1, len(data.unlabelled) // 6)][:6],
         params.input,
         ignore=data.ignore,
         max_pixels=params.ingest.max_pixels,
     )
-    model = models.load(OUT / "student.safetensors")[0]
+    model = segmenter.load(OUT / "student.safetensors")[0]
     bar_at_end = result.history[-1].get("threshold", math.nan)
-    figures.previews(model, some, ready.method, params, data.classes, bar_at_end, REPORTS / "pseudo_labels.png")
+    curves.previews(model, some, ready.method, params, data.classes, bar_at_end, REPORTS / "pseudo_labels.png")
     checkpoint.discard(work)
     show(about)
 
@@ -294,7 +314,7 @@ def main() -> int:
     problems = Console(stderr=True)
     try:
         stage(config.load(parser.parse_args().params))
-    except engine.Interrupted as reason:
+    except trainer.Interrupted as reason:
         problems.print(f"train: {reason}", style="yellow", markup=False, soft_wrap=True)
         return 75
     except torch.OutOfMemoryError as error:

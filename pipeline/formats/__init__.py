@@ -1,0 +1,1 @@
+"""One file for each label format, from its files to a `Source`."""

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import config, images, masks
-from pipeline.formats import classes as class_lists
-from pipeline.formats import lists
-from pipeline.formats.source import Maker, Source, SourceError, groups_by, walk
+from pipeline import config
+from pipeline.formats.common import class_list as class_lists
+from pipeline.formats.common import split_lists
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, walk
+from pipeline.imaging import decode, label_maps
 
 # Published in cityscapesscripts/helpers/labels.py: (name, trainId, colour), the row's place is the id. License plate has
 # the id -1, which an 8-bit file stores as 255.
@@ -64,11 +65,11 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         raise SourceError(f"{root / folder}: no {wanted}; see data.cityscapes_ids, or make them with cityscapesscripts")
     masked = {name[len("masks/") : -len(".png")] for name, _ in files}
     parts = {part: [key for key in found if key.startswith(f"{part}/")] for part in ("val", "test")}
-    listed, left_out, notes = lists.own(parts, masked)
+    listed, left_out, notes = split_lists.own(parts, masked)
     groups = groups_by(data.group, list(found)) or {key: city or key for key, (city, _, _) in found.items()}
     ids = found.keys() - left_out
-    if lists.given(data.lists):
-        listed = lists.read(root, data.lists, ids, {f"leftImg8bit/{key}_leftImg8bit": key for key in ids})
+    if split_lists.given(data.lists):
+        listed = split_lists.read(root, data.lists, ids, {f"leftImg8bit/{key}_leftImg8bit": key for key in ids})
     return Source(
         files=[(f"images/{k}{p.suffix}", p) for k, (_, _, p) in found.items() if k in ids] + files,
         classes=_classes(root, data, only_train_ids=set(used) <= {"trainIds"}),
@@ -82,17 +83,17 @@ def train_ids(path: Path, max_pixels: int) -> bytes:
     """A labelIds file -> PNG of train ids; -1 (255 in the file) and every class that is not evaluated become 255.
 
     Raises:
-        images.Refused: as `masks.decode_mask`; "mask-class-id" for a value beyond the published table.
+        images.Refused: as `label_maps.decode_mask`; "mask-class-id" for a value beyond the published table.
     """
-    ids_HW = masks.decode_mask(path.read_bytes(), max_pixels=max_pixels)
+    ids_HW = label_maps.decode_mask(path.read_bytes(), max_pixels=max_pixels)
     values: NDArray[np.int64] = np.unique(ids_HW.astype(np.int64))
     if (alien := values[(values >= len(LABELS)) & (values != _VOID)]).size:
-        raise images.Refused(
+        raise decode.Refused(
             "mask-class-id", f"{path.name}: id {alien[0]} is none of Cityscapes' {len(LABELS)}; are these labelIds?"
         )
     table = np.full(256, _VOID, np.uint8)
     table[: len(LABELS)] = [train_id for _, train_id, _ in LABELS]
-    return masks.encode_png(table[ids_HW])
+    return label_maps.encode_png(table[ids_HW])
 
 
 def _classes(root: Path, data: config.Data, *, only_train_ids: bool) -> class_lists.Classes:

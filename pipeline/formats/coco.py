@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import archives, config, images, masks
-from pipeline.formats import classes as class_lists
-from pipeline.formats import coco_panoptic, documents, lists, shapes
-from pipeline.formats.source import Maker, Source, SourceError, groups_by, name_id
+from pipeline import config
+from pipeline.formats import coco_panoptic
+from pipeline.formats.common import class_list as class_lists
+from pipeline.formats.common import parsing, rasterize, split_lists
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id
+from pipeline.imaging import decode, label_maps
+from pipeline.storage import archives
 
 MAX_HELD = 1 << 30  # bytes of one image's annotations, each cut to its box
 _OTHERS = ("captions_", "person_keypoints_", "image_info_")
@@ -69,10 +72,10 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     keys = sorted(found.pictures)
     stated = {name_id(found.pictures[key].name): key for key in keys}
     aliases = (stated if len(stated) == len(keys) else {}) | {f"images/{key}": key for key in keys}
-    listed, left_out = lists.read(root, data.lists, set(keys), aliases), set[str]()
-    if not lists.given(data.lists):
+    listed, left_out = split_lists.read(root, data.lists, set(keys), aliases), set[str]()
+    if not split_lists.given(data.lists):
         parts = {part: [key for key in keys if found.pictures[key].part == part] for part in ("val", "test")}
-        listed, left_out, said = lists.own(parts, set(made))
+        listed, left_out, said = split_lists.own(parts, set(made))
         notes += said
     files: list[tuple[str, Path | Maker]] = [
         (f"images/{key}{found.pictures[key].path.suffix}", found.pictures[key].path)
@@ -113,13 +116,13 @@ def label_files(root: Path, data: config.Data) -> list[Path]:
 
 def _collect(root: Path, path: Path, found: Found) -> None:
     """Add one label file's images and annotations to `found`."""
-    document = documents.read_json(path)
+    document = parsing.read_json(path)
     try:
-        pictures = documents.field(document, "images", list)
-        annotations = documents.field(document, "annotations", list)
-        categories = documents.field(document, "categories", list)
-        names = {documents.whole(c.get("id"), "id"): documents.field(c, "name", str) for c in categories}
-    except (documents.Broken, AttributeError) as error:
+        pictures = parsing.field(document, "images", list)
+        annotations = parsing.field(document, "annotations", list)
+        categories = parsing.field(document, "categories", list)
+        names = {parsing.whole(c.get("id"), "id"): parsing.field(c, "name", str) for c in categories}
+    except (parsing.Broken, AttributeError) as error:
         raise SourceError(f"{path}: not a COCO file: {error}") from error
     found.names.extend(name for _, name in sorted(names.items()) if name not in found.names)
     places = _places(root, path)
@@ -173,11 +176,11 @@ def _add_picture(
     """Name id of one entry of `images`, None (and a refusal) where it cannot be used."""
     shown = f"labels/{file}:images"
     try:
-        number, name = _hashable(record, "id"), documents.field(record, "file_name", str)
+        number, name = _hashable(record, "id"), parsing.field(record, "file_name", str)
         if number is None or number in by_id:
-            raise documents.Broken(f"its id {number!r:.40} is missing or stands there twice")
+            raise parsing.Broken(f"its id {number!r:.40} is missing or stands there twice")
         safe = archives.safe_name(name, Path(file))
-    except (documents.Broken, archives.DumpRefused) as error:
+    except (parsing.Broken, archives.DumpRefused) as error:
         found.refused.append((shown, "label-file", f"an image's record cannot be used: {error}"))
         return None
     path = next((place / safe for place in places if (place / safe).is_file()), None)
@@ -201,55 +204,55 @@ def render(
         images.Refused: "label-file", "bad-polygon", "bad-rle", "too-many-pixels"; names the annotation.
     """
     try:
-        height = documents.whole(picture.height, "the image's height")
-        width = documents.whole(picture.width, "the image's width")
-        images.check_pixels(width, height, max_pixels)
-    except documents.Broken as error:
-        raise images.Refused("label-file", str(error)) from error
-    pieces: list[tuple[int, tuple[slice, slice], shapes.Mask_HW, int]] = []
+        height = parsing.whole(picture.height, "the image's height")
+        width = parsing.whole(picture.width, "the image's width")
+        decode.check_pixels(width, height, max_pixels)
+    except parsing.Broken as error:
+        raise decode.Refused("label-file", str(error)) from error
+    pieces: list[tuple[int, tuple[slice, slice], rasterize.Mask_HW, int]] = []
     held = 0
     for name, annotation in annotations:
         where = f"annotation {_hashable(annotation, 'id')}"
         if name is None:
-            raise images.Refused("label-file", f"{where}: no category {annotation.get('category_id')!r:.40}")
+            raise decode.Refused("label-file", f"{where}: no category {annotation.get('category_id')!r:.40}")
         try:
             inside_HW = pixels(annotation.get("segmentation"), height, width)
-        except images.Refused as error:
-            raise images.Refused(error.code, f"{where}: {error}") from error
+        except decode.Refused as error:
+            raise decode.Refused(error.code, f"{where}: {error}") from error
         window = _window(inside_HW)
         held += inside_HW[window].size
         if held > MAX_HELD:
-            raise images.Refused("label-file", f"{where}: the image's annotations cover {held} pixels; merge some")
+            raise decode.Refused("label-file", f"{where}: the image's annotations cover {held} pixels; merge some")
         pieces.append((int(inside_HW.sum()), window, inside_HW[window].copy(), ids[name]))
     label_HW = np.full((height, width), empty, np.uint8)
     for _, window, inside_HW, number in sorted(pieces, key=lambda piece: -piece[0]):
         label_HW[window][inside_HW] = number
-    return masks.encode_png(label_HW)
+    return label_maps.encode_png(label_HW)
 
 
-def _window(inside_HW: shapes.Mask_HW) -> tuple[slice, slice]:
+def _window(inside_HW: rasterize.Mask_HW) -> tuple[slice, slice]:
     """The rows and columns that hold every pixel inside."""
     spans = [np.flatnonzero(inside_HW.any(axis=axis)) for axis in (1, 0)]
     rows, columns = (slice(int(s[0]), int(s[-1]) + 1) if s.size else slice(0, 0) for s in spans)
     return rows, columns
 
 
-def pixels(segmentation: Any, height: int, width: int) -> shapes.Mask_HW:
+def pixels(segmentation: Any, height: int, width: int) -> rasterize.Mask_HW:
     """COCO's segmentation -> H x W: polygons (their union), or run lengths, column by column, as text or list.
 
     Raises:
         images.Refused: "bad-polygon", "bad-rle" (wrong total, or another size than the image's), "label-file".
     """
     if isinstance(segmentation, dict):
-        inside_HW = masks.from_rle(segmentation, max_pixels=height * width)
+        inside_HW = label_maps.from_rle(segmentation, max_pixels=height * width)
         if inside_HW.shape != (height, width):
-            raise images.Refused(
+            raise decode.Refused(
                 "bad-rle", f"run lengths of {inside_HW.shape} for an image of {(height, width)} rows and columns"
             )
         return inside_HW
     if not isinstance(segmentation, list) or not segmentation:
-        raise images.Refused(
+        raise decode.Refused(
             "label-file", "no segmentation (a box alone is no mask); draw it, or delete the annotation"
         )
     flat = [segmentation] if isinstance(segmentation[0], int | float) else segmentation
-    return shapes.union([shapes.ring(points) for points in flat], height, width)
+    return rasterize.union([rasterize.ring(points) for points in flat], height, width)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import archives, images, masks
-from pipeline.formats import documents
-from pipeline.formats.source import SourceError
+from pipeline.formats.common import parsing
+from pipeline.formats.common.source import SourceError
+from pipeline.imaging import decode, label_maps
+from pipeline.storage import archives
 
 
 def find(root: Path, file: Path, annotation: Any) -> Path:
@@ -21,8 +22,8 @@ def find(root: Path, file: Path, annotation: Any) -> Path:
         SourceError: a file_name that leads out of the source, or a PNG that is nowhere.
     """
     try:
-        name = archives.safe_name(documents.field(annotation, "file_name", str), file)
-    except (documents.Broken, archives.DumpRefused) as error:
+        name = archives.safe_name(parsing.field(annotation, "file_name", str), file)
+    except (parsing.Broken, archives.DumpRefused) as error:
         raise SourceError(f"{file}: a panoptic annotation cannot be used: {error}") from error
     for place in (file.parent / file.stem, root / file.stem, file.parent, root):
         path = place / name
@@ -40,26 +41,26 @@ def render(path: Path, annotation: Any, numbers: Mapping[int, int], empty: int, 
         images.Refused: "panoptic-png" where it is not RGB, "label-file" for a segment or category that is not described,
             and the codes of a damaged image.
     """
-    kind, image = images.open_header(path.read_bytes(), max_pixels)
+    kind, image = decode.open_header(path.read_bytes(), max_pixels)
     if kind != "PNG" or image.mode != "RGB":
-        raise images.Refused("panoptic-png", f"{path.name} is {kind} {image.mode}, not an RGB PNG: its colours are ids")
+        raise decode.Refused("panoptic-png", f"{path.name} is {kind} {image.mode}, not an RGB PNG: its colours are ids")
     try:
         pixels_HWC = np.asarray(image, dtype=np.uint32)
     except Exception as error:  # a plugin may raise nearly anything on damaged bytes
-        raise images.Refused("corrupt", f"{path.name} cannot be decoded ({images.short(error)})") from error
+        raise decode.Refused("corrupt", f"{path.name} cannot be decoded ({decode.short(error)})") from error
     segment_HW = pixels_HWC[..., 0] + 256 * pixels_HWC[..., 1] + 65536 * pixels_HWC[..., 2]
     try:
         table = {0: empty}
-        for segment in documents.field(annotation, "segments_info", list):
-            number = documents.whole(segment.get("id"), "a segment's id")
-            category = documents.whole(segment.get("category_id"), "a segment's category_id")
+        for segment in parsing.field(annotation, "segments_info", list):
+            number = parsing.whole(segment.get("id"), "a segment's id")
+            category = parsing.whole(segment.get("category_id"), "a segment's category_id")
             if category not in numbers or number == 0 or number in table:
-                raise documents.Broken(f"segment {number}: no category {category}, or the segment is described twice")
+                raise parsing.Broken(f"segment {number}: no category {category}, or the segment is described twice")
             table[number] = numbers[category]
-    except (documents.Broken, AttributeError) as error:
-        raise images.Refused("label-file", f"{path.name}: {error}") from error
+    except (parsing.Broken, AttributeError) as error:
+        raise decode.Refused("label-file", f"{path.name}: {error}") from error
     found, inverse = np.unique(segment_HW, return_inverse=True)
     if alien := [int(number) for number in found if int(number) not in table]:
-        raise images.Refused("label-file", f"{path.name}: segment {alien[0]} is not in segments_info")
+        raise decode.Refused("label-file", f"{path.name}: segment {alien[0]} is not in segments_info")
     lookup = np.array([table[int(number)] for number in found], np.uint8)
-    return masks.encode_png(lookup[inverse.reshape(segment_HW.shape)])
+    return label_maps.encode_png(lookup[inverse.reshape(segment_HW.shape)])

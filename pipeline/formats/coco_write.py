@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import files, masks
-from pipeline.formats.task import Item
+from pipeline.formats.common.task import Item
+from pipeline.imaging import label_maps
+from pipeline.storage import atomic
 
 FILE = "annotations/instances_default.json"  # the name that Datumaro and CVAT look for
 
@@ -23,23 +24,23 @@ def write(folder: Path, items: Iterable[Item], classes: Sequence[dict[str, Any]]
     """Replace `folder` as a whole; returns how many images. Category ids are class ids + 1: 0 is no COCO category."""
     pictures: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
-    with files.replacing_folder(folder) as fresh:
+    with atomic.replacing_folder(folder) as fresh:
         for number, item in enumerate(items, 1):
-            files.write_bytes(fresh / "images" / item.name, item.image)
+            atomic.write_bytes(fresh / "images" / item.name, item.image)
             pictures.append({"id": number, "file_name": item.name, "height": item.height, "width": item.width})
             if item.label_HW is not None:
                 found += annotations(item.label_HW, number, len(found) + 1)
         categories = [{"id": c["id"] + 1, "name": c["name"], "supercategory": "", "color": c["color"]} for c in classes]
         whole = {"info": {}, "licenses": [], "images": pictures, "annotations": found, "categories": categories}
-        files.write_text(fresh / FILE, json.dumps(whole, ensure_ascii=False, separators=(",", ":")) + "\n")
+        atomic.write_text(fresh / FILE, json.dumps(whole, ensure_ascii=False, separators=(",", ":")) + "\n")
     return len(pictures)
 
 
 def annotations(label_HW: NDArray[np.uint8], image: int, first: int) -> list[dict[str, Any]]:
     """One image's annotations, numbered from `first`."""
     out: list[dict[str, Any]] = []
-    for value, rle in masks.class_rles(label_HW).items():
-        if value == masks.IGNORE:
+    for value, rle in label_maps.class_rles(label_HW).items():
+        if value == label_maps.IGNORE:
             continue
         rows, columns = np.nonzero(label_HW == value)
         box = [int(columns.min()), int(rows.min()), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]

@@ -21,13 +21,25 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import ParseError, iterparse
 from numpy.typing import NDArray
 
-from pipeline import archives, config, files, masks
-from pipeline.formats import tool_source
-from pipeline.formats.pictures import IGNORE, Patch, Picture, Shape, ellipse, ignore_name, polygon, rectangle, turned
-from pipeline.formats.regions import regions
-from pipeline.formats.source import Source, SourceError
-from pipeline.formats.task import Item
-from pipeline.images import Refused
+from pipeline import config
+from pipeline.formats.common import tool_source
+from pipeline.formats.common.annotations import (
+    IGNORE,
+    Patch,
+    Picture,
+    Shape,
+    ellipse,
+    ignore_name,
+    polygon,
+    rectangle,
+    turned,
+)
+from pipeline.formats.common.regions import regions
+from pipeline.formats.common.source import Source, SourceError
+from pipeline.formats.common.task import Item
+from pipeline.imaging import label_maps
+from pipeline.imaging.decode import Refused
+from pipeline.storage import archives, atomic
 
 NAME = "annotations.xml"
 MAX_BYTES = 1 << 29
@@ -189,7 +201,7 @@ def labels_json(classes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _names(classes: Sequence[dict[str, Any]]) -> list[tuple[str, Sequence[int]]]:
     ignore = ignore_name([c["name"] for c in classes])
-    return [*((c["name"], c["color"]) for c in classes), (ignore, masks.IGNORE_COLOUR)]
+    return [*((c["name"], c["color"]) for c in classes), (ignore, label_maps.IGNORE_COLOUR)]
 
 
 def write(path: Path, items: Iterable[Item], classes: Sequence[dict[str, Any]], title: str = "marginalia") -> int:
@@ -203,7 +215,7 @@ def write(path: Path, items: Iterable[Item], classes: Sequence[dict[str, Any]], 
         How many images. The file replaces `path` whole.
     """
     count, images_xml = 0, list[str]()
-    with files.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for count, item in enumerate(items, 1):
             archive.writestr(_entry(f"images/{item.name}", zipfile.ZIP_STORED), item.image)
             images_xml.append(image_xml(count - 1, item, classes))

@@ -24,10 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline import config, images, masks
-from pipeline.formats import classes as class_lists
-from pipeline.formats import lists
-from pipeline.formats.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline import config
+from pipeline.formats.common import class_list as class_lists
+from pipeline.formats.common import split_lists
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.imaging import decode, label_maps
 
 SUFFIXES = (".tif", ".tiff")
 
@@ -96,7 +97,7 @@ def _opened(rasterio: Any, path: Path) -> Any:
     try:
         return rasterio.open(path)
     except rasterio.errors.RasterioError as error:
-        raise SourceError(f"{path}: GDAL cannot open it ({images.short(error)})") from error
+        raise SourceError(f"{path}: GDAL cannot open it ({decode.short(error)})") from error
 
 
 @contextmanager
@@ -105,7 +106,7 @@ def _reading(rasterio: Any, path: Path) -> Iterator[None]:
     try:
         yield
     except rasterio.errors.RasterioError as error:
-        raise images.Refused("truncated", f"{path.name}: GDAL cannot read this tile ({images.short(error)})") from error
+        raise decode.Refused("truncated", f"{path.name}: GDAL cannot read this tile ({decode.short(error)})") from error
 
 
 def _same_place(image: Any, mask: Any) -> None:
@@ -129,7 +130,7 @@ def windows(rasterio: Any, height: int, width: int, tile: int) -> Iterator[tuple
 def _lists(root: Path, data: config.Data, groups: dict[str, str]) -> dict[str, list[str] | None]:
     """A list names tiles, or whole images and with them all their tiles."""
     parents = set(groups.values())
-    found = lists.read(root, data.lists, groups.keys() | parents, {f"images/{name}": name for name in parents})
+    found = split_lists.read(root, data.lists, groups.keys() | parents, {f"images/{name}": name for name in parents})
     tiles: dict[str, list[str]] = {name: [] for name in parents}
     for key in sorted(groups):
         tiles[groups[key]].append(key)
@@ -150,7 +151,7 @@ def picture(path: Path, window: Any) -> bytes:
     with _opened(rasterio, path) as source, _reading(rasterio, path):
         kinds = set(source.dtypes[: min(3, source.count)])
         if kinds not in ({"uint8"}, {"uint16"}):
-            raise images.Refused(
+            raise decode.Refused(
                 "unsupported-depth", f"{path.name}: samples of {', '.join(sorted(kinds))}; scale them to 8 or 16 bits"
             )
         bands_CHW = source.read([1, 2, 3] if source.count >= 3 else [1], window=window)
@@ -179,11 +180,11 @@ def label(path: Path, image: Path, window: Any) -> bytes:
     if kept.size and (
         not np.isfinite(kept).all() or (kept != np.floor(kept)).any() or kept.min() < 0 or kept.max() > 255
     ):
-        raise images.Refused(
+        raise decode.Refused(
             "mask-class-id",
             f"{path.name}: values {kept.min()} to {kept.max()} are no class ids; declare -1 or the like as nodata "
             "(gdal_edit.py -a_nodata), or save it as 8 bits with 255 for ignore",
         )
-    ids_HW = np.full(values_HW.shape, masks.IGNORE, np.uint8)
+    ids_HW = np.full(values_HW.shape, label_maps.IGNORE, np.uint8)
     ids_HW[~void_HW] = kept.astype(np.uint8)
-    return masks.encode_png(ids_HW)
+    return label_maps.encode_png(ids_HW)

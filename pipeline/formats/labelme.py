@@ -1,6 +1,6 @@
 """labelme: one JSON file per image, with polygons, rectangles, circles and masks.
 
-Points are on the upright picture: labelme applies EXIF before it shows a photo, as `pipeline.images` does. Shapes are
+Points are on the upright picture: labelme applies EXIF before it shows a photo, as `pipeline.imaging.decode` does. Shapes are
 painted in the file's order, later ones over earlier ones, as labelme's own export does. `__ignore__` is its word for 255.
 An image whose file has no shape, or that has no file, is unlabelled. Lines and points have no area: their image's mask is
 refused, because what they stand for would be missing from it.
@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import config, images, masks
-from pipeline.formats import classes as class_lists
-from pipeline.formats import documents, lists, shapes
-from pipeline.formats.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline import config
+from pipeline.formats.common import class_list as class_lists
+from pipeline.formats.common import parsing, rasterize, split_lists
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.imaging import decode, label_maps
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MAX_BYTES = 512 << 20  # of one file, with the image inside
@@ -40,7 +41,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         if path.suffix.lower() != ".json":
             continue
         try:
-            document = documents.read_json(path, max_bytes=MAX_BYTES)
+            document = parsing.read_json(path, max_bytes=MAX_BYTES)
         except SourceError as error:
             refused.append((f"masks/{inside(name_id(name))}.png", "label-file", str(error)))
             continue
@@ -61,14 +62,14 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     if not found:
         raise SourceError(f"{root}: no labelme file (JSON with `shapes`) below it; data.path must name their folder")
     classes, ids, notes = class_lists.named(root, data, sorted(set(labels) - {IGNORE}))
-    ids[IGNORE] = masks.IGNORE
+    ids[IGNORE] = label_maps.IGNORE
     start = class_lists.empty_id(data, ids)
     files += [(f"masks/{key}.png", partial(render, path, ids, start, max_pixels)) for key, path in labelled]
     keys = sorted({name_id(name.partition("/")[2]) for name, _ in files if name.startswith("images/")})
     return Source(
         files=files,
         classes=classes,
-        lists=lists.read(root, data.lists, set(keys), {f"images/{key}": key for key in keys}),
+        lists=split_lists.read(root, data.lists, set(keys), {f"images/{key}": key for key in keys}),
         groups=groups_by(data.group, keys),
         refused=refused,
         notes=[f"{found} labelme files, {len(labelled)} with shapes; pixels in no shape: {data.unannotated}", *notes],
@@ -101,9 +102,9 @@ def _picture(path: Path, document: Mapping[str, Any], pictures: Mapping[Path, st
 
 def _embedded(path: Path) -> bytes:
     """The picture inside a labelme file, upright as labelme stores it."""
-    text = documents.read_json(path, max_bytes=MAX_BYTES).get("imageData")
+    text = parsing.read_json(path, max_bytes=MAX_BYTES).get("imageData")
     if not isinstance(text, str):
-        raise images.Refused(
+        raise decode.Refused(
             "image-missing",
             f"{path.name}: its imagePath is not below data.path, and it holds no imageData; add the image",
         )
@@ -114,7 +115,7 @@ def _unpack(text: str, what: str) -> bytes:
     try:
         return base64.b64decode(text, validate=False)
     except (binascii.Error, ValueError) as error:
-        raise images.Refused("label-file", f"{what} is no base64 ({error}); save the labels again") from error
+        raise decode.Refused("label-file", f"{what} is no base64 ({error}); save the labels again") from error
 
 
 def render(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> bytes:
@@ -125,57 +126,57 @@ def render(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> b
             whole mask, since a half painted one is a wrong label.
     """
     try:
-        document = documents.read_json(path, max_bytes=MAX_BYTES)
-        height = documents.whole(document.get("imageHeight"), "imageHeight")
-        width = documents.whole(document.get("imageWidth"), "imageWidth")
-        images.check_pixels(width, height, max_pixels)
+        document = parsing.read_json(path, max_bytes=MAX_BYTES)
+        height = parsing.whole(document.get("imageHeight"), "imageHeight")
+        width = parsing.whole(document.get("imageWidth"), "imageWidth")
+        decode.check_pixels(width, height, max_pixels)
         label_HW = np.full((height, width), empty, np.uint8)
         for shape in _shapes(document):
-            name = documents.field(shape, "label", str)
+            name = parsing.field(shape, "label", str)
             if name not in ids:
-                raise documents.Broken(f"label {name!r:.40} came while the file was read; run pull again")
+                raise parsing.Broken(f"label {name!r:.40} came while the file was read; run pull again")
             label_HW[pixels(shape, height, width, max_pixels)] = ids[name]
-    except (documents.Broken, SourceError) as error:
-        raise images.Refused("label-file", f"{path.name}: {error}") from error
-    return masks.encode_png(label_HW)
+    except (parsing.Broken, SourceError) as error:
+        raise decode.Refused("label-file", f"{path.name}: {error}") from error
+    return label_maps.encode_png(label_HW)
 
 
-def pixels(shape: Mapping[str, Any], height: int, width: int, max_pixels: int) -> shapes.Mask_HW:
+def pixels(shape: Mapping[str, Any], height: int, width: int, max_pixels: int) -> rasterize.Mask_HW:
     """One labelme shape -> H x W. Raises images.Refused and documents.Broken as `render` says."""
     kind = shape.get("shape_type") or "polygon"
-    points = documents.field(shape, "points", list)
+    points = parsing.field(shape, "points", list)
     if kind in ("polygon", "oriented_rectangle"):
-        return shapes.fill([shapes.ring(points)], height, width)
+        return rasterize.fill([rasterize.ring(points)], height, width)
     if kind not in ("rectangle", "circle", "mask"):
-        raise images.Refused(
+        raise decode.Refused(
             "shape-without-area", f"a shape of kind {kind!r:.40} has no area; draw a polygon, or delete the shape"
         )
     if len(points) != 2 or not all(isinstance(point, list) and len(point) == 2 for point in points):
-        raise images.Refused("bad-shape", f"a {kind} has two points of x and y, this one has {len(points)}")
-    (x0, y0), (x1, y1) = [[documents.number(v, f"a {kind}'s coordinate") for v in point] for point in points]
-    if max(map(abs, (x0, y0, x1, y1))) > shapes.FAR:
-        raise images.Refused("bad-shape", f"a {kind} has a coordinate far outside the image")
+        raise decode.Refused("bad-shape", f"a {kind} has two points of x and y, this one has {len(points)}")
+    (x0, y0), (x1, y1) = [[parsing.number(v, f"a {kind}'s coordinate") for v in point] for point in points]
+    if max(map(abs, (x0, y0, x1, y1))) > rasterize.FAR:
+        raise decode.Refused("bad-shape", f"a {kind} has a coordinate far outside the image")
     if kind == "rectangle":
-        return shapes.box(x0, y0, x1, y1, height, width)
+        return rasterize.box(x0, y0, x1, y1, height, width)
     if kind == "circle":  # its centre and a point on its rim
-        return shapes.disc(x0, y0, math.hypot(x1 - x0, y1 - y0), height, width)
-    return _crop(documents.field(shape, "mask", str), (x0, y0, x1, y1), height, width, max_pixels)
+        return rasterize.disc(x0, y0, math.hypot(x1 - x0, y1 - y0), height, width)
+    return _crop(parsing.field(shape, "mask", str), (x0, y0, x1, y1), height, width, max_pixels)
 
 
 def _crop(
     text: str, corners: tuple[float, float, float, float], height: int, width: int, max_pixels: int
-) -> shapes.Mask_HW:
+) -> rasterize.Mask_HW:
     """A mask's PNG covers its box, both corners included (labelme's own shape_to_mask)."""
     left, top, right, bottom = (round(value) for value in corners)
-    crop_HW = masks.decode_mask(_unpack(text, "mask"), max_pixels=max_pixels) > 0
+    crop_HW = label_maps.decode_mask(_unpack(text, "mask"), max_pixels=max_pixels) > 0
     if crop_HW.shape != (bottom - top + 1, right - left + 1):
-        raise images.Refused(
+        raise decode.Refused(
             "bad-shape",
             f"a mask of {crop_HW.shape[1]} x {crop_HW.shape[0]} pixels for a box of {right - left + 1} x "
             f"{bottom - top + 1}; save the labels again",
         )
     if left < 0 or top < 0 or right >= width or bottom >= height:
-        raise images.Refused("bad-shape", "a mask's box reaches beyond the image; save the labels again")
+        raise decode.Refused("bad-shape", "a mask's box reaches beyond the image; save the labels again")
     out_HW = np.zeros((height, width), np.bool_)
     out_HW[top : bottom + 1, left : right + 1] = crop_HW
     return out_HW

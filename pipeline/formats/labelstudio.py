@@ -19,13 +19,25 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from pipeline import config, files, masks
-from pipeline.formats import brush, documents, tool_source
-from pipeline.formats.pictures import IGNORE, Patch, Picture, Shape, ellipse, ignore_name, polygon, rectangle, turned
-from pipeline.formats.regions import regions
-from pipeline.formats.source import Source, SourceError
-from pipeline.formats.task import Item
-from pipeline.images import Refused
+from pipeline import config
+from pipeline.formats.common import brush_rle, parsing, tool_source
+from pipeline.formats.common.annotations import (
+    IGNORE,
+    Patch,
+    Picture,
+    Shape,
+    ellipse,
+    ignore_name,
+    polygon,
+    rectangle,
+    turned,
+)
+from pipeline.formats.common.regions import regions
+from pipeline.formats.common.source import Source, SourceError
+from pipeline.formats.common.task import Item
+from pipeline.imaging import label_maps
+from pipeline.imaging.decode import Refused
+from pipeline.storage import atomic
 
 MAX_BYTES = 1 << 29
 ID = "marginalia_id"  # the task data's field that holds the image id
@@ -48,7 +60,7 @@ def load(path: Path) -> list[Picture]:
     Raises:
         SourceError: larger than 512 MB, not JSON, nested too deeply, not a list of tasks; names the file.
     """
-    tasks = documents.read_json(path, max_bytes=MAX_BYTES)
+    tasks = parsing.read_json(path, max_bytes=MAX_BYTES)
     if not isinstance(tasks, list) or not all(isinstance(t, dict) and isinstance(t.get("data"), dict) for t in tasks):
         raise SourceError(f"{path}: not a list of tasks with `data`; export as JSON, not as JSON-MIN or COCO")
     return [_picture(task) for task in tasks]
@@ -131,7 +143,7 @@ def _shape(result: Mapping[str, Any], number: int) -> Iterator[tuple[str, Any, i
 def _brush(value: Mapping[str, Any], height: int, width: int) -> Patch:
     if value.get("format", "rle") != "rle":
         raise Refused("bad-rle", f"a brush region in the format {value['format']!r}; only rle is known")
-    return Patch(0, 0, brush.decode(value["rle"], height, width))
+    return Patch(0, 0, brush_rle.decode(value["rle"], height, width))
 
 
 def _polygon(value: Mapping[str, Any], height: int, width: int) -> Patch:
@@ -157,7 +169,7 @@ _DRAW = (("rle", _brush), ("points", _polygon), ("radiusX", _ellipse), ("width",
 def config_xml(classes: Sequence[dict[str, Any]]) -> str:
     """The labeling interface for `write`'s tasks: a brush and a polygon tool with the classes in their colours."""
     ignore = ignore_name([c["name"] for c in classes])
-    named = [*((c["name"], c["color"]) for c in classes), (ignore, masks.IGNORE_COLOUR)]
+    named = [*((c["name"], c["color"]) for c in classes), (ignore, label_maps.IGNORE_COLOUR)]
     labels = "".join(
         f'    <Label value={quoteattr(name)} background="#{bytes(colour).hex()}"/>\n' for name, colour in named
     )
@@ -177,7 +189,7 @@ def write(path: Path, items: Iterable[Item], classes: Sequence[dict[str, Any]], 
         model: `model_version` of the predictions.
     """
     count = 0
-    with files.replacing(path) as file:
+    with atomic.replacing(path) as file:
         file.write(b"[")
         for count, item in enumerate(items, 1):
             text = json.dumps(task(item, classes, folder, model), ensure_ascii=False, separators=(",", ":"))
@@ -198,7 +210,7 @@ def task(item: Item, classes: Sequence[dict[str, Any]], folder: str, model: str 
             {
                 "id": f"{item.id[:6]}{len(results):04d}", "type": "brushlabels", "from_name": "brush", "to_name": "image",
                 "original_width": item.width, "original_height": item.height, "image_rotation": 0,
-                "value": {"format": "rle", "rle": brush.encode(mask_HW), "brushlabels": [label]},
+                "value": {"format": "rle", "rle": brush_rle.encode(mask_HW), "brushlabels": [label]},
             }
         )  # fmt: skip
     data = {"image": f"/data/local-files/?d={quote(f'{folder}/{item.name}')}", ID: item.id}

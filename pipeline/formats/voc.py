@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import config
-from pipeline.formats import classes as class_lists
-from pipeline.formats import encodings, lists
-from pipeline.formats.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.formats.common import class_list as class_lists
+from pipeline.formats.common import mask_encoding, split_lists
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk
 
 NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -38,18 +38,21 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     ids = {name_id(name) for name in image_files}
     masked = {name_id(name) for name in mask_files} & ids
     known = classes(root, data)
-    colours = encodings.colours_of(known, [], str(root / "labelmap.txt"))
+    colours = mask_encoding.colours_of(known, [], str(root / "labelmap.txt"))
     how, files = "ids", list[tuple[str, Path | Maker]]()
     if mask_files:
-        how = encodings.decide(list(mask_files.values()), len(known), colours, max_pixels, prefer="colours")
-    listed, notes = lists.read(root, data.lists, ids, {f"JPEGImages/{key}": key for key in ids}), [f"masks: {how}"]
+        how = mask_encoding.decide(list(mask_files.values()), len(known), colours, max_pixels, prefer="colours")
+    listed, notes = (
+        split_lists.read(root, data.lists, ids, {f"JPEGImages/{key}": key for key in ids}),
+        [f"masks: {how}"],
+    )
     left_out: set[str] = set()
-    if not lists.given(data.lists):
-        listed, left_out, said = lists.own(_sets(root, ids), masked)
+    if not split_lists.given(data.lists):
+        listed, left_out, said = split_lists.own(_sets(root, ids), masked)
         notes += said
     tally: Counter[str] = Counter()
     for name, path in mask_files.items():
-        maker = partial(encodings.render, path, colours, max_pixels, tally)
+        maker = partial(mask_encoding.render, path, colours, max_pixels, tally)
         files.append((f"masks/{name}", path) if how == "ids" else (f"masks/{name_id(name)}.png", maker))
     return Source(
         files=[(f"images/{n}", path) for n, path in image_files.items() if name_id(n) not in left_out] + files,
@@ -98,5 +101,5 @@ def _sets(root: Path, ids: set[str]) -> dict[str, list[str]]:
     for part in ("val", "test"):
         path = root / "ImageSets/Segmentation" / f"{part}.txt"
         if path.exists():
-            found[part] = lists.resolve(class_lists.read_lines(path, ""), path, ids, {})
+            found[part] = split_lists.resolve(class_lists.read_lines(path, ""), path, ids, {})
     return found

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import files, masks
-from pipeline.formats.classes import IGNORE
-from pipeline.formats.source import name_id
-from pipeline.formats.task import Item
+from pipeline.formats.common.class_list import IGNORE
+from pipeline.formats.common.source import name_id
+from pipeline.formats.common.task import Item
+from pipeline.imaging import label_maps
+from pipeline.storage import atomic
 
 SETS = {"labelled": "train", "unlabelled": "unlabelled", "val": "val", "test": "test"}  # split -> file
 
@@ -25,23 +26,27 @@ def write(
         splits: image id -> split; an image in none of `SETS` is in no set.
     """
     colours = [tuple(c["color"]) for c in classes]
-    if len({*colours, masks.IGNORE_COLOUR}) <= len(colours):  # readers that go by colour must tell the classes apart
-        colours = masks.palette(len(classes))
+    if len({*colours, label_maps.IGNORE_COLOUR}) <= len(
+        colours
+    ):  # readers that go by colour must tell the classes apart
+        colours = label_maps.palette(len(classes))
     sets: dict[str, list[str]] = {}
     count = 0
-    with files.replacing_folder(folder) as fresh:
+    with atomic.replacing_folder(folder) as fresh:
         for item in items:
             count += 1
             stem = name_id(item.name)
-            files.write_bytes(fresh / "JPEGImages" / item.name, item.image)
+            atomic.write_bytes(fresh / "JPEGImages" / item.name, item.image)
             if item.label_HW is not None:
-                files.write_bytes(fresh / "SegmentationClass" / f"{stem}.png", masks.encode_png(item.label_HW, colours))
+                atomic.write_bytes(
+                    fresh / "SegmentationClass" / f"{stem}.png", label_maps.encode_png(item.label_HW, colours)
+                )
             if part := SETS.get((splits or {}).get(item.id, "")):
                 sets.setdefault(part, []).append(stem)
         for part, names in sets.items():
-            files.write_text(fresh / "ImageSets/Segmentation" / f"{part}.txt", "".join(f"{n}\n" for n in names))
+            atomic.write_text(fresh / "ImageSets/Segmentation" / f"{part}.txt", "".join(f"{n}\n" for n in names))
         lines = [f"{c['name']}:{','.join(map(str, v))}::\n" for c, v in zip(classes, colours, strict=True)]
         if IGNORE not in {c["name"] for c in classes}:  # Datumaro refuses colours that the map does not name
-            lines.append(f"{IGNORE}:{','.join(map(str, masks.IGNORE_COLOUR))}::\n")
-        files.write_text(fresh / "labelmap.txt", "# label:color_rgb:parts:actions\n" + "".join(lines))
+            lines.append(f"{IGNORE}:{','.join(map(str, label_maps.IGNORE_COLOUR))}::\n")
+        atomic.write_text(fresh / "labelmap.txt", "# label:color_rgb:parts:actions\n" + "".join(lines))
     return count

@@ -14,8 +14,8 @@ import yaml
 from tiny_project import CLASSES, scene
 from tiny_source import encode, put
 
-from export import bundle
-from export.runtime import Runtime
+from export.bundle import bundle
+from export.runtime.runtime import Runtime
 from pipeline.config import Params
 
 pytestmark = pytest.mark.timeout(900)  # a whole pipeline in a fixture: minutes where two cores are shared
@@ -134,7 +134,8 @@ def test_one_command_leads_from_a_folder_to_a_gated_bundle(project: Project, fir
 
 def test_the_champion_answers_as_the_scores_say(project: Project, first: str) -> None:
     """The bundle alone, on the test images as files: its mIoU is the reported one."""
-    from pipeline import images, masks, scores
+    from pipeline.champions import metrics as scores
+    from pipeline.imaging import decode, label_maps
     from training import metrics
 
     opened = bundle.open_bundle(project.root / project.json("champions/champion.json")["bundle"])
@@ -144,8 +145,8 @@ def test_the_champion_answers_as_the_scores_say(project: Project, first: str) ->
         runtime = Runtime(opened, provider=option.provider, precision=option.precision)
         total = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
         for n in range(8):
-            image = images.decode((project.source / f"images/t/{n:02d}.png").read_bytes(), max_pixels=10**6)
-            truth = masks.decode_mask((project.source / f"masks/t/{n:02d}.png").read_bytes(), max_pixels=10**6)
+            image = decode.decode((project.source / f"images/t/{n:02d}.png").read_bytes(), max_pixels=10**6)
+            truth = label_maps.decode_mask((project.source / f"masks/t/{n:02d}.png").read_bytes(), max_pixels=10**6)
             total += metrics.confusion(truth, runtime.segment(image).label_HW, len(CLASSES), 255)
         assert scores.miou(total) >= reported - bars.bars(option.precision).miou_drop - 1e-6, option
 

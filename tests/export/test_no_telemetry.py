@@ -11,7 +11,7 @@ from tests.live_server import ROOT
 
 PROGRAM = """
 import numpy as np
-from export import sessions
+from export.runtime import sessions
 from tests import tiny_onnx
 session = sessions.ort.InferenceSession(tiny_onnx.model(), providers=["CPUExecutionProvider"])
 session.run(None, {"image": np.zeros((1, 4, 4, 3), np.uint8)})

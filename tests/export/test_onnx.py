@@ -11,9 +11,10 @@ import pytest
 import tiny_project
 import torch
 
-from export import bundle, tensorrt
 from export import onnx as exporter
-from pipeline import files
+from export.bundle import bundle
+from export.tensorrt import builder
+from pipeline.storage import atomic
 
 STRIDE = tiny_project.INPUT.stride
 
@@ -96,13 +97,13 @@ def test_another_opset_or_signature_is_refused(data: bytes) -> None:
 def test_stage_makes_a_valid_bundle_and_report() -> None:
     root = tiny_project.exported()
     opened = bundle.open_bundle(root / "models/exported")
-    scores, said = files.read_json(root / "reports/scores.json"), files.read_json(root / "reports/export.json")
+    scores, said = atomic.read_json(root / "reports/scores.json"), atomic.read_json(root / "reports/export.json")
     assert [c.name for c in opened.manifest.classes] == tiny_project.NAMES
     assert opened.manifest.metrics["miou"] == scores["miou"]
     assert opened.manifest.test_hash == scores["test_hash"]
     assert (opened.manifest.input.long_side, opened.manifest.input.stride) == (96, 32)
     assert said["draft"] == opened.manifest.id
-    assert said["weights"] == files.sha256(root / "models/student/student.safetensors")
+    assert said["weights"] == atomic.sha256(root / "models/student/student.safetensors")
     inside = {p.key: p.value for p in onnx.load_from_string(opened.read_model()).metadata_props}
     assert json.loads(inside["classes"]) == tiny_project.NAMES
     assert json.loads(inside["palette"])[3] == [240, 220, 40]
@@ -115,15 +116,15 @@ def test_scores_of_other_weights_are_refused_before_tracing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_project.write(tmp_path)
-    scores = files.read_json(tiny_project.exported() / "reports/scores.json")
-    files.write_json(Path("reports/scores.json"), scores | {"weights": "0" * 64})
+    scores = atomic.read_json(tiny_project.exported() / "reports/scores.json")
+    atomic.write_json(Path("reports/scores.json"), scores | {"weights": "0" * 64})
     assert exporter.main() == 1
     assert "run the evaluate stage again" in capsys.readouterr().err
     assert not Path("models/exported").exists()
 
 
 def test_tensorrt_report_says_what_was_looked_for() -> None:
-    said = tensorrt.look().as_dict()
+    said = builder.look().as_dict()
     assert set(said["looked_for"]) == {
         "CUDA driver libcuda.so.1", "nvidia-smi -L", "device files /dev/nvidia0..",
         "Python module tensorrt", "Python module tensorrt_rtx",

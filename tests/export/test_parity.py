@@ -10,8 +10,10 @@ import pytest
 import tiny_project
 from onnx import numpy_helper
 
-from export import agreement, bundle, parity
-from pipeline import config, files, manifest
+from export import parity, parity_metrics
+from export.bundle import bundle
+from pipeline import config
+from pipeline.storage import atomic, manifest
 
 NAMES = tiny_project.NAMES
 
@@ -47,7 +49,7 @@ def head_bias() -> tuple[str, np.ndarray]:
 
 def test_the_exported_network_passes_its_bars(project: Path) -> None:
     assert parity.main() == 0
-    said = files.read_json(Path("reports/parity.json"))
+    said = atomic.read_json(Path("reports/parity.json"))
     assert said["passed"]
     assert said["failures"] == []
     for place in ("grid", "original"):
@@ -56,12 +58,12 @@ def test_the_exported_network_passes_its_bars(project: Path) -> None:
         assert all(v is None or v >= 0.99 for v in said[place]["per_class"].values())
     assert said["images"] == 11
     assert abs(said["miou_drop"]) < 0.1
-    scores = files.read_json(Path("reports/scores.json"))
+    scores = atomic.read_json(Path("reports/scores.json"))
     assert said["miou_torch"] == pytest.approx(scores["miou"], abs=0.05)  # the same images, the same rule
     assert said["largest_confidence_gap"] <= 1
     assert said["serving_path_agreement"] >= 0.999
     assert said["bundle"] == bundle.open_bundle(Path("bundle")).manifest.id
-    assert said["weights"] == files.sha256(Path("models/student/student.safetensors"))
+    assert said["weights"] == atomic.sha256(Path("models/student/student.safetensors"))
     rows = [r for r in manifest.read(Path("data/split/manifest.parquet")) if r.split == "test"]
     assert said["original"]["pixels"] == sum(r.height * r.width for r in rows)
 
@@ -71,7 +73,7 @@ def test_a_shifted_bias_fails_with_names_and_numbers(project: Path, capsys: pyte
     bias[1] += 0.5
     rebundle({name: bias})
     assert parity.main() == 1
-    said = files.read_json(Path("reports/parity.json"))  # written although it failed
+    said = atomic.read_json(Path("reports/parity.json"))  # written although it failed
     assert not said["passed"]
     told = " ".join(capsys.readouterr().err.split())
     assert "agreement" in told
@@ -84,7 +86,7 @@ def test_another_input_policy_in_the_bundle_is_seen(project: Path, capsys: pytes
     rebundle(long_side=48)
     assert parity.main() == 1
     assert "input policy" in capsys.readouterr().err
-    assert files.read_json(Path("reports/parity.json"))["grid"]["agreement"] >= 0.999
+    assert atomic.read_json(Path("reports/parity.json"))["grid"]["agreement"] >= 0.999
 
 
 def test_a_damaged_bundle_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,32 +96,34 @@ def test_a_damaged_bundle_is_named(project: Path, capsys: pytest.CaptureFixture[
     assert "model.onnx" in capsys.readouterr().err
 
 
-def measured(pairs: np.ndarray) -> agreement.Measured:
-    same = agreement.Agreement(pairs)
-    return agreement.Measured(same, same, pairs, pairs, 0, int(pairs.sum() - np.trace(pairs)), 0, 1.0, 1)
+def measured(pairs: np.ndarray) -> parity_metrics.Measured:
+    same = parity_metrics.Agreement(pairs)
+    return parity_metrics.Measured(same, same, pairs, pairs, 0, int(pairs.sum() - np.trace(pairs)), 0, 1.0, 1)
 
 
 def test_bars_are_inclusive_and_each_is_checked() -> None:
     bars = config.Parity(agreement=0.99, class_agreement=0.9, miou_drop=0.5)
     exact = np.array([[90, 10, 0], [0, 899, 1], [0, 0, 100]])
     assert (
-        agreement.judge(measured(np.diag([5, 5, 0])), NAMES[:3], bars) == []
+        parity_metrics.judge(measured(np.diag([5, 5, 0])), NAMES[:3], bars) == []
     )  # a class torch never answers is not judged
-    assert agreement.judge(measured(exact), NAMES[:3], bars) == []  # 0.99 overall and 0.9 for the first class: just met
+    assert (
+        parity_metrics.judge(measured(exact), NAMES[:3], bars) == []
+    )  # 0.99 overall and 0.9 for the first class: just met
     one_less = exact.copy()
     one_less[0] = [89, 11, 0]
-    told = "\n".join(agreement.judge(measured(one_less), NAMES[:3], bars))
+    told = "\n".join(parity_metrics.judge(measured(one_less), NAMES[:3], bars))
     assert "'sky' agrees on 0.890000" in told
     assert "agreement 0.989091 is below" in told
     worse = replace(
         measured(exact), torch_KK=np.diag([100, 100, 0]), runtime_KK=np.array([[98, 2, 0], [0, 100, 0], [0, 0, 0]])
     )
-    assert [f for f in agreement.judge(worse, NAMES[:3], bars) if "mIoU falls by" in f]
-    told = agreement.judge(worse, NAMES[:3], replace_bars(bars, class_drop=1.9, miou_drop=100))
+    assert [f for f in parity_metrics.judge(worse, NAMES[:3], bars) if "mIoU falls by" in f]
+    told = parity_metrics.judge(worse, NAMES[:3], replace_bars(bars, class_drop=1.9, miou_drop=100))
     assert [f for f in told if "'sky' loses 2.00 points of IoU, more than parity.class_drop 1.9" in f], told
-    assert not [f for f in agreement.judge(worse, NAMES[:3], replace_bars(bars, class_drop=2.1)) if "loses" in f]
+    assert not [f for f in parity_metrics.judge(worse, NAMES[:3], replace_bars(bars, class_drop=2.1)) if "loses" in f]
     skewed = replace(measured(exact), served=0.98)
-    assert [f for f in agreement.judge(skewed, NAMES[:3], bars) if "input policy" in f]
+    assert [f for f in parity_metrics.judge(skewed, NAMES[:3], bars) if "input policy" in f]
 
 
 def replace_bars(bars: config.Parity, **changes: float) -> config.Parity:

@@ -196,18 +196,19 @@ def test_agreement_is_that_of_the_two_graphs_labels() -> None:
 
 def test_export_calibrates_on_training_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from export import onnx as exporter
-    from pipeline import config, manifest
-    from training import infer
+    from pipeline import config
+    from pipeline.storage import manifest
+    from training import inference
 
     monkeypatch.chdir(tiny_project.exported())
     read: list[str] = []
-    real = infer.read
+    real = inference.read
 
-    def watch(row: manifest.Row, *args: object, **options: object) -> infer.Sample:
+    def watch(row: manifest.Row, *args: object, **options: object) -> inference.Sample:
         read.append(row.split)
         return real(row, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(infer, "read", watch)
+    monkeypatch.setattr(inference, "read", watch)
     params = config.load()
     params = params.model_copy(update={"export": config.Export(calibration_images=5)})
     images = exporter.calibration(params, tiny_project.INPUT)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import tiny_source
 
-from pipeline import config, dumps, files, manifest, registry, shards
+from pipeline import config
+from pipeline.ingest import add_dump, dump_registry
+from pipeline.storage import atomic, manifest, shards
 
 PARAMS = config.Params()
 
@@ -50,7 +52,7 @@ def after(step: int, then: Callable[[], None], delivery: Path, root: Path) -> in
     code = 3
     try:
         os.fsync, Path.replace = fsync, replace  # type: ignore[assignment,method-assign]
-        dumps.add(delivery, root=root, params=PARAMS)
+        add_dump.add(delivery, root=root, params=PARAMS)
         code = 0 if left > 0 else 4  # 0: there were fewer steps than that
     except OSError as error:
         code = 5 if error.errno == errno.ENOSPC else 6
@@ -62,7 +64,7 @@ def whole(root: Path, before: bytes) -> bool:
     """True when the dump is registered, and then complete; False when the registry is untouched."""
     if (root / "dumps.yaml").read_bytes() == before:
         return False
-    entry = registry.read(root / "dumps.yaml").dumps["d"]
+    entry = dump_registry.read(root / "dumps.yaml").dumps["d"]
     assert manifest.content_hash(root / entry.archive) == entry.sha256
     return True
 
@@ -75,7 +77,7 @@ def test_f05_killed_at_every_step(tmp_path: Path, delivery: Path) -> None:
         before = (root / "dumps.yaml").read_bytes()
         status = after(step, lambda: os.kill(os.getpid(), signal.SIGKILL), delivery, root)
         outcomes.append(whole(root, before))
-        again = dumps.add(delivery, root=root, params=PARAMS)  # the lock went with the process
+        again = add_dump.add(delivery, root=root, params=PARAMS)  # the lock went with the process
         assert (again.name if again.same_as is None else again.same_as) == "d"
         assert whole(root, before)
         if status == 0:
@@ -110,7 +112,7 @@ def fill(place: Path) -> None:
 def test_f05_the_disk_fills_at_every_step(
     small_disk: Path, delivery: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(dumps, "RESERVE", 0)
+    monkeypatch.setattr(add_dump, "RESERVE", 0)
     codes = []
     for step in range(1, 30):
         root = small_disk / f"project{step}"
@@ -122,7 +124,7 @@ def test_f05_the_disk_fills_at_every_step(
         assert done or codes[-1] == 5  # who is told of success has the dump
         (small_disk / "ballast").unlink(missing_ok=True)
         assert not list((root / "data/dumps").glob(".adding-*"))
-        dumps.add(delivery, root=root, params=PARAMS)
+        add_dump.add(delivery, root=root, params=PARAMS)
         assert whole(root, before)
         if codes[-1] == 0:
             break
@@ -136,6 +138,6 @@ def test_f05_a_dump_larger_than_the_disk_is_refused_before_it_fills(small_disk: 
     before = (root / "dumps.yaml").read_bytes()
     shards.write_tar(tmp_path / "big.tar", [("a.png", tiny_source.encode(tiny_source.picture(1)) + bytes(3 << 20))])
     with pytest.raises(ValueError, match="what the disk has room for"):
-        dumps.add(tmp_path / "big.tar", root=root, params=PARAMS)
+        add_dump.add(tmp_path / "big.tar", root=root, params=PARAMS)
     assert (root / "dumps.yaml").read_bytes() == before
-    files.write_text(root / "note", "there is room left")
+    atomic.write_text(root / "note", "there is room left")

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import tiny_source
 
-from pipeline import config, dumps, files, index, registry, shards
+from pipeline import config
+from pipeline.ingest import add_dump, deduplicate, dump_registry
+from pipeline.storage import atomic, shards
 
 COPIES = {"WEBP": {"quality": 90}, "JPEG": {"quality": 92}}
 
@@ -23,14 +25,14 @@ def near_copies(seeds: list[int]) -> dict[str, bytes]:
 
 def deliver(root: Path, name: str, pictures: dict[str, bytes]) -> None:
     shards.write_tar(root.parent / f"{name}.tar", pictures.items())
-    dumps.add(root.parent / f"{name}.tar", root=root, params=config.Params())
+    add_dump.add(root.parent / f"{name}.tar", root=root, params=config.Params())
 
 
 def settings(root: Path, *arguments: Any, **sections: Any) -> None:
     """Another params.yaml over the same registry."""
-    known = registry.read(root / registry.FILE)
+    known = dump_registry.read(root / dump_registry.FILE)
     tiny_source.write_project(root, *arguments, **sections)
-    registry.write(known, root / registry.FILE)
+    dump_registry.write(known, root / dump_registry.FILE)
 
 
 @pytest.mark.parametrize("cap", [1, 5])
@@ -85,8 +87,8 @@ def test_f07_the_manifest_does_not_depend_on_when_dumps_were_indexed(tmp_path: P
     for n in range(3):
         deliver(root, f"week{n}", near_copies([50, 51, 60 + n]))
         assert tiny_source.run(root, dumps=("base", *(f"week{i}" for i in range(n + 1)))) == 0
-    weekly = files.sha256(root / index.MANIFEST), files.sha256(root / index.QUARANTINE)
-    (root / index.MANIFEST).unlink()
+    weekly = atomic.sha256(root / deduplicate.MANIFEST), atomic.sha256(root / deduplicate.QUARANTINE)
+    (root / deduplicate.MANIFEST).unlink()
     with chdir(root):
-        assert index.main([]) == 0
-    assert (files.sha256(root / index.MANIFEST), files.sha256(root / index.QUARANTINE)) == weekly
+        assert deduplicate.main([]) == 0
+    assert (atomic.sha256(root / deduplicate.MANIFEST), atomic.sha256(root / deduplicate.QUARANTINE)) == weekly

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import tiny_source
 
-from pipeline import config, dumps, manifest, shards
+from pipeline import config
+from pipeline.ingest import add_dump
+from pipeline.storage import manifest, shards
 
 PNG = tiny_source.encode(tiny_source.picture(77))
 JPEG = tiny_source.encode(tiny_source.picture(78), "JPEG")
@@ -56,7 +58,7 @@ def test_f09_bad_images_are_quarantined_and_the_good_go_on(tmp_path: Path, form:
     tiny_source.write_project(root, source)
     names = ("base",)
     if form == "dump":
-        dumps.add(folder, name="d", root=root, params=config.Params())
+        add_dump.add(folder, name="d", root=root, params=config.Params())
         names = ("base", "d")
     assert tiny_source.run(root, dumps=names) == 0
     found = tiny_source.quarantine(root)
@@ -77,7 +79,7 @@ def test_f10_a_small_file_that_is_a_gigabyte(tmp_path: Path) -> None:
     source |= {"lists": {}, "groups": None}
     (tmp_path / "data/pulled/source.json").write_text(json.dumps(source))
     code = (
-        "import resource; from pipeline import ingest\n"
+        "import resource; from pipeline.ingest import check as ingest\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "before = peak(); code = ingest.main(['base']); print('grew', peak() - before, 'exit', code)"
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import images
+from pipeline.imaging import decode
 from tests.pictures import TURNS, exif, png, save
 
 RNG = np.random.default_rng(7)
@@ -21,7 +21,8 @@ def test_f10_a_bomb_is_refused_by_its_header_with_flat_memory() -> None:
     bomb = png(19_000, 19_000, 1, 0, bytes(2375 * 19_000))
     assert len(bomb) < 60_000
     program = (
-        "import resource, sys\nfrom pipeline import images, masks\n"
+        "import resource, sys\nfrom pipeline.imaging import decode as images\n"
+        "from pipeline.imaging import label_maps as masks\n"
         "data = sys.stdin.buffer.read()\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak()\n"
@@ -40,8 +41,8 @@ def test_f10_a_bomb_is_refused_by_its_header_with_flat_memory() -> None:
 
 
 def code(data: bytes, **limits: float) -> str:
-    with pytest.raises(images.Refused) as caught:
-        images.decode(data, **({"max_pixels": LIMIT} | limits))
+    with pytest.raises(decode.Refused) as caught:
+        decode.decode(data, **({"max_pixels": LIMIT} | limits))
     assert len(str(caught.value)) > 20
     return caught.value.code
 
@@ -55,41 +56,41 @@ def test_f11_orientation_is_applied(kind: str, orientation: int, order: str) -> 
     data = save(Image.fromarray(PICTURE), kind, **turned, **options)
     stored = Image.open(io.BytesIO(save(Image.fromarray(PICTURE), kind, **options))).convert("RGB")
     upright = np.asarray(stored if orientation == 1 else stored.transpose(TURNS[orientation]))
-    np.testing.assert_array_equal(images.decode(data, max_pixels=LIMIT), upright)
+    np.testing.assert_array_equal(decode.decode(data, max_pixels=LIMIT), upright)
     height, width = upright.shape[:2]
-    assert images.probe(data) == (kind, width, height)
+    assert decode.probe(data) == (kind, width, height)
 
 
 def test_f11_orientation_six_turns_clockwise() -> None:
     """A camera held upright: the stored left column's bottom is the picture's top left."""
     stored = np.arange(6, dtype=np.uint8).reshape(2, 3)[:, :, None].repeat(3, 2)
-    assert images.orient(stored, 6)[:, :, 0].tolist() == [[3, 0], [4, 1], [5, 2]]
-    assert images.orient(stored, 8)[:, :, 0].tolist() == [[2, 5], [1, 4], [0, 3]]
+    assert decode.orient(stored, 6)[:, :, 0].tolist() == [[3, 0], [4, 1], [5, 2]]
+    assert decode.orient(stored, 8)[:, :, 0].tolist() == [[2, 5], [1, 4], [0, 3]]
 
 
 def test_f11_sixteen_bit_takes_the_high_byte_in_grey_and_colour() -> None:
     values = np.array([[0, 255, 256, 511], [32767, 32768, 65279, 65535]], np.uint16)
     want = np.array([[0, 0, 1, 1], [127, 128, 254, 255]], np.uint8)
     grey = png(2, 4, 16, 0, values.astype(">u2").tobytes())
-    np.testing.assert_array_equal(images.decode(grey, max_pixels=LIMIT), want[:, :, None].repeat(3, 2))
+    np.testing.assert_array_equal(decode.decode(grey, max_pixels=LIMIT), want[:, :, None].repeat(3, 2))
     colour = png(2, 4, 16, 2, values[:, :, None].repeat(3, 2).astype(">u2").tobytes())
-    np.testing.assert_array_equal(images.decode(colour, max_pixels=LIMIT), want[:, :, None].repeat(3, 2))
+    np.testing.assert_array_equal(decode.decode(colour, max_pixels=LIMIT), want[:, :, None].repeat(3, 2))
     tiff = save(Image.fromarray(values), "TIFF")
-    np.testing.assert_array_equal(images.decode(tiff, max_pixels=LIMIT), want[:, :, None].repeat(3, 2))
+    np.testing.assert_array_equal(decode.decode(tiff, max_pixels=LIMIT), want[:, :, None].repeat(3, 2))
 
 
 def test_f11_grey_palette_and_bilevel() -> None:
     grey = PICTURE[:, :, 0]
     np.testing.assert_array_equal(
-        images.decode(save(Image.fromarray(grey), "PNG"), max_pixels=LIMIT), grey[:, :, None].repeat(3, 2)
+        decode.decode(save(Image.fromarray(grey), "PNG"), max_pixels=LIMIT), grey[:, :, None].repeat(3, 2)
     )
     indexed = Image.fromarray((grey % 3).astype(np.uint8), "P")
     indexed.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     colours = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]], np.uint8)
-    np.testing.assert_array_equal(images.decode(save(indexed, "PNG"), max_pixels=LIMIT), colours[grey % 3])
+    np.testing.assert_array_equal(decode.decode(save(indexed, "PNG"), max_pixels=LIMIT), colours[grey % 3])
     bilevel = Image.fromarray(grey > 128)
     want = np.where(grey > 128, 255, 0).astype(np.uint8)[:, :, None].repeat(3, 2)
-    np.testing.assert_array_equal(images.decode(save(bilevel, "PNG"), max_pixels=LIMIT), want)
+    np.testing.assert_array_equal(decode.decode(save(bilevel, "PNG"), max_pixels=LIMIT), want)
 
 
 def over_black(colour: int, alpha: int) -> int:
@@ -99,27 +100,27 @@ def over_black(colour: int, alpha: int) -> int:
 def test_f11_alpha_is_composited_on_black() -> None:
     rgba = RNG.integers(0, 256, (9, 5, 4), dtype=np.uint8)
     rgba[0, 0], rgba[0, 1] = (200, 100, 50, 0), (200, 100, 50, 255)
-    found = images.decode(save(Image.fromarray(rgba), "PNG"), max_pixels=LIMIT)
+    found = decode.decode(save(Image.fromarray(rgba), "PNG"), max_pixels=LIMIT)
     for y in range(9):
         for x in range(5):
             alpha = int(rgba[y, x, 3])
             assert found[y, x].tolist() == [over_black(int(c), alpha) for c in rgba[y, x, :3]]
     assert found[0, 0].tolist() == [0, 0, 0]
     assert found[0, 1].tolist() == [200, 100, 50]
-    la = images.decode(save(Image.fromarray(rgba[:, :, 2:].copy(), "LA"), "PNG"), max_pixels=LIMIT)
+    la = decode.decode(save(Image.fromarray(rgba[:, :, 2:].copy(), "LA"), "PNG"), max_pixels=LIMIT)
     assert la[2, 2].tolist() == [over_black(int(rgba[2, 2, 2]), int(rgba[2, 2, 3]))] * 3
     indexed = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     indexed.putpalette([255, 128, 0, 0, 128, 255])
-    half = images.decode(save(indexed, "PNG", transparency=b"\x80\xff"), max_pixels=LIMIT)
+    half = decode.decode(save(indexed, "PNG", transparency=b"\x80\xff"), max_pixels=LIMIT)
     assert half[0].tolist() == [[128, over_black(128, 128), 0], [0, 128, 255]]
 
 
 def test_f11_cmyk() -> None:
     inks = np.array([[[0, 255, 255, 0], [255, 0, 0, 0], [0, 0, 0, 255], [0, 0, 0, 0]]], np.uint8)
-    found = images.decode(save(Image.fromarray(inks, "CMYK"), "TIFF"), max_pixels=LIMIT)
+    found = decode.decode(save(Image.fromarray(inks, "CMYK"), "TIFF"), max_pixels=LIMIT)
     assert found[0].tolist() == [[255, 0, 0], [0, 255, 255], [0, 0, 0], [255, 255, 255]]
     flat = Image.fromarray(np.full((16, 16, 4), (0, 255, 255, 0), np.uint8), "CMYK")
-    red = images.decode(save(flat, "JPEG", quality=95), max_pixels=LIMIT)
+    red = decode.decode(save(flat, "JPEG", quality=95), max_pixels=LIMIT)
     assert np.abs(red.astype(int) - [255, 0, 0]).max() <= 3
 
 

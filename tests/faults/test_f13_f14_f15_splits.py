@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny_source
 
-from pipeline import manifest, split
+from pipeline.ingest import split
+from pipeline.storage import manifest
 
 
 def test_f13_missing_classes_are_warned_about_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

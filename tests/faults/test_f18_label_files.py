@@ -11,9 +11,10 @@ import pytest
 import tiny_labels
 import tiny_source
 
-from pipeline import images
-from pipeline.formats import coco, documents, labelme, shapes
-from pipeline.formats.source import SourceError
+from pipeline.formats import coco, labelme
+from pipeline.formats.common import parsing, rasterize
+from pipeline.formats.common.source import SourceError
+from pipeline.imaging import decode
 
 BOX = [0, 0, 30, 0, 30, 20, 0, 20]
 GOOD = {"category_id": 1, "segmentation": [BOX]}
@@ -69,8 +70,8 @@ def test_f18_a_zigzag_is_refused_before_it_fills_the_memory() -> None:
     """300 kB of text that cross 20,000 rows 30,000 times."""
     zigzag = np.array([(n % 64, 20_000 * (n % 2)) for n in range(30_000)], float)
     tracemalloc.start()
-    with pytest.raises(images.Refused, match="crosses rows 600000000 times"):
-        shapes.fill([zigzag], 20_000, 64)
+    with pytest.raises(decode.Refused, match="crosses rows 600000000 times"):
+        rasterize.fill([zigzag], 20_000, 64)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20
@@ -126,7 +127,7 @@ NESTED = {
 def test_f18_deep_nesting_is_a_named_error(tmp_path: Path, what: str) -> None:
     path = tiny_source.put(tmp_path, "annotations/labels.json", NESTED[what])
     with pytest.raises(SourceError, match=r"labels\.json: JSON nested deeper than 64 levels"):
-        documents.read_json(path)
+        parsing.read_json(path)
     tiny_source.put(tmp_path, "images/a.png", b"x")
     with pytest.raises(SourceError, match=r"labels\.json"):
         tiny_labels.read(coco.read, tmp_path, "coco")
@@ -134,13 +135,13 @@ def test_f18_deep_nesting_is_a_named_error(tmp_path: Path, what: str) -> None:
 
 def test_f18_what_is_no_deeper_is_read(tmp_path: Path) -> None:
     path = tiny_source.put(tmp_path, "x.json", b"[" * 64 + b"]" * 64)
-    assert documents.read_json(path)
+    assert parsing.read_json(path)
 
 
 def test_f18_a_file_over_its_cap_is_not_opened(tmp_path: Path) -> None:
     path = tiny_source.put(tmp_path, "x.json", b"[1, 2, 3]")
     with pytest.raises(SourceError, match=r"9 bytes of JSON, over the limit of 8"):
-        documents.read_json(path, max_bytes=8)
+        parsing.read_json(path, max_bytes=8)
 
 
 def test_f18_one_bad_labelme_file_costs_its_own_mask(tmp_path: Path) -> None:

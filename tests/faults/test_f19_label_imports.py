@@ -16,9 +16,15 @@ import tiny_source
 import yaml
 from PIL import Image
 
-from pipeline import config, files, index, label_import, label_next, labels, manifest, masks, pool, shards, split
-from pipeline.formats import brush, cvat
-from pipeline.formats.task import Item, task_name
+from pipeline import config
+from pipeline.formats import cvat
+from pipeline.formats.common import brush_rle
+from pipeline.formats.common.task import Item, task_name
+from pipeline.imaging import label_maps
+from pipeline.ingest import deduplicate, split
+from pipeline.labels import importer, label_next
+from pipeline.labels import registry as labels
+from pipeline.storage import atomic, manifest, predictions, shards
 
 CLASSES = [{"id": k, "name": n, "color": [50 * k, 9, 200]} for k, n in enumerate(tiny_source.CLASSES)]
 NEW = np.tile(np.array([0, 0, 1, 2], np.uint8), (48, 16))  # no band of any pre-label or mask looks like this
@@ -43,7 +49,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tiny_source.run(root, dumps=("base", "d")) == 0
     rows = [row for row in manifest.read(root / split.OUT) if row.split in ("labelled", "unlabelled")]
     shards.write_tar(
-        root / pool.PRELABELS, [(f"{r.id}.png", masks.encode_png(tiny_source.mask(n))) for n, r in enumerate(rows)]
+        root / predictions.PRELABELS,
+        [(f"{r.id}.png", label_maps.encode_png(tiny_source.mask(n))) for n, r in enumerate(rows)],
     )
     write_pool(root, rows)
     return root
@@ -54,8 +61,8 @@ def write_pool(root: Path, rows: list[manifest.Row]) -> None:
     arrays = {key: np.array([getattr(r, key) for r in rows]) for key in ("id", "name", "dump", "group", "split")}
     arrays |= dict.fromkeys(("confidence", "margin", "entropy"), ones) | {"embedding": np.arange(2.0 * n).reshape(n, 2)}
     arrays |= {"area": np.full((n, 3), 1 / 3), "doubt": np.arange(3.0 * n).reshape(n, 3)}
-    arrays["margins"] = np.full((n, pool.MARGIN_BINS), 1 / pool.MARGIN_BINS)
-    with files.replacing(root / pool.FILE) as file:
+    arrays["margins"] = np.full((n, predictions.MARGIN_BINS), 1 / predictions.MARGIN_BINS)
+    with atomic.replacing(root / predictions.FILE) as file:
         np.savez(file, classes=np.array(tiny_source.CLASSES), **arrays)
 
 
@@ -81,16 +88,16 @@ def zipped(path: Path, *given: tuple[str, np.ndarray], classes: list[dict[str, A
     return path
 
 
-def add(path: Path, **options: Any) -> label_import.Imported:
-    return label_import.add(path, params=config.load(), **options)
+def add(path: Path, **options: Any) -> importer.Imported:
+    return importer.add(path, params=config.load(), **options)
 
 
-def codes(result: label_import.Imported) -> dict[str, str]:
+def codes(result: importer.Imported) -> dict[str, str]:
     return {item.name.partition("-")[2] or item.name: item.code for item in result.refused}
 
 
 def rebuilt() -> dict[str, manifest.Row]:
-    assert index.main([]) == 0
+    assert deduplicate.main([]) == 0
     assert split.main([]) == 0
     return tiny_source.rows(Path())
 
@@ -110,12 +117,15 @@ def test_f19_out_to_cvat_corrected_back_and_into_training(root: Path, capsys: py
     name = found[0].partition('name="')[2].partition('"')[0]
     patch = '<polygon label="wall" points="10,4;30,4;30,14;10,14" z_order="1"></polygon></image>'
     Path("back.xml").write_text("<image ".join([head, found[0].replace("</image>", patch), *found[1:]]))
-    assert label_import.main(["back.xml", "--by", "anna"]) == 0
+    assert importer.main(["back.xml", "--by", "anna"]) == 0
     out = capsys.readouterr().out
     assert out.count("unchanged-pre-label: just as it was handed out") == 2  # nobody looked at the other two
     (mine,) = [r for r in tiny_source.rows(root).values() if name.startswith(r.id[:12])]
-    wanted = masks.decode_mask(
-        shards.read(pool.PRELABELS, *next(m for m in shards.members(pool.PRELABELS) if m.name == f"{mine.id}.png")[1:]),
+    wanted = label_maps.decode_mask(
+        shards.read(
+            predictions.PRELABELS,
+            *next(m for m in shards.members(predictions.PRELABELS) if m.name == f"{mine.id}.png")[1:],
+        ),
         max_pixels=10**6,
     )
     wanted[4:14, 10:30] = 1
@@ -130,7 +140,7 @@ def test_f19_out_to_cvat_corrected_back_and_into_training(root: Path, capsys: py
     about = json.loads(shards.read(Path(entry["archive"]), *shards.members(Path(entry["archive"]))[0][1:]))
     assert about["images"][mine.id]["image"] == key
     stood = snapshot()
-    assert label_import.main(["back.xml"]) == 0
+    assert importer.main(["back.xml"]) == 0
     assert "nothing new" in capsys.readouterr().out
     assert snapshot() == stood
 
@@ -139,9 +149,9 @@ def test_f19_a_pre_label_of_an_earlier_model_is_no_label(root: Path) -> None:
     """The task came back untouched after a retraining: nobody looked, though the pool has other pre-labels by now."""
     assert label_next.main() == 0
     shutil.copytree("reports/label_next", "task")
-    names = [member.name for member in shards.members(pool.PRELABELS)]
+    names = [member.name for member in shards.members(predictions.PRELABELS)]
     shards.write_tar(
-        pool.PRELABELS, [(name, masks.encode_png(tiny_source.mask(90 + n))) for n, name in enumerate(names)]
+        predictions.PRELABELS, [(name, label_maps.encode_png(tiny_source.mask(90 + n))) for n, name in enumerate(names)]
     )
     assert label_next.main() == 0
     result = add(Path("task"))
@@ -177,7 +187,7 @@ def test_f19_unknown_classes_are_named_with_the_nearest(root: Path) -> None:
 
 def test_f19_nothing_usable_is_an_error_that_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot()
-    assert label_import.main([str(zipped(Path("a.zip"), ("nobody.png", NEW)))]) == 1
+    assert importer.main([str(zipped(Path("a.zip"), ("nobody.png", NEW)))]) == 1
     assert "nobody.png: unknown-image" in capsys.readouterr().out
     Path("b.json").write_text("{")
     Path("c.txt").write_text("x")
@@ -185,7 +195,7 @@ def test_f19_nothing_usable_is_an_error_that_changes_nothing(root: Path, capsys:
     tiny_source.put(Path("e"), "names.json", b"[1]")
     tiny_source.put(Path("e"), "masks/x.png", b"")
     for name in ("b.json", "c.txt", "d.zip", "e", "absent.zip"):
-        assert label_import.main([name]) == 1
+        assert importer.main([name]) == 1
         assert name in capsys.readouterr().err
     assert snapshot() == before
 
@@ -254,7 +264,7 @@ def labelstudio_json(path: Path) -> None:
     value = [
         {
             "original_height": 48, "original_width": 64, "type": "brushlabels",
-            "value": {"format": "rle", "rle": brush.encode(k == NEW), "brushlabels": [name]},
+            "value": {"format": "rle", "rle": brush_rle.encode(k == NEW), "brushlabels": [name]},
         }
         for k, name in enumerate(tiny_source.CLASSES)
     ]  # fmt: skip
@@ -265,7 +275,7 @@ def labelstudio_json(path: Path) -> None:
 def coco_json(path: Path) -> None:
     label = {"id": 1, "file_name": "images/u/00.png", "height": 48, "width": 64}
     found = [
-        {"id": k, "image_id": 1, "category_id": 7 - k, "segmentation": masks.to_rle(k == NEW)}
+        {"id": k, "image_id": 1, "category_id": 7 - k, "segmentation": label_maps.to_rle(k == NEW)}
         for k in range(len(CLASSES))
     ]
     categories = [{"id": 7 - k, "name": name} for k, name in enumerate(tiny_source.CLASSES)]
@@ -292,7 +302,7 @@ def palette(label: np.ndarray) -> bytes:
     [
         labelstudio_json, coco_json, folder,
         lambda path: folder(path, palette),
-        lambda path: folder(path, lambda label: tiny_source.encode(masks.colourise(label, [c["color"] for c in CLASSES]))),
+        lambda path: folder(path, lambda label: tiny_source.encode(label_maps.colourise(label, [c["color"] for c in CLASSES]))),
         lambda path: folder(path, lambda label: tiny_source.encode(np.array([2, 1, 0], np.uint8)[label]), "floor\nwall\nsky"),
         lambda path: tiny_source.put(path, "u/00.png", tiny_source.encode(NEW)),
         lambda path: [tiny_source.put(path, "masks/x.png", tiny_source.encode(NEW)),
@@ -380,20 +390,20 @@ def test_index_stops_at_labels_that_are_not_the_registered_ones(root: Path, caps
     a, b, registry = Path("data/labels/a.tar"), Path("data/labels/b.tar"), labels.FILE.read_text()
     kept = a.read_bytes()
     a.write_bytes(b.read_bytes())
-    assert index.main([]) == 1
+    assert deduplicate.main([]) == 1
     assert "not the labels that labels.yaml registered as 'a'" in capsys.readouterr().err
     a.unlink()
-    assert index.main([]) == 1
+    assert deduplicate.main([]) == 1
     assert "dvc pull data/labels/a.tar.dvc" in capsys.readouterr().err
     a.write_bytes(kept)
     labels.FILE.write_text(registry.replace("tool: cvat", "toll: cvat"))
-    assert index.main([]) == 1
+    assert deduplicate.main([]) == 1
     assert "labels.yaml: labels.a.to" in capsys.readouterr().err
     labels.FILE.write_text(registry)
     source = json.loads(Path("data/pulled/source.json").read_text())
     source["classes"] = [source["classes"][k] for k in (1, 0, 2)]
     Path("data/pulled/source.json").write_text(json.dumps(source))
-    assert index.main([]) == 1
+    assert deduplicate.main([]) == 1
     assert "add new classes at the end" in capsys.readouterr().err
 
 

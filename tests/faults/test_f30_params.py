@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import tiny_source
 
-from pipeline import dumps, index, ingest, pull, split
+from pipeline.ingest import add_dump, check, deduplicate, pull, split
 
 STAGES: dict[str, Callable[[], int]] = {
     "pull": lambda: pull.main([]),
-    "ingest": lambda: ingest.main(["base"]),
-    "index": lambda: index.main([]),
+    "ingest": lambda: check.main(["base"]),
+    "index": lambda: deduplicate.main([]),
     "split": lambda: split.main([]),
-    "add-dump": lambda: dumps.main(["."]),
+    "add-dump": lambda: add_dump.main(["."]),
 }
 WRONG = {
     "ingest: {max_pixel: 5}": ("ingest.max_pixel", "'max_pixels'"),

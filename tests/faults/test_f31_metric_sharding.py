@@ -10,8 +10,10 @@ import pytest
 import tiny_project
 import torch
 
-from pipeline import config, manifest
-from training import evaluate, infer, metrics, models
+from pipeline import config
+from pipeline.storage import manifest
+from training import evaluate, inference, metrics
+from training.models import segmenter
 
 
 def part(root: str, rank: int, world: int, size: int) -> list[tuple[str, metrics.Tally]]:
@@ -20,9 +22,9 @@ def part(root: str, rank: int, world: int, size: int) -> list[tuple[str, metrics
 
     os.chdir(root)
     torch.set_num_threads(1)
-    model, _ = models.load(Path("models/student/student.safetensors"))
+    model, _ = segmenter.load(Path("models/student/student.safetensors"))
     rows = [r for r in manifest.read(Path("data/split/manifest.parquet")) if r.split == "test"]
-    batches = infer.shard(infer.plan_batches(rows, tiny_project.INPUT, size), rank, world)
+    batches = inference.shard(inference.plan_batches(rows, tiny_project.INPUT, size), rank, world)
     how = {"policy": tiny_project.INPUT, "classes": 4, "ignore": 255, "distance": 2, "max_pixels": 10**6}
     result = evaluate.score(model, batches, **how)
     return [(row.id, tally) for row, tally in zip(result.rows, result.tallies, strict=True)]
@@ -55,7 +57,7 @@ def test_f31_padding_is_never_counted(tmp_path: Path, monkeypatch: pytest.Monkey
     tiny_project.write_student(tmp_path, tiny_project.trained())
     monkeypatch.chdir(tmp_path)
     params: config.Params = tiny_project.write_params(tmp_path)
-    model, meta = models.load(Path("models/student/student.safetensors"))
+    model, meta = segmenter.load(Path("models/student/student.safetensors"))
     result = evaluate.score_split(model, meta, "test", params)
     for row, tally in zip(result.rows, result.tallies, strict=True):
         truth = manifest.open_mask(row, 10**6)

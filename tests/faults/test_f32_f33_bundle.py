@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import bundle
-from export.external_data import external_references
+from export.bundle import bundle
+from export.bundle.external_data import external_references
 from tests import tiny_onnx
 
 FILES = ("MODEL_CARD.md", "SHA256SUMS", "bundle.json", "model.onnx")

@@ -9,18 +9,20 @@ import pytest
 import tiny_project
 from onnx import numpy_helper
 
-from export import agreement, bundle, parity
-from pipeline import config, files
+from export import parity, parity_metrics
+from export.bundle import bundle
+from pipeline import config
+from pipeline.storage import atomic
 
 
 def test_f34_the_mean_passes_and_one_class_does_not() -> None:
     pairs = np.diag([100_000, 100_000, 100_000, 1000])
     pairs[3] = [30, 0, 0, 970]
-    same = agreement.Agreement(pairs)
-    measured = agreement.Measured(same, same, pairs, pairs, 30, 30, 0, 1.0, 1)
+    same = parity_metrics.Agreement(pairs)
+    measured = parity_metrics.Measured(same, same, pairs, pairs, 30, 30, 0, 1.0, 1)
     bars = config.Parity()
     assert same.overall >= bars.agreement
-    failures = agreement.judge(measured, tiny_project.NAMES, bars)
+    failures = parity_metrics.judge(measured, tiny_project.NAMES, bars)
     assert len(failures) == 2  # once on each grid
     assert all("'lamp' agrees on 0.970000" in f and "overall 0.99990" in f for f in failures)
 
@@ -45,7 +47,7 @@ def test_f34_through_the_stage_with_a_real_graph(
     params = Path("params.yaml")
     params.write_text(params.read_text() + "parity: {agreement: 0.9, class_agreement: 0.99, miou_drop: 100}\n")
     assert parity.main() == 1
-    said = files.read_json(Path("reports/parity.json"))
+    said = atomic.read_json(Path("reports/parity.json"))
     assert said["grid"]["agreement"] >= 0.9
     assert said["failures"]
     assert all("'lamp'" in failure for failure in said["failures"])

@@ -9,19 +9,21 @@ import pytest
 import tiny_project
 from onnx import numpy_helper
 
-from export import agreement, bundle, parity
-from export.schema import Option
-from pipeline import config, files
+from export import parity, parity_metrics
+from export.bundle import bundle
+from export.bundle.manifest import Option
+from pipeline import config
+from pipeline.storage import atomic
 
 INT8 = Option(runtime="onnxruntime", device="cpu", precision="int8", file="model.int8.onnx")
 
 
-def measured(wrong: int) -> agreement.Measured:
+def measured(wrong: int) -> parity_metrics.Measured:
     pairs = np.diag([50_000, 30_000, 15_000, 5000])
     pairs[3, 3], pairs[3, 0] = 5000 - wrong, wrong
-    same = agreement.Agreement(pairs)
+    same = parity_metrics.Agreement(pairs)
     truth = np.diag([50_000, 30_000, 15_000, 5000])
-    return agreement.Measured(same, same, truth, pairs, 0, wrong, 0, 1.0, 1, same)
+    return parity_metrics.Measured(same, same, truth, pairs, 0, wrong, 0, 1.0, 1, same)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_f35_through_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     loose = "{agreement: 0.9, class_agreement: 0.0, miou_drop: 10, class_drop: 50}"
     params.write_text(params.read_text() + f"parity: {{int8: {loose}}}\n")
     assert parity.main() == 0
-    made, said = bundle.open_bundle(Path("bundle")), files.read_json(Path("reports/parity.json"))
+    made, said = bundle.open_bundle(Path("bundle")), atomic.read_json(Path("reports/parity.json"))
     row = next(r for r in said["options"] if r["name"] == "onnxruntime cpu int8")
     assert ("model.int8.onnx" in made.models) == good
     assert (row["left_out"] is None) == good

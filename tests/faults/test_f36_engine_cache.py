@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from export import engine_cache
-from export.engine_cache import Cache, Key
-from export.tensorrt import Built, EngineError, Profile
+from export.tensorrt import cache as engine_cache
+from export.tensorrt.builder import Built, EngineError, Profile
+from export.tensorrt.cache import Cache, Key
 
 ROOT = Path(__file__).parents[2]
 PROFILE = Profile.of(long_side=64, stride=16)
@@ -162,7 +162,7 @@ def test_f36_a_full_or_read_only_disk_costs_only_time(
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(engine_cache.files, "replacing", full)
+    monkeypatch.setattr(engine_cache.atomic, "replacing", full)
     assert builder.obtain(tmp_path / "full") == (PAYLOAD, False)
     assert "No space left on device" in caplog.text
 
@@ -197,8 +197,8 @@ BUILD = """
 import sys, time
 from pathlib import Path
 from tests.faults.test_f36_engine_cache import KEY, PAYLOAD
-from export.engine_cache import Cache
-from export.tensorrt import Built
+from export.tensorrt.cache import Cache
+from export.tensorrt.builder import Built
 
 folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from export import runtime
-from serving import run
+from export.runtime import runtime
+from serving.bento import run
 from tests import tiny_onnx
 from tests.live_server import ROOT
 
@@ -62,7 +62,7 @@ def test_f37_the_service_started_by_hand_does_not_start(tmp_path: Path) -> None:
         "MARGINALIA_PROVIDER": "tensorrt",
         "BENTOML_HOME": str(tmp_path / "h"),
     }
-    command = [sys.executable, "-m", "bentoml", "serve", "serving.service:Marginalia", "--port", "0"]
+    command = [sys.executable, "-m", "bentoml", "serve", "serving.bento.service:Marginalia", "--port", "0"]
     done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "marginalia: " in done.stderr
@@ -78,7 +78,7 @@ def test_f37_two_onnxruntimes_are_refused(tmp_path: Path) -> None:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     made = tiny_onnx.write(tmp_path / "b")
     program = (
-        "import sys\nsys.path.append(sys.argv[1])\nfrom export import bundle, runtime\n"
+        "import sys\nsys.path.append(sys.argv[1])\nfrom export.bundle import bundle; from export.runtime import runtime\n"
         "try:\n    runtime.Runtime(bundle.open_bundle(sys.argv[2]), provider='cpu')\n"
         "except runtime.ProviderError as error:\n    print(error)\n"
     )

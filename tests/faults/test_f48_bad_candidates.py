@@ -10,9 +10,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from export.bundle import Bundle, open_bundle
-from export.runtime import Runtime
-from serving import observe, trial
+from export.bundle.bundle import Bundle, open_bundle
+from export.runtime.runtime import Runtime
+from serving.model import checks
+from serving.telemetry import metrics
 from tests import keeper, live_server, tiny_onnx
 from tests.live_server import Server, error, until
 from tests.pictures import save
@@ -203,24 +204,24 @@ def test_speed_is_compared_round_by_round_with_the_best_of_each() -> None:
 
     def look(old: Timed, new: Timed, factor: float) -> int:
         """Rounds that were left."""
-        trial.check_speed(new, old, np.zeros((1, 1, 3), np.uint8), factor, clock=lambda: now[0])  # type: ignore[arg-type]
+        checks.check_speed(new, old, np.zeros((1, 1, 3), np.uint8), factor, clock=lambda: now[0])  # type: ignore[arg-type]
         return len(new.times)
 
     assert look(Timed(0.1, 0.1), Timed(0.2, 9), 2.01) == 1
     assert look(Timed(0.1, 0.1, 0.1), Timed(0.5, 0.5, 0.2), 2.01) == 0  # a busy moment is no slow model
     assert look(Timed(0.0001), Timed(0.004), 1.0) == 0  # too fast to be called slow
-    with pytest.raises(trial.Refused, match=r"500\.0 ms .* 5\.0 times .* \(now 2\)") as caught:
+    with pytest.raises(checks.Refused, match=r"500\.0 ms .* 5\.0 times .* \(now 2\)") as caught:
         look(Timed(0.3, 0.1, 0.3, 0.3, 0.3), Timed(0.6, 0.6, 0.5, 0.6, 0.6), 2.0)
-    assert caught.value.cause in observe.CAUSES
+    assert caught.value.cause in metrics.CAUSES
 
 
 def test_the_probe_is_no_candidate_s_bad_luck(tmp_path: Path) -> None:
-    image_HWC = trial.probe(64)
+    image_HWC = checks.probe(64)
     assert (image_HWC.shape, image_HWC.dtype) == ((48, 64, 3), np.uint8)
     assert image_HWC.min() > 0
-    assert np.array_equal(image_HWC, trial.probe(64))
-    trial.judge(Runtime(tiny_onnx.write(tmp_path / "b"), provider="cpu", threads=1), None, allow_class_change=False)
-    assert trial.probe(1).shape == (1, 1, 3)
+    assert np.array_equal(image_HWC, checks.probe(64))
+    checks.judge(Runtime(tiny_onnx.write(tmp_path / "b"), provider="cpu", threads=1), None, allow_class_change=False)
+    assert checks.probe(1).shape == (1, 1, 3)
 
 
 def test_no_error_was_internal(server: Server) -> None:

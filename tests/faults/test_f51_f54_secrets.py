@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from export.schema import Precision, Provider
-from serving import observe
+from export.bundle.manifest import Precision, Provider
+from serving.telemetry import metrics
 from tests import live_server, tiny_onnx
 from tests.live_server import TOKEN, Server, error, until
 from tests.pictures import save
@@ -97,14 +97,14 @@ def test_f54_labels_come_from_fixed_sets(server: Server, http: httpx.Client) -> 
         http.post("/v1/segment", files={hostile.encode().hex(): ("a", PICTURE)}, headers={"Authorization": TOKEN})
         http.post("/v1/models/load", json={"bundle": hostile}, headers=GOOD | {"Content-Type": "application/json"})
     allowed = {
-        "answer": set(observe.ANSWERS),
+        "answer": set(metrics.ANSWERS),
         "status": {"2xx", "4xx", "5xx"},
-        "phase": set(observe.PHASES),
-        "reason": set(observe.REASONS),
+        "phase": set(metrics.PHASES),
+        "reason": set(metrics.REASONS),
         "class_name": {item["name"] for item in tiny_onnx.CLASSES},
-        "result": {*observe.SWAPS, *observe.SHADOWED},
-        "cause": set(observe.CAUSES),
-        "slot": set(observe.SLOTS),
+        "result": {*metrics.SWAPS, *metrics.SHADOWED},
+        "cause": set(metrics.CAUSES),
+        "slot": set(metrics.SLOTS),
         "bundle": {http.get("/v1/model", headers=GOOD).json()["bundle"]},
         "provider": set(get_args(Provider)),
         "precision": set(get_args(Precision)),

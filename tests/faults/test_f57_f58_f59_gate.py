@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from tiny_gate import WRONG, counts, scored, write_run
 
-from pipeline import config, files, gate, scores
+from pipeline import config
+from pipeline.champions import gate, metrics
+from pipeline.storage import atomic
 
 GATE = config.Gate(bootstrap=400, class_floor=5.0)
 
@@ -71,10 +73,10 @@ def test_f59_another_test_hash_is_refused_with_the_way_out(
     write_run(tmp_path, "two", counts((0.9, 0.9, 0.9)), test_hash="t2")
     assert gate.main() == 1
     assert "python -m training.evaluate --champion" in " ".join(capsys.readouterr().out.split())
-    said = files.read_json(Path("reports/gate.json"))
+    said = atomic.read_json(Path("reports/gate.json"))
     assert said["verdict"] == "refused"
     assert "another test set" in said["reason"]
-    assert files.read_json(Path("champions/champion.json"))["id"] == first
+    assert atomic.read_json(Path("champions/champion.json"))["id"] == first
 
 
 def test_f59_other_images_or_classes_under_the_same_hash_are_refused_too() -> None:
@@ -85,4 +87,4 @@ def test_f59_other_images_or_classes_under_the_same_hash_are_refused_too() -> No
     verdict = gate.judge(new, renamed, GATE)
     assert verdict.verdict == "refused"
     assert "class lists differ" in verdict.reason
-    assert scores.miou(new.confusion_NKK.sum(0)) == verdict.miou
+    assert metrics.miou(new.confusion_NKK.sum(0)) == verdict.miou

@@ -7,7 +7,8 @@ import pytest
 import tiny_project
 from PIL import Image
 
-from pipeline import drift, files
+from pipeline.drift import stage
+from pipeline.storage import atomic
 from training import predict
 
 DAY = [("labelled", "base", "a", 8), *(("unlabelled", "base", g, 8) for g in "bcd")]
@@ -21,8 +22,8 @@ def test_f61_night_dump_is_flagged_without_any_network(
     parts = [*DAY, ("unlabelled", "more", "m", 12), ("unlabelled", "dusk", "n", 10)]
     tiny_project.write_data(tmp_path, parts, dark=["dusk"])
     tiny_project.write_params(tmp_path, pool={"permutations": 199, "policy": policy})
-    assert drift.main(["--screen"]) == code
-    said = files.read_json(Path("reports/screen.json"))  # written in both cases
+    assert stage.main(["--screen"]) == code
+    said = atomic.read_json(Path("reports/screen.json"))  # written in both cases
     assert said["drifted"] == ["dusk"]  # and the other new dump, which is like the rest, is not
     assert said["held"] == (["dusk"] if policy == "hold" else [])
     assert said["dumps"]["dusk"]["p"] < 0.01
@@ -40,11 +41,11 @@ def test_f61_night_dump_is_flagged_without_any_network(
         assert min(picture.size) > 300
     if policy == "warn":
         tiny_project.write_params(tmp_path, pool={"permutations": 299, "drift_p": 0.005})
-        assert drift.main(["--screen"]) == 0
-        assert files.read_json(Path("reports/screen.json")) != said
+        assert stage.main(["--screen"]) == 0
+        assert atomic.read_json(Path("reports/screen.json")) != said
         assert passed.read_text() == "base\ndusk\nmore\n"
         tiny_project.write_params(tmp_path, pool={"permutations": 199, "policy": "hold"})
-        assert drift.main(["--screen"]) == 1
+        assert stage.main(["--screen"]) == 1
         assert not passed.exists()
 
 
@@ -55,8 +56,8 @@ def test_f61_the_students_features_see_it_too(tmp_path: Path, monkeypatch: pytes
     tiny_project.write_student(tmp_path, tiny_project.trained())
     tiny_project.write_params(tmp_path)
     assert predict.main() == 0
-    assert drift.main([]) == 0
-    said = files.read_json(Path("reports/drift.json"))
+    assert stage.main([]) == 0
+    said = atomic.read_json(Path("reports/drift.json"))
     assert said["drifted"] == ["dusk"]
     answers = {dump: said["dumps"][dump]["sources"]["answers"] for dump in ("dusk", "more")}
     assert (answers["dusk"]["drifted"], answers["more"]["drifted"]) == (True, False)  # what it answers moved, too

@@ -29,7 +29,8 @@ def imports(name: str, *, top_level_only: bool = False) -> set[str]:
             base = node.module or ""
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     found = {module for module in found if module in MODULES}
-    return found | {module.rpartition(".")[0] for module in found if "." in module}
+    parents = {module.rsplit(".", up)[0] for module in found for up in range(1, module.count(".") + 1)}
+    return found | parents
 
 
 def reached(start: str) -> set[str]:
@@ -42,7 +43,7 @@ def reached(start: str) -> set[str]:
     return seen
 
 
-RUNTIME = {"export.bundle", "export.runtime"}
+RUNTIME = {name for name in MODULES if name.startswith(("export.bundle", "export.runtime"))}
 
 
 def allowed(name: str) -> set[str]:
@@ -77,6 +78,30 @@ def test_what_serves_reaches_no_torch_and_no_training(name):
 def test_the_pipeline_imports_no_torch_and_no_web_framework(name):
     text = MODULES[name].read_text(encoding="utf-8")
     assert not re.search(r"^\s*(import|from) (torch|starlette|bentoml)\b", text, re.M)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES.values()}))
+def test_a_folder_says_what_belongs_there_and_holds_at_most_14_modules(folder):
+    held = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(held) <= 14, (
+        f"{folder.relative_to(ROOT)} holds {len(held)} modules: give some of them a room of their own"
+    )
+    said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    assert said, f"{folder.relative_to(ROOT)}/__init__.py does not say what belongs there"
+
+
+def test_no_file_reaches_itself_through_its_imports():
+    """Imports that stand in a function or serve types alone count too; a package's own __init__ does not."""
+    direct = {name: imports(name) - {name} for name in MODULES}
+    rooms = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    for start in MODULES.keys() - rooms:
+        seen, todo = set(), list(direct[start] - rooms)
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo += direct[name] - rooms
+        assert start not in seen, f"{start} is part of a circle of imports"
 
 
 def stages() -> dict[str, dict]:

@@ -3,7 +3,8 @@
 python tests/ratios/draft_difference.py FOLDER_OF_PHOTOGRAPHS [--target 512]
 
 Puts 9 x 9 photographs of the folder beside each other as one JPEG (photographs that are small themselves are the hard case:
-much detail for each pixel), and reduces it by `pipeline.windows` with its decoder stopping at 1, 2 and 4 times the target.
+much detail for each pixel), and reduces it by `pipeline.imaging.large_image` with its decoder stopping at 1, 2 and 4
+times the target.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipeline import images, windows
+from pipeline.imaging import decode, large_image
 
 TILE, ACROSS = (480, 360), 9
 
@@ -41,12 +42,12 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=512)
     options = parser.parse_args()
     data = mosaic(options.folder)
-    whole = images.decode(data, max_pixels=1 << 28)
+    whole = decode.decode(data, max_pixels=1 << 28)
     size = options.target * whole.shape[0] // whole.shape[1], options.target
     want = np.asarray(Image.fromarray(whole).resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
     table = Table("decoder stops at", "mean", "root mean square", "99 %", "largest", title="difference in grey levels")
     for spare in (1, 2, 4):
-        off = np.abs(windows._shrink_jpeg(io.BytesIO(data), size, spare) - want)
+        off = np.abs(large_image._shrink_jpeg(io.BytesIO(data), size, spare) - want)
         numbers = (
             f"{off.mean():.3f}",
             f"{np.sqrt((off**2).mean()):.3f}",

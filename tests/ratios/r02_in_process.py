@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rows as table
 from alternating import alternate
 
-from export import bench, bench_child, bundle, machine, runtime
+from export.bundle import bundle
+from export.runtime import cpu, runtime
+from export.tools import bench, bench_worker
 from tests import tiny_onnx
 
 SIZES = ("256x192", "480x360", "1920x1080")
@@ -30,7 +32,7 @@ def measure(opened: bundle.Bundle, sizes: list[str], images: int, rounds: int, t
         for text in sizes:
             task = {"bundle": str(opened.folder), "provider": option.provider, "precision": option.precision}
             task |= {"size": bench.parse_size(text), "batch": 1, "images": images, "threads": threads}
-            works, facts = bench_child.prepare(task)
+            works, facts = bench_worker.prepare(task)
             works["run"]()
             timed = alternate(
                 {"stream": works["stream"], "run": lambda works=works: [works["run"]() for _ in range(images)]}, rounds
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="a bundle folder; without it a toy graph shows the overhead alone")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="WIDTHxHEIGHT of the images")
     parser.add_argument("--images", type=int, default=bench.STREAMED, help="of one turn")
-    parser.add_argument("--threads", type=int, default=machine.cores(), help="of the network")
+    parser.add_argument("--threads", type=int, default=cpu.cores(), help="of the network")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

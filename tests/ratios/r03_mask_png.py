@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rows as table
 from alternating import alternate
 
-from pipeline import masks
+from pipeline.imaging import label_maps
 
 
 def regions(height: int, width: int, classes: int, seed: int, scale: int = 1) -> np.ndarray:
@@ -59,19 +59,19 @@ def main() -> None:
     }
     if options.masks:
         for file in sorted(options.masks.glob("*.png"))[::100][:6]:
-            cases[f"real {file.stem}"] = masks.decode_mask(file.read_bytes(), max_pixels=1 << 28).astype(np.uint8)
+            cases[f"real {file.stem}"] = label_maps.decode_mask(file.read_bytes(), max_pixels=1 << 28).astype(np.uint8)
     rows = []
     for name, label_HW in cases.items():
-        palette = masks.palette(int(label_HW[label_HW != 255].max()) + 1)
+        palette = label_maps.palette(int(label_HW[label_HW != 255].max()) + 1)
         flat = [channel for colour in palette for channel in colour]
         if label_HW.max() == 255:
             flat += [0] * (768 - len(flat))  # else Pillow packs four bits and loses 255
-        ours, theirs = masks.encode_png(label_HW, palette), with_pillow(label_HW, flat)
+        ours, theirs = label_maps.encode_png(label_HW, palette), with_pillow(label_HW, flat)
         for data in (ours, theirs):
             assert (np.asarray(Image.open(io.BytesIO(data))) == label_HW).all()
         timed = alternate(
             {
-                "ours": lambda label_HW=label_HW, palette=palette: masks.encode_png(label_HW, palette),
+                "ours": lambda label_HW=label_HW, palette=palette: label_maps.encode_png(label_HW, palette),
                 "pillow": lambda label_HW=label_HW, flat=flat: with_pillow(label_HW, flat),
             },
             options.rounds,

@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from alternating import Timed, alternate, finish
 
 from pipeline import config
-from training import infer, metrics, models
+from training import inference as infer
+from training import metrics
+from training.models import segmenter
 
 CLASSES, ROUNDS = 11, 7
 
@@ -33,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     settings, where = config.Params(), infer.device()
     batch, stride = settings.evaluate.batch, settings.input.stride
-    model = models.build(settings.model.model_copy(update={"weights": None}), CLASSES).eval().to(where)
+    model = segmenter.build(settings.model.model_copy(update={"weights": None}), CLASSES).eval().to(where)
     height, width = (-(-side // stride) * stride for side in (options.height, options.width))
     rng = np.random.default_rng(0)
     images_BHWC = torch.from_numpy(rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8))

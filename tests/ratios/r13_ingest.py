@@ -4,7 +4,7 @@ first ingest (ingest and index of all images).
     python tests/ratios/r13_ingest.py [--images 2000] [--history 100000] [--folder PHOTOGRAPHS] [--out FILE]
 
 Real: `--images` different JPEGs of 480 x 360 are ingested as the pipeline does it (decoded, hashed, written to shards, by
-threads as for any dump below `ingest.FEW`), in several sizes, and the cost of one image is the slope. Simulated: the rows
+threads as for any dump below `check.FEW`), in several sizes, and the cost of one image is the slope. Simulated: the rows
 of the history. Their hashes are those of photographs (or of noise) with ten bits turned at random; ids are made up; no
 image lies behind them. The index over history + 1 % is run for real on those rows, by the stage's own main(). DVC's own
 start, 0.6 s or so, and its hashing of what changed are not in it, on either side.
@@ -29,7 +29,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import config, duplicates, files, index, ingest, manifest, registry, shards
+from pipeline import config
+from pipeline.imaging import perceptual_hash
+from pipeline.ingest import check, deduplicate, dump_registry
+from pipeline.storage import atomic, manifest, shards
 
 QUIET = Console(quiet=True)
 SOURCE: dict[str, Any] = {
@@ -68,7 +71,7 @@ def seconds_to_ingest(pictures: Sequence[bytes], name: str) -> float:
     archive = Path("data/dumps") / f"{name}.tar"
     shards.write_tar(archive, ((f"images/{name}-{n:06d}.jpg", data) for n, data in enumerate(pictures)))
     began = spent()
-    ingest.ingest(archive, name, SOURCE, config.Ingest(), QUIET, config.Scale(workers=WORKERS))
+    check.ingest(archive, name, SOURCE, config.Ingest(), QUIET, config.Scale(workers=WORKERS))
     get_reusable_executor().shutdown(wait=True)
     return (spent() - began) / WORKERS
 
@@ -86,16 +89,16 @@ def fabricate(count: int, dump: str, hashes: np.ndarray, rng: np.random.Generato
         )
         for n in range(count)
     ]  # fmt: skip
-    manifest.write(ingest.INGESTED / dump / "rows.parquet", rows)
-    files.write_json(ingest.INGESTED / dump / "quarantine.json", [])
+    manifest.write(check.INGESTED / dump / "rows.parquet", rows)
+    atomic.write_json(check.INGESTED / dump / "quarantine.json", [])
 
 
 def seconds_to_index(dumps: Sequence[str]) -> float:
-    entries = {name: registry.Entry(archive=f"data/dumps/{name}.tar") for name in dumps}
-    registry.write(registry.Registry(dumps=entries))
+    entries = {name: dump_registry.Entry(archive=f"data/dumps/{name}.tar") for name in dumps}
+    dump_registry.write(dump_registry.Registry(dumps=entries))
     began = spent()
     with redirect_stdout(io.StringIO()):
-        assert index.main([]) == 0
+        assert deduplicate.main([]) == 0
     return spent() - began
 
 
@@ -122,13 +125,16 @@ def main() -> None:
     rng = np.random.default_rng(0)
     pictures = jpegs(arguments.images, folder)
     hashes = np.array(
-        [duplicates.dhash(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))) or 1 for data in pictures[:300]],
+        [
+            perceptual_hash.dhash(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))) or 1
+            for data in pictures[:300]
+        ],
         np.uint64,
     )
     here = machine()
     with tempfile.TemporaryDirectory() as place, chdir(place):
-        files.write_json(ingest.SOURCE, SOURCE)
-        files.write_text(Path("params.yaml"), "data: {source: folder}\n")
+        atomic.write_json(check.SOURCE, SOURCE)
+        atomic.write_text(Path("params.yaml"), "data: {source: folder}\n")
         sizes = [arguments.images // 4, arguments.images // 2, arguments.images]
         seconds_to_ingest(pictures[:64], "warm")  # modules, the file cache
         real = [lowest(lambda n=n: seconds_to_ingest(pictures[:n], f"real{n}")) for n in sizes]
@@ -164,7 +170,7 @@ def main() -> None:
     table.add_row(f"{first:.1f} s", f"{later:.2f} s", f"{ratio:.4f}", f"{share:.4f}", f"{BAR}, {STRETCH}: {verdict}")
     console.print(table)
     if out:
-        files.write_json(out, {
+        atomic.write_json(out, {
             "row": "R13", "ratio": ratio, "bar": BAR, "stretch": STRETCH, "first_s": first, "later_s": later,
             "seconds_an_image": an_image, "start_s": start, "real": dict(zip(map(str, sizes), real, strict=True)),
             "index": dict(zip(map(str, histories), with_new, strict=True)), "index_alone_s": alone[-1],

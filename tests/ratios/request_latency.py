@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rows as table
 from alternating import alternate
 
-from export import bundle, runtime
-from serving import desk, negotiate
+from export.bundle import bundle
+from export.runtime import runtime
+from serving.http import negotiate, segment
 from serving.settings import Settings
 from tests import tiny_onnx
 from tests.live_server import START, free_port, until
@@ -64,8 +65,8 @@ def measure_all(server: str, opened: runtime.Runtime, settings: Settings, rounds
                 response = http.post("/v1/segment", content=data, headers={"Content-Type": "image/jpeg"})
                 return response.raise_for_status()
 
-            def in_process(data: bytes = data) -> desk.Answered:
-                return desk.segment(data, kind, opened, settings, time.perf_counter())
+            def in_process(data: bytes = data) -> segment.Answered:
+                return segment.segment(data, kind, opened, settings, time.perf_counter())
 
             assert over_http().content == in_process().body
             timed = alternate({"http": over_http, "here": in_process}, rounds * 4)

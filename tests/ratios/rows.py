@@ -9,7 +9,7 @@ from alternating import Timed, machine
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import files
+from pipeline.storage import atomic
 
 
 def row(name: str, timed: Mapping[str, Timed], **more: Any) -> dict[str, Any]:
@@ -33,4 +33,4 @@ def report(
         table.add_row(*(show(item) for show in columns.values()))
     Console(width=120).print(table)
     if out is not None:
-        files.write_json(out, {"title": title, "rows": list(rows), "machine": here})
+        atomic.write_json(out, {"title": title, "rows": list(rows), "machine": here})

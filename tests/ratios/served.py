@@ -13,9 +13,10 @@ from pathlib import Path
 import onnx
 from request_latency import photograph
 
-from export import bundle, machine, runtime
-from export.schema import MODEL
-from serving import desk, negotiate
+from export.bundle import bundle
+from export.bundle.manifest import MODEL
+from export.runtime import cpu, runtime
+from serving.http import negotiate, segment
 from serving.settings import Settings
 from tests import live_server, tiny_onnx
 from tests.live_server import Server
@@ -67,7 +68,7 @@ def serve(given: Path | None, **settings: str) -> Iterator[Served]:
             first = bundle.open_bundle(champions / "first" / "bundle")
         second = twin(first, champions / "second" / "bundle")
         live_server.point(champions, first.folder)
-        told = {"champions": str(champions / "champion.json"), "threads": str(machine.cores())} | settings
+        told = {"champions": str(champions / "champion.json"), "threads": str(cpu.cores())} | settings
         server = live_server.start({f"MARGINALIA_{name.upper()}": value for name, value in told.items()})
         try:
             yield Served(server, champions, first, second)
@@ -80,7 +81,7 @@ def in_process(opened: bundle.Bundle, data: bytes) -> Callable[[], object]:
     """One request's decode, run and encode in this process, warmed up."""
     here, settings, kind = runtime.Runtime(opened), Settings(), negotiate.KINDS[0]
     here.warm_up()
-    return lambda: desk.segment(data, kind, here, settings, time.perf_counter())
+    return lambda: segment.segment(data, kind, here, settings, time.perf_counter())
 
 
 def most(one: Callable[[], object], callers: int, seconds: float) -> float:

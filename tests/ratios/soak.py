@@ -27,8 +27,8 @@ import soak_mix
 from r15_swap import PAUSE_S
 from wire import Wire, request
 
-from export import bundle
-from pipeline import files
+from export.bundle import bundle
+from pipeline.storage import atomic
 from serving.settings import Settings
 from tests import tiny_onnx
 from tests.live_server import TOKEN
@@ -73,8 +73,8 @@ def bad_champions(run: served.Served) -> list[Callable[[], None]]:
         lambda: run.point(damaged),
         lambda: run.point(strange),
         lambda: run.point(run.champions / "absent" / "bundle"),
-        lambda: files.write_text(pointer, "{"),
-        lambda: files.write_text(pointer, '{"bundle": 5}'),
+        lambda: atomic.write_text(pointer, "{"),
+        lambda: atomic.write_text(pointer, '{"bundle": 5}'),
     ]
 
 

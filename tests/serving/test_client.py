@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export import bundle, runtime
-from pipeline import masks
+from export.bundle import bundle
+from export.runtime import runtime
+from pipeline.imaging import label_maps
 from serving import client
 from serving.client import AsyncClient, Client, ServiceError
 from tests import live_server
@@ -82,7 +83,7 @@ class _Reader(BaseHTTPRequestHandler):
 def facts(value: int, name: str = "x", width: int = 3) -> dict[str, Any]:
     """A JSON answer: an image of one row, all of it class `value`."""
     row = {"id": value, "name": name, "color": [1, 2, 3], "pixels": width, "share": 1.0, "confidence": 0.5}
-    rle = {"size": [1, width], "counts": masks.pack_counts([0, width])}
+    rle = {"size": [1, width], "counts": label_maps.pack_counts([0, width])}
     return {"bundle": "b" * 16, "width": width, "height": 1, "confidence": 0.5, "classes": [row | {"rle": rle}]}
 
 
@@ -146,7 +147,10 @@ def test_one_client_for_several_threads(service: Client, here: runtime.Runtime) 
 def test_the_services_own_bytes_and_model(service: Client, here: runtime.Runtime) -> None:
     palette = [item.color for item in here.bundle.manifest.classes]
     found = service.answer(PICTURE)
-    assert (found.body, found.media_type) == (masks.encode_png(here.segment(PICTURE).label_HW, palette), "image/png")
+    assert (found.body, found.media_type) == (
+        label_maps.encode_png(here.segment(PICTURE).label_HW, palette),
+        "image/png",
+    )
     assert service.answer(PICTURE, "overlay", accept="image/jpeg").media_type == "image/jpeg"
     assert service.model()["classes"][1] == {"id": 1, "name": "red", "color": [220, 30, 30]}
 
@@ -318,7 +322,7 @@ def test_a_real_batch(server: Server, service: Client, here: runtime.Runtime) ->
 
 def test_pixels_of_no_class_are_255() -> None:
     label_HW = np.random.default_rng(3).choice(np.array([2, 9, 255], np.uint8), (31, 17))
-    runs = masks.class_rles(label_HW)
+    runs = label_maps.class_rles(label_HW)
     row = {"name": "n", "color": [0, 0, 0], "pixels": 0, "share": 0.0, "confidence": None}
     classes = [row | {"id": i, "rle": runs[i]} for i in (2, 9)]
     told = {"bundle": "b", "height": 31, "width": 17, "confidence": 1.0, "classes": classes}

@@ -17,8 +17,9 @@ import yaml
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline import files
-from serving import observe, settings
+from pipeline.storage import atomic
+from serving import settings
+from serving.telemetry import metrics
 from tests.live_server import ROOT, Server, free_port, until
 from tests.pictures import save
 
@@ -61,9 +62,9 @@ def refused_once(server: Server, http: httpx.Client) -> None:
     """Some counters begin to exist when there is something to count: here a champion that cannot be followed."""
     pointer = server.folder / "champions" / "champion.json"
     good = pointer.read_bytes()
-    files.write_text(pointer, "not a pointer")
+    atomic.write_text(pointer, "not a pointer")
     until(lambda: 'marginalia_candidates_refused_total{cause="pointer"}' in http.get("/metrics").text)
-    files.write_bytes(pointer, good)
+    atomic.write_bytes(pointer, good)
 
 
 def test_queries_use_what_a_server_offers(server: Server, http: httpx.Client) -> None:
@@ -93,7 +94,7 @@ def test_queries_use_what_a_server_offers(server: Server, http: httpx.Client) ->
 
 def test_queries_ask_for_labels_that_can_be() -> None:
     allowed = {
-        "reason": observe.REASONS, "phase": observe.PHASES, "answer": observe.ANSWERS, "result": observe.SWAPS,
+        "reason": metrics.REASONS, "phase": metrics.PHASES, "answer": metrics.ANSWERS, "result": metrics.SWAPS,
         "job": {"marginalia"}, "instance": {"$instance"},
     }  # fmt: skip
     for query in expressions():

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import files
-from serving import app
+from pipeline.storage import atomic
+from serving.http import app
 from tests import live_server, tiny_onnx
 from tests.browser import Browser, png, start
 from tests.live_server import Server
@@ -398,7 +398,7 @@ def test_a_phones_width(page: Browser, photo: Path, tmp_path: Path) -> None:
 
 
 def test_the_model_card(page: Browser, server: Server) -> None:
-    manifest = files.read_json(server.folder / "champions/first/bundle/bundle.json")
+    manifest = atomic.read_json(server.folder / "champions/first/bundle/bundle.json")
     said = page.get("card").text
     assert "61.5 %" in said
     for value in (manifest["id"], manifest["method"], manifest["data_hash"][:12], manifest["commit"][:12], "cpu, fp32"):

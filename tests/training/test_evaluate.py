@@ -11,8 +11,14 @@ import tiny_project
 import torch
 from PIL import Image
 
-from pipeline import champions, config, files, fit, manifest, scores
-from training import evaluate, infer, metrics, models, report, start
+from pipeline import config
+from pipeline.champions import metrics as scores
+from pipeline.champions import store
+from pipeline.imaging import resize
+from pipeline.storage import atomic, manifest
+from training import evaluate, inference, metrics, warm_start
+from training.models import segmenter
+from training.reports import evaluation
 
 
 @pytest.fixture
@@ -23,18 +29,18 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
 
 def test_stage_writes_scores_that_a_slow_loop_finds_too(project: config.Params) -> None:
     assert evaluate.main([]) == 0
-    said = files.read_json(Path("reports/scores.json"))
-    model, _ = models.load(Path("models/student/student.safetensors"))
+    said = atomic.read_json(Path("reports/scores.json"))
+    model, _ = segmenter.load(Path("models/student/student.safetensors"))
     table = np.zeros((4, 4), np.int64)
     rows = [row for row in manifest.read(Path("data/split/manifest.parquet")) if row.split == "test"]
     for row in rows:
         image, truth = manifest.open_image(row, 10**6), manifest.open_mask(row, 10**6)
         assert truth is not None
-        plan = fit.plan(*image.shape[:2], long_side=96, stride=32)
-        tensor = torch.from_numpy(fit.apply(image, plan)).permute(2, 0, 1)[None].float()
+        plan = resize.plan(*image.shape[:2], long_side=96, stride=32)
+        tensor = torch.from_numpy(resize.apply(image, plan)).permute(2, 0, 1)[None].float()
         with torch.inference_mode():
             label = model(tensor).argmax(1)[0].numpy().astype(np.uint8)
-        answer = fit.restore(label, plan)
+        answer = resize.restore(label, plan)
         for t in range(4):
             for p in range(4):
                 table[t, p] += int(((truth == t) & (answer == p)).sum())
@@ -47,7 +53,7 @@ def test_stage_writes_scores_that_a_slow_loop_finds_too(project: config.Params) 
         assert Counter(map(str, arrays["groups"])) == {"d": 7, "e": 4}
         assert list(arrays["classes"]) == tiny_project.NAMES
         assert str(arrays["test_hash"]) == said["test_hash"] == "7" * 64
-        assert str(arrays["weights"]) == said["weights"] == files.sha256(Path("models/student/student.safetensors"))
+        assert str(arrays["weights"]) == said["weights"] == atomic.sha256(Path("models/student/student.safetensors"))
         exact = arrays["confusion"].sum(0)
     assert said["miou"] == pytest.approx(scores.miou(exact))
     assert said["miou_all"] == pytest.approx(scores.miou_all(exact))
@@ -82,13 +88,13 @@ def test_pictures_tables_and_card(project: config.Params) -> None:
     with (folder / "classes.csv").open() as file:
         assert [row["class"] for row in csv.DictReader(file)] == tiny_project.NAMES
     card = Path("reports/model_card.md").read_text()
-    said = files.read_json(Path("reports/scores.json"))
+    said = atomic.read_json(Path("reports/scores.json"))
     for wanted in (f"{said['miou']:.2f}", "lamp", "ignore", said["test_hash"][:12], "Limits"):
         assert wanted in card
 
 
 def test_worst_image_is_drawn_first(project: config.Params) -> None:
-    model, meta = models.load(Path("models/student/student.safetensors"))
+    model, meta = segmenter.load(Path("models/student/student.safetensors"))
     result = evaluate.score_split(model, meta, "test", project)
     drawn = [right for _, _, right in evaluate.previews(model, meta, result, project)]
     accuracy = [float(np.trace(t.confusion_KK) / t.confusion_KK.sum()) for t in result.tallies]
@@ -97,18 +103,18 @@ def test_worst_image_is_drawn_first(project: config.Params) -> None:
 
 
 def test_confusion_rows_keep_the_shares() -> None:
-    rows = Counter(report.confusion_rows(np.array([[9, 1, 0], [0, 0, 0], [1, 1, 1]]), ["a", "b", "c"]))
+    rows = Counter(evaluation.confusion_rows(np.array([[9, 1, 0], [0, 0, 0], [1, 1, 1]]), ["a", "b", "c"]))
     assert rows[("a", "a")] == 180
     assert rows[("a", "b")] == 20
     assert not any(actual == "b" for actual, _ in rows)
     assert sorted(rows[("c", p)] for p in "abc") == [66, 67, 67]
-    uneven = Counter(report.confusion_rows(np.array([[5, 2], [0, 1]]), ["a", "b"]))
+    uneven = Counter(evaluation.confusion_rows(np.array([[5, 2], [0, 1]]), ["a", "b"]))
     assert (uneven[("a", "a")], uneven[("a", "b")]) == (143, 57)  # 142.86 and 57.14
 
 
 def test_answer_rounds_the_highest_probability() -> None:
     logits = torch.randn(2, 6, 5, 7, dtype=torch.float64) * 3
-    label, confidence = infer.answer(logits)
+    label, confidence = inference.answer(logits)
     probability = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
     assert label.dtype == confidence.dtype == torch.uint8
     assert (label == probability.argmax(1)).all()
@@ -117,11 +123,11 @@ def test_answer_rounds_the_highest_probability() -> None:
 
 def test_batches_hold_each_image_once_in_equal_shapes(project: config.Params) -> None:
     rows = manifest.read(Path("data/split/manifest.parquet"))
-    batches = infer.plan_batches(rows, tiny_project.INPUT, 4)
+    batches = inference.plan_batches(rows, tiny_project.INPUT, 4)
     assert sorted(r.id for b in batches for r in b) == sorted(r.id for r in rows)
     assert max(map(len, batches)) == 4
     for batch in batches:
-        plans = {fit.plan(r.height, r.width, long_side=96, stride=32) for r in batch}
+        plans = {resize.plan(r.height, r.width, long_side=96, stride=32) for r in batch}
         assert len({(p.padded_height, p.padded_width) for p in plans}) == 1
 
 
@@ -137,7 +143,7 @@ def test_weights_of_another_split_or_other_classes_are_refused(
     project: config.Params, capsys: pytest.CaptureFixture[str], change: dict[str, object], message: str
 ) -> None:
     summary = Path("data/split/summary.json")
-    files.write_json(summary, files.read_json(summary) | change)
+    atomic.write_json(summary, atomic.read_json(summary) | change)
     assert evaluate.main([]) == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not Path("reports/scores.json").exists()
@@ -150,29 +156,29 @@ def test_no_test_image_and_missing_mask_are_named(
     assert evaluate.main([]) == 1
     assert "the test split has no image" in capsys.readouterr().err
     rows = tiny_project.write_data(tmp_path, [("unlabelled", "base", "a", 1)])
-    with pytest.raises(infer.MaskError, match=r"a/base000.*no mask"):
-        infer.read(rows[0], tiny_project.INPUT, 10**6, mask=True)
+    with pytest.raises(inference.MaskError, match=r"a/base000.*no mask"):
+        inference.read(rows[0], tiny_project.INPUT, 10**6, mask=True)
 
 
 def test_champion_is_scored_again_on_todays_test_split(project: config.Params) -> None:
     home = Path("champions/old")
     (home / "bundle").mkdir(parents=True)
-    models.save(
+    segmenter.save(
         home / "student.safetensors", tiny_project.trained(8).state_dict(), tiny_project.meta() | {"split_hash": "1"}
     )
     record = {"id": "old", "bundle": "champions/old/bundle", "student": "champions/old/student.safetensors"}
-    files.write_json(Path("champions/champion.json"), record)
+    atomic.write_json(Path("champions/champion.json"), record)
     assert evaluate.main(["--champion"]) == 0
     said = json.loads((home / "scores.json").read_text())
     assert said["test_hash"] == "7" * 64
     with np.load(home / "confusions.npz", allow_pickle=False) as arrays:
         assert scores.miou(arrays["confusion"].sum(0)) == pytest.approx(said["miou"])
     judged = next(r.id for r in manifest.read(Path("data/split/manifest.parquet")) if r.split == "test")
-    seen = tiny_project.meta() | {"trained_on": start.short_ids([judged])}
-    models.save(home / "student.safetensors", tiny_project.trained(8).state_dict(), seen)
+    seen = tiny_project.meta() | {"trained_on": warm_start.short_ids([judged])}
+    segmenter.save(home / "student.safetensors", tiny_project.trained(8).state_dict(), seen)
     assert evaluate.main(["--champion"]) == 1  # it has been trained on an image that would judge it
     Path("champions/champion.json").unlink()
-    assert champions.current(Path("champions")) is None
+    assert store.current(Path("champions")) is None
     assert evaluate.main(["--champion"]) == 1
 
 

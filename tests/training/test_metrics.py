@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import scores
+from pipeline.champions import metrics as scores
 from training import metrics
 
 K = 5

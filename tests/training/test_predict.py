@@ -10,8 +10,10 @@ import tiny_project
 import torch
 from PIL import Image
 
-from pipeline import config, fit, manifest, pool
-from training import infer, predict
+from pipeline import config
+from pipeline.imaging import resize
+from pipeline.storage import manifest, predictions
+from training import inference, predict
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def slow_refined_margin(probability: np.ndarray) -> np.ndarray:
 
 def test_statistics_against_a_slow_loop() -> None:
     torch.manual_seed(0)
-    plan = fit.plan(10, 13, long_side=64, stride=8)  # padded to 16 x 16
+    plan = resize.plan(10, 13, long_side=64, stride=8)  # padded to 16 x 16
     logits, features = torch.randn(3, 16, 16, dtype=torch.float64) * 2, torch.randn(5, 4, 4)
     got = predict.statistics(logits, features, plan)
     probability = torch.softmax(logits, 0).numpy()
@@ -53,7 +55,7 @@ def test_statistics_against_a_slow_loop() -> None:
     assert float(got.confidence) == pytest.approx(inside.max(0).mean(), abs=1e-6)
     assert float(got.margin) == pytest.approx(sure.mean(), abs=1e-6)
     assert float(got.entropy) == pytest.approx(-(inside * np.log(inside)).sum(0).mean() / np.log(3), abs=1e-6)
-    counts, _ = np.histogram(sure, bins=pool.MARGIN_BINS, range=(0, 1))
+    counts, _ = np.histogram(sure, bins=predictions.MARGIN_BINS, range=(0, 1))
     np.testing.assert_allclose(got.margins.numpy(), counts / 130, atol=1e-9)
     for c in range(3):
         assert float(got.area[c]) == pytest.approx((label == c).mean())
@@ -77,7 +79,7 @@ def test_features_come_from_the_same_forward_pass() -> None:
 
 def test_stage_writes_the_pool_and_pre_labels(project: config.Params) -> None:
     assert predict.main() == 0
-    seen = pool.read()
+    seen = predictions.read()
     assert sorted(set(zip(seen.split, seen.group, strict=True))) == [("labelled", "a"), ("unlabelled", "b")]
     assert len(seen.id) == 14
     assert list(seen.classes) == tiny_project.NAMES
@@ -87,7 +89,7 @@ def test_stage_writes_the_pool_and_pre_labels(project: config.Params) -> None:
     for values in (seen.confidence, seen.margin, seen.entropy):
         assert ((values >= 0) & (values <= 1)).all()
     model, rows = tiny_project.trained(), {r.id: r for r in manifest.read(Path("data/split/manifest.parquet"))}
-    with tarfile.open(pool.PRELABELS) as archive:
+    with tarfile.open(predictions.PRELABELS) as archive:
         members = archive.getmembers()
         assert len(members) == 8  # all unlabelled: fewer than the shortlist's limit
         for member in members:
@@ -97,9 +99,9 @@ def test_stage_writes_the_pool_and_pre_labels(project: config.Params) -> None:
             assert stream is not None
             ids = np.array(Image.open(io.BytesIO(stream.read())))
             assert ids.shape == (row.height, row.width)
-            sample = infer.read(row, tiny_project.INPUT, 10**6, mask=False)
-            label, _ = infer.segment(model, [sample], torch.device("cpu"))
-            assert (ids == fit.restore(label[0], sample.fit)).mean() > 0.999
+            sample = inference.read(row, tiny_project.INPUT, 10**6, mask=False)
+            label, _ = inference.segment(model, [sample], torch.device("cpu"))
+            assert (ids == resize.restore(label[0], sample.fit)).mean() > 0.999
 
 
 def test_a_large_pool_is_sampled_but_labelled_images_stay(tmp_path: Path) -> None:

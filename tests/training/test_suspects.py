@@ -9,7 +9,9 @@ import pytest
 import tiny_project
 from PIL import Image
 
-from pipeline import config, files, manifest, masks, shards
+from pipeline import config
+from pipeline.imaging import label_maps
+from pipeline.storage import atomic, manifest, shards
 from training import suspects
 
 PARTS = (
@@ -36,7 +38,8 @@ def corrupt(root: Path) -> dict[str, set[str]]:
     truth[one.id], truth[other.id] = truth[other.id], truth[one.id]
     archive = root / "data/ingested/other.tar"
     shards.write_tar(
-        archive, [(f"{i:03d}.png", masks.encode_png(mask)) for i, mask in enumerate(truth.values()) if mask is not None]
+        archive,
+        [(f"{i:03d}.png", label_maps.encode_png(mask)) for i, mask in enumerate(truth.values()) if mask is not None],
     )
     places = iter(shards.members(archive))
     changed = []
@@ -98,9 +101,9 @@ def test_a_student_of_another_split_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(found[0])
-    summary = files.read_json(Path("data/split/summary.json"))
-    files.write_json(Path("data/split/summary.json"), summary | {"split_hash": "6" * 64})
+    summary = atomic.read_json(Path("data/split/summary.json"))
+    atomic.write_json(Path("data/split/summary.json"), summary | {"split_hash": "6" * 64})
     assert suspects.main() == 1
     assert "another split: train again" in capsys.readouterr().err
-    files.write_json(Path("data/split/summary.json"), summary)
+    atomic.write_json(Path("data/split/summary.json"), summary)
     assert config.load().pool.suspects == 3

@@ -8,9 +8,11 @@ import pytest
 import tiny_project
 import torch
 
-from pipeline import config, manifest
-from training import checkpoint, engine, start, train
-from training.models import WeightsError
+from pipeline import config
+from pipeline.storage import manifest
+from training import train, warm_start
+from training.engine import checkpoint, trainer
+from training.models.segmenter import WeightsError
 
 PARTS = (
     ("labelled", "base", "a", 3),
@@ -39,7 +41,7 @@ def data_of(rows, **changes):
 
 def fit(params, data, work, start_at=None):
     ready = train.prepare(params, data, start_at)
-    result = engine.fit(
+    result = trainer.fit(
         ready.model, ready.batches, ready.method, params.train, n_classes=4, ignore=255, identity=ready.identity,
         validate=ready.validate, log_every=2, work=work,
     )  # fmt: skip
@@ -96,13 +98,13 @@ def test_labels_and_code_are_part_of_a_runs_identity(project, monkeypatch):
 def test_only_code_that_can_change_weights_is_part_of_a_runs_identity(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "__file__", str(tmp_path / "room/train.py"))
-    (tmp_path / "room").mkdir()
-    for name in ("room/step.py", "room/report.py", "my_net.py"):
+    for name in ("room/methods/step.py", "room/reports/evaluation.py", "pipeline/imaging/resize.py", "my_net.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one")
     before = train.code_hash("my_net:Net")
-    (tmp_path / "room/report.py").write_text("two")
+    (tmp_path / "room/reports/evaluation.py").write_text("two")
     assert train.code_hash("my_net:Net") == before
-    for name in ("room/step.py", "my_net.py"):
+    for name in ("room/methods/step.py", "pipeline/imaging/resize.py", "my_net.py"):
         (tmp_path / name).write_text("two")
         assert train.code_hash("my_net:Net") != before
         (tmp_path / name).write_text("one")
@@ -112,13 +114,14 @@ def test_only_code_that_can_change_weights_is_part_of_a_runs_identity(tmp_path, 
 def test_code_that_trains_imports_none_of_what_is_left_out():
     """Such a module would shape the weights after all; the stage itself, which draws what came out, is the exception."""
     room = Path(train.__file__).parent
-    assert {name for name in train.ONLOOKERS if (room / f"{name}.py").exists()} == train.ONLOOKERS
-    for path in room.glob("*.py"):
-        if path.stem not in train.ONLOOKERS | {"train"}:
-            nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
-            names = {a.name for n in nodes if n.module == "training" for a in n.names}
-            names |= {n.module.removeprefix("training.") for n in nodes if n.module}
-            assert not names & train.ONLOOKERS, path.name
+    left_out = {f"training.{name.replace('/', '.')}" for name in train.ONLOOKERS}
+    assert all((room / f"{name}.py").exists() for name in train.ONLOOKERS)
+    for path in room.rglob("*.py"):
+        name = path.relative_to(room).with_suffix("").as_posix()
+        if name not in train.ONLOOKERS | {"train"}:
+            nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
+            names = {f"{n.module}.{a.name}" for n in nodes for a in n.names} | {n.module for n in nodes}
+            assert not names & left_out, path
 
 
 def test_unfinished_runs_of_other_settings_are_named_with_what_differs(tmp_path):
@@ -161,10 +164,10 @@ def test_the_stage_says_so_before_it_trains(project, tmp_path, monkeypatch, caps
     checkpoint.save(checkpoint.WORK / "abc/checkpoint.pt", {"identity": '{"data": "e"}', "step": 7})
 
     def stop(*args, **kwargs):
-        raise engine.Interrupted("stop")
+        raise trainer.Interrupted("stop")
 
-    monkeypatch.setattr(engine, "fit", stop)
-    with pytest.raises(engine.Interrupted):
+    monkeypatch.setattr(trainer, "fit", stop)
+    with pytest.raises(trainer.Interrupted):
         train.stage(params)
     said = capsys.readouterr().err
     assert "train: .marginalia/work/abc: an unfinished run at step 7, which differs in code, data, params" in said
@@ -174,9 +177,9 @@ def test_the_stage_says_so_before_it_trains(project, tmp_path, monkeypatch, caps
 def champion(root: Path, rows, trained_on):
     model = tiny_project.trained()
     path = root / "champions/c1/student.safetensors"
-    from training import models
+    from training.models import segmenter
 
-    models.save(path, model.state_dict(), {**tiny_project.meta(), "trained_on": start.short_ids(trained_on)})
+    segmenter.save(path, model.state_dict(), {**tiny_project.meta(), "trained_on": warm_start.short_ids(trained_on)})
     (root / "dumps.yaml").write_text("warm_start: c1\ndumps: {base: {archive: x}}\n")
     return path
 
@@ -184,7 +187,7 @@ def champion(root: Path, rows, trained_on):
 def test_a_warm_start_begins_with_the_champions_weights_and_inherits_what_it_saw(project, tmp_path):
     params, rows = project
     path = champion(tmp_path, rows, ["f" * 64])
-    assert start.champion() == Path("champions/c1/student.safetensors")
+    assert warm_start.champion() == Path("champions/c1/student.safetensors")
     ready = train.prepare(params, data_of(rows), path)
     assert all(torch.equal(v, tiny_project.trained().state_dict()[k]) for k, v in ready.model.state_dict().items())
     assert ready.seen.split() == sorted({r.id[:16] for r in rows if r.split in ("labelled", "unlabelled")} | {"f" * 16})
@@ -207,7 +210,7 @@ def test_a_warm_start_with_other_classes_or_without_its_file_is_refused(project,
         train.prepare(params, data_of(rows, classes=other), path)
     path.unlink()
     with pytest.raises(config.ConfigError, match=r"warm_start.*c1"):
-        start.champion()
+        warm_start.champion()
 
 
 def test_f27_a_full_card_is_one_message_with_what_to_change(project, monkeypatch, capsys):

@@ -1,0 +1,235 @@
+"""The bundle: one folder that anyone can run.
+
+    model.onnx      uint8 image in, class ids and confidence out; float32
+    model.*.onnx    the same network in other precisions (`MODELS`), where parity admitted them
+    bundle.json     `Manifest`: classes, colours, input policy, options to run it, metrics, where it came from
+    MODEL_CARD.md   for people
+    SHA256SUMS      of all of these, as `sha256sum -c` reads it
+
+Nothing else may lie in it. Everything is checked against SHA256SUMS before anything is parsed.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from export.bundle.external_data import external_references
+from export.bundle.manifest import MODEL, MODELS, ClassInfo, InputPolicy, Manifest, Option, ranked
+from pipeline.imaging import resize
+from pipeline.storage import atomic
+
+MANIFEST, CARD, SUMS = "bundle.json", "MODEL_CARD.md", "SHA256SUMS"
+_TEXT_LIMIT = 8 << 20
+_MODEL_LIMIT = 2 << 30  # protobuf's own limit
+
+
+class BundleError(ValueError):
+    """A bundle that must not be run; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle folder."""
+
+    folder: Path
+    manifest: Manifest
+    sha256: dict[str, str]
+
+    def fit(self, height: int, width: int) -> resize.Fit:
+        """The input policy for an image of `height` x `width` pixels."""
+        policy = self.manifest.input
+        return resize.plan(height, width, long_side=policy.long_side, stride=policy.stride)
+
+    def read_model(self, file: str = MODEL) -> bytes:
+        """One of its models, checked once more: what is run is what was verified. Raises BundleError."""
+        if file not in self.sha256:
+            raise BundleError(f"{self.folder / file}: this bundle has no such model; it has {sorted(self.models)}")
+        model = (self.folder / file).read_bytes()
+        if atomic.sha256(model) != self.sha256[file]:
+            raise BundleError(f"{self.folder / file}: changed after it was verified; restore the bundle")
+        return model
+
+    @property
+    def models(self) -> list[str]:
+        return [name for name in MODELS if name in self.sha256]
+
+
+def bundle_id(
+    model: bytes,
+    classes: tuple[ClassInfo, ...],
+    policy: InputPolicy,
+    others: dict[str, bytes] | None = None,
+    options: Sequence[Option] = (),
+) -> str:
+    """First 16 hex digits of SHA-256 over all that shapes an answer.
+
+    That is the model's bytes and the canonical JSON of classes, input policy, the names and checksums of `others`, and
+    the options in the order in which they are preferred: two bundles that may answer differently have two ids. Of the
+    measured speeds only this order is part of it.
+    """
+    rest: dict[str, Any] = {
+        "classes": [c.model_dump(mode="json") for c in classes],
+        "input": policy.model_dump(mode="json"),
+    }
+    if others:
+        rest["models"] = {name: atomic.sha256(data) for name, data in others.items()}
+    if options:
+        rest["options"] = [[str(o), o.file, o.speedup is not None] for o in ranked(options)]
+    digest = hashlib.sha256(model)
+    digest.update(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+    return digest.hexdigest()[:16]
+
+
+def _sums(digests: dict[str, str]) -> bytes:
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
+
+
+def create(
+    folder: Path,
+    model: bytes,
+    *,
+    classes: list[dict[str, Any]],
+    long_side: int,
+    stride: int,
+    card: str,
+    opset: int,
+    ir_version: int,
+    name: str = "marginalia",
+    ignore: int = 255,
+    metrics: dict[str, Any] | None = None,
+    data_hash: str = "",
+    split_hash: str = "",
+    test_hash: str = "",
+    commit: str = "",
+    method: str = "",
+    created: str | None = None,
+    others: dict[str, bytes] | None = None,
+    options: Sequence[Option] = (),
+    rejected: Sequence[str] = (),
+) -> Bundle:
+    """Write a bundle to `folder`, replacing what is there, and verify it as a reader would before it takes the name.
+
+    `classes` are {"id", "name", "color"} in rising id order; `created` is an ISO time, now if None; `others` are further
+    models by file name, each of which some option must use.
+
+    Raises:
+        BundleError: the parts do not make a valid bundle; `folder` is then as it was.
+    """
+    try:
+        infos = tuple(ClassInfo.model_validate(item) for item in classes)
+        policy = InputPolicy(long_side=long_side, stride=stride)
+        manifest = Manifest(
+            id=bundle_id(model, infos, policy, others, options),
+            name=name,
+            created=created or datetime.now(UTC).isoformat(timespec="seconds"),
+            classes=infos,
+            ignore=ignore,
+            input=policy,
+            options=tuple(options),
+            rejected=tuple(rejected),
+            metrics=metrics or {},
+            data_hash=data_hash,
+            split_hash=split_hash,
+            test_hash=test_hash,
+            commit=commit,
+            opset=opset,
+            ir_version=ir_version,
+            method=method,
+        )
+    except ValidationError as error:
+        raise BundleError(f"{folder}: {_explain(error)}") from error
+    content = {
+        CARD: card.encode("utf-8"),
+        MANIFEST: atomic.to_json(manifest.model_dump(mode="json")).encode("utf-8"),
+        MODEL: model,
+        **(others or {}),
+    }
+    content[SUMS] = _sums({name: atomic.sha256(data) for name, data in content.items()})
+    with atomic.replacing_folder(folder) as fresh:
+        for file, data in content.items():
+            atomic.write_bytes(fresh / file, data)
+        verify(fresh)
+    return open_bundle(folder)
+
+
+def _check_files(folder: Path) -> list[str]:
+    """Only a bundle's plain files, none a link, none too large; returns their names but SHA256SUMS, sorted.
+
+    Raises BundleError naming the first file that is wrong.
+    """
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no bundle folder here; run the export stage or name another folder")
+    present = {entry.name for entry in os.scandir(folder)}
+    for name in sorted({CARD, MANIFEST, MODEL, SUMS} - present):
+        raise BundleError(f"{folder / name}: missing; restore the bundle")
+    for name in sorted(present - {CARD, MANIFEST, SUMS, *MODELS}):
+        raise BundleError(f"{folder / name}: does not belong into a bundle; remove it")
+    for name in sorted(present):
+        facts = (folder / name).lstat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise BundleError(f"{folder / name}: is a link or no plain file; put the file itself there")
+        if facts.st_nlink != 1:
+            raise BundleError(f"{folder / name}: has a second name (hard link) that could change it; copy the file")
+        if facts.st_size > (_MODEL_LIMIT if name in MODELS else _TEXT_LIMIT):
+            raise BundleError(f"{folder / name}: {facts.st_size} bytes is too large")
+    return sorted(present - {SUMS})
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Verify `folder` and return it. Checksums come first; only then is anything parsed.
+
+    Raises:
+        BundleError: names the file that is missing, extra, a link, changed or malformed.
+    """
+    folder = Path(folder)
+    listed = _check_files(folder)
+    content = {name: (folder / name).read_bytes() for name in listed}
+    digests = {name: atomic.sha256(data) for name, data in content.items()}
+    expected, stored = _sums(digests), (folder / SUMS).read_bytes()
+    if stored != expected:
+        lines = stored.split(b"\n")
+        for name, line in zip(listed, expected.split(b"\n"), strict=False):
+            if line not in lines:
+                raise BundleError(f"{folder / name}: does not match its line in {SUMS}; restore the bundle")
+        for name in MODELS:
+            if name not in listed and f"  {name}\n".encode() in stored:
+                raise BundleError(f"{folder / name}: missing; restore the bundle")
+        raise BundleError(f"{folder / SUMS}: has lines beyond the bundle's files; restore the bundle")
+    try:
+        manifest = Manifest.model_validate_json(content[MANIFEST])
+    except ValidationError as error:
+        raise BundleError(f"{folder / MANIFEST}: {_explain(error)}") from error
+    others = {name: content[name] for name in MODELS if name in content and name != MODEL}
+    if manifest.id != bundle_id(content[MODEL], manifest.classes, manifest.input, others, manifest.options):
+        raise BundleError(f"{folder / MANIFEST}: id {manifest.id} is not that of this model; export it again")
+    used = {option.file for option in manifest.options}
+    if wrong := sorted((used | {MODEL}) ^ {MODEL, *others}):
+        raise BundleError(
+            f"{folder / wrong[0]}: the options in {MANIFEST} and the models do not match; export it again"
+        )
+    for name in (MODEL, *others):
+        try:
+            references = external_references(content[name])
+        except ValueError as error:
+            raise BundleError(f"{folder / name}: not an ONNX file ({error}); export it again") from error
+        if references:
+            raise BundleError(f"{folder / name}: refers to other files ({references[0]}); export it as a single file")
+    return Bundle(folder, manifest, digests)
+
+
+def verify(folder: Path) -> Manifest:
+    """Check a bundle folder and return its manifest. Raises BundleError as `open_bundle` does."""
+    return open_bundle(folder).manifest
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}"

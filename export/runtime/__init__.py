@@ -1,0 +1,1 @@
+"""A bundle's answers: which runtime, precision and device, and its sessions."""

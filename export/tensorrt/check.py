@@ -1,0 +1,156 @@
+"""Every engine of a bundle built on this machine's card, compared with ONNX Runtime, and timed. One command:
+
+python -m export.tensorrt.check BUNDLE [--precision fp32 ...] [--rebuild]
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from export.bundle import bundle
+from export.tensorrt import builder, cudart
+from export.tensorrt.builder import EngineError, Profile
+from export.tensorrt.cache import HERE, Cache, default_folder
+from export.tensorrt.session import EngineSession
+from pipeline.storage import atomic
+
+# The precisions of a bundle's files. model.int8.onnx is not among them: its unsigned form is for CPUs.
+FILES = {"fp32": "model.onnx", "tf32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8-tensorrt.onnx"}
+# Share of labels equal to ONNX Runtime's on noise, where near-ties abound. Lower means a gross fault, such as a wrong
+# layout; how good a precision is on real images is for parity to say.
+FLOORS = {"fp32": 0.999, "tf32": 0.98, "fp16": 0.98, "int8": 0.9}
+
+
+def _p50(session: EngineSession, images_NHWC: NDArray[np.uint8], runs: int) -> float:
+    """Median milliseconds of a call, copies to the card and back included; the first three are not counted."""
+    times = []
+    for _ in range(runs + 3):
+        started = time.perf_counter()
+        session.run(images_NHWC)
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times[3:])
+
+
+def measure(model: bytes, session: EngineSession, *, runs: int = 50) -> dict[str, Any]:
+    """Agreement with ONNX Runtime's CPU and p50 in both ways, on noise of the profile's usual shape."""
+    import onnxruntime
+
+    shape = (*session.profile.opt_NHW, 3)
+    images_NHWC = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    reference = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    expected_NHW = reference.run(["label"], {"image": images_NHWC})[0]
+    session.graphs = False
+    plain, label_NHW = _p50(session, images_NHWC, runs), session.run(images_NHWC)[0]
+    session.graphs = True
+    graph, again_NHW = _p50(session, images_NHWC, runs), session.run(images_NHWC)[0]
+    return {
+        "shape_NHWC": list(shape),
+        "agreement": float((label_NHW == expected_NHW).mean()),
+        "agreement_of_graph": float((again_NHW == expected_NHW).mean()),
+        "p50_plain_ms": plain,
+        "p50_graph_ms": graph if session.captured else None,
+    }
+
+
+def build_all(
+    opened: bundle.Bundle, precisions: Sequence[str], profile: Profile, cache: Path, *, rebuild: bool
+) -> list[dict[str, Any]]:
+    """Build, check and time each precision; a failure is its row's `failure` and does not stop the others."""
+    module, rows = builder.load(), []
+    for precision in precisions:
+        path = opened.folder / FILES[precision]
+        model = path.read_bytes()
+        row: dict[str, Any] = {"file": path.name, "precision": precision, "failure": None}
+        try:
+            with contextlib.closing(
+                EngineSession(
+                    model, precision=precision, profile=profile, cache=cache, module=module, name=str(path),
+                    rebuild=rebuild,
+                )
+            ) as session:  # fmt: skip
+                row |= {"key": session.key.about, "cached": session.cached, "seconds": session.seconds}
+                row |= {"engine": str(Cache(cache).path(session.key)), **measure(model, session)}
+            worst = min(row["agreement"], row["agreement_of_graph"])
+            if worst < FLOORS[precision]:
+                row["failure"] = f"{path}: agrees with ONNX Runtime on {worst:.4f} of the pixels of noise only"
+        except (EngineError, cudart.CudaError) as error:
+            row["failure"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def _show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+    def cell(row: dict[str, Any], name: str, digits: int) -> str:
+        return "-" if row.get(name) is None else f"{row[name]:.{digits}f}"
+
+    table = Table("file", "precision", "took s", "from cache", "agreement", "plain ms", "graph ms", title=title)
+    for row in rows:
+        times = (cell(row, "p50_plain_ms", 3), cell(row, "p50_graph_ms", 3))
+        cached = "-" if "cached" not in row else "yes" if row["cached"] else "no"
+        table.add_row(row["file"], row["precision"], cell(row, "seconds", 1), cached, cell(row, "agreement", 5), *times)
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 when every engine was built and agrees, 1 otherwise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export.tensorrt.check",
+        description="Build, check and time a bundle's TensorRT engines on this card.",
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--precision", nargs="+", choices=builder.PRECISIONS, help="default: all the bundle has")
+    parser.add_argument("--max-batch", type=int, help="default: as the runtime has it")
+    parser.add_argument("--cache", type=Path, help=f"default: {HERE}, or the user's cache folder")
+    parser.add_argument("--report", type=Path, default=Path("reports/engines.json"))
+    parser.add_argument("--rebuild", action="store_true", help="build even what the cache has")
+    options = parser.parse_args(arguments)
+    errors = Console(stderr=True)
+
+    def complain(text: str) -> None:
+        errors.print(f"engines: {text}", style="red", markup=False, soft_wrap=True)
+
+    try:
+        opened = bundle.open_bundle(options.bundle)
+        present = [p for p in builder.PRECISIONS if (opened.folder / FILES[p]).exists()]
+        if absent := sorted(set(options.precision or ()) - set(present)):
+            raise EngineError(f"{opened.folder / FILES[absent[0]]}: not in this bundle; it has {', '.join(present)}")
+        policy = opened.manifest.input
+        profile = Profile.of(long_side=policy.long_side, stride=policy.stride, max_batch=options.max_batch)
+        found = builder.look()
+        if not found.usable:
+            for place, answer in found.looked_for.items():
+                errors.print(f"  {place}: {answer}", markup=False, highlight=False, soft_wrap=True)
+            raise EngineError(found.as_dict()["says"])
+        card = builder.card()
+        rows = build_all(
+            opened, options.precision or present, profile, options.cache or default_folder(), rebuild=options.rebuild
+        )
+        cuda_version = cudart.version()
+    except (EngineError, cudart.CudaError, bundle.BundleError, ValueError) as error:
+        complain(str(error))
+        return 1
+    said = {
+        "bundle": opened.manifest.id, "card": dataclasses.asdict(card), "modules": found.modules,
+        "cuda_runtime": cuda_version, "engines": rows,
+    }  # fmt: skip
+    atomic.write_json(options.report, said)
+    _show(rows, f"{card.name}, driver {card.driver}, batch {profile.opt_NHW[0]}", Console())
+    for row in rows:
+        if row["failure"]:
+            complain(row["failure"])
+    return int(any(row["failure"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

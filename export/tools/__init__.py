@@ -1,0 +1,1 @@
+"""Commands on a bundle: predict, bench, and other programs' forms of it."""

@@ -1,0 +1,138 @@
+"""The same bundle for teams that run NVIDIA Triton: a model repository with one model in it.
+
+    REPOSITORY/NAME/config.pbtxt     `config`
+    REPOSITORY/NAME/labels.txt       line n (from 0) names class n
+    REPOSITORY/NAME/1/model.onnx     one of the bundle's models, byte for byte
+
+Triton batches requests of one size by itself. It knows nothing of the input policy: callers bring the image to a size
+whose sides are multiples of the stride (`pipeline.imaging.resize` does), and cut the padding off the answer; long side
+and stride are among the model's parameters.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from export.bundle.bundle import Bundle, open_bundle
+from export.bundle.manifest import FORMS, INPUT, OUTPUTS, Manifest, Precision
+from export.runtime.runtime import BATCHES
+from pipeline.storage import atomic
+
+Device = Literal["cpu", "cuda"]
+VERSION, LABELS, CONFIG = "1", "labels.txt", "config.pbtxt"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+class TritonError(ValueError):
+    """This model repository cannot be written; the message says what to ask for instead."""
+
+
+def model_file(bundle: Bundle, device: Device, precision: Precision) -> str:
+    """The bundle's file for ONNX Runtime on that device; "auto" is fp32, which every bundle has.
+
+    Raises:
+        TritonError: the bundle has no such model, or parity found it wrong.
+    """
+    wanted = "fp32" if precision == "auto" else precision
+    forms = {
+        (where, form): file
+        for (runtime, file), ways in FORMS.items()
+        for where, form in ways
+        if runtime == "onnxruntime" and file in bundle.models
+        if f"onnxruntime {where} {form}" not in bundle.manifest.rejected
+    }
+    if (device, wanted) not in forms:
+        have = ", ".join(sorted(form for where, form in forms if where == device)) or "nothing"
+        raise TritonError(f"{bundle.folder}: has no {wanted} model for ONNX Runtime on {device}; it has {have}")
+    return forms[device, wanted]
+
+
+def labels(manifest: Manifest) -> str:
+    """One line for each id from 0 to the largest; ids of no class have an empty line."""
+    names = {item.id: item.name for item in manifest.classes}
+    return "".join(" ".join(names.get(i, "").split()) + "\n" for i in range(manifest.classes[-1].id + 1))
+
+
+def _block(kind: str, fields: Sequence[str]) -> str:
+    return f"{kind} {{\n" + "".join(f"  {field}\n" for field in fields) + "}\n"
+
+
+def config(
+    manifest: Manifest, name: str, *, max_batch: int = max(BATCHES), delay_us: int = 0, instances: str = ""
+) -> str:
+    """config.pbtxt: a `ModelConfig` in protobuf's text format (Triton, "Model Configuration").
+
+    `max_batch` is the largest batch, in sizes of `export.runtime.runtime.BATCHES`; with a `delay_us` of 0 a request never waits
+    for company. `instances` is the kind and count of copies, as in "cpu:2" or "cuda:1"; without it Triton makes one for
+    each card, or one on the processor.
+
+    Raises:
+        TritonError: a name that Triton or a file system would not take, a batch below 1, or other instances than that.
+    """
+    if not _NAME.fullmatch(name):
+        raise TritonError(f"name {name!r}: use letters, digits, '_', '-' and '.', at most 100 of them")
+    if max_batch < 1 or delay_us < 0:
+        raise TritonError(f"max_batch {max_batch}, delay {delay_us}: at least 1, and at least 0 microseconds")
+    tensors = [
+        _block("input", [f'name: "{INPUT}"', "data_type: TYPE_UINT8", "format: FORMAT_NHWC", "dims: [ -1, -1, 3 ]"])
+    ]
+    for output in OUTPUTS:
+        named = [f'label_filename: "{LABELS}"'] if output == "label" else []
+        tensors.append(_block("output", [f'name: "{output}"', "data_type: TYPE_UINT8", "dims: [ -1, -1 ]", *named]))
+    sizes = [str(size) for size in sorted(BATCHES) if 1 < size <= max_batch]
+    batching = [f"preferred_batch_size: [ {', '.join(sizes)} ]"] if sizes else []
+    facts = {
+        "bundle": manifest.id,
+        "long_side": str(manifest.input.long_side),
+        "stride": str(manifest.input.stride),
+        "ignore": str(manifest.ignore),
+    }
+    parameters = [
+        _block("parameters", [f'key: "{key}"', f"value {{ string_value: {json.dumps(value)} }}"])
+        for key, value in facts.items()
+    ]
+    head = f'name: "{name}"\nbackend: "onnxruntime"\nmax_batch_size: {max_batch}\n'
+    dynamic = _block("dynamic_batching", [*batching, f"max_queue_delay_microseconds: {delay_us}"])
+    return head + "".join(tensors) + dynamic + _instance_group(instances) + "".join(parameters)
+
+
+def _instance_group(instances: str) -> str:
+    if not instances:
+        return ""
+    found = re.fullmatch(r"(cpu|cuda):([1-9]\d{0,2})", instances)
+    if found is None:
+        raise TritonError(f"instances {instances!r}: say a device and how many on it, as in cpu:2 or cuda:1")
+    kind = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}[found[1]]
+    return _block("instance_group", [f"count: {found[2]}", f"kind: {kind}"])
+
+
+def write(
+    bundle: Path,
+    repository: Path,
+    *,
+    name: str = "marginalia",
+    device: Device = "cpu",
+    precision: Precision = "auto",
+    max_batch: int = max(BATCHES),
+    delay_us: int = 0,
+    instances: str = "",
+) -> Path:
+    """Write the model's folder below `repository`, where other models may lie, and return it. All of it or nothing.
+
+    Raises:
+        BundleError: the bundle does not verify.
+        TritonError: as `model_file` and `config`.
+    """
+    opened = open_bundle(bundle)
+    text = config(opened.manifest, name, max_batch=max_batch, delay_us=delay_us, instances=instances)
+    model = opened.read_model(model_file(opened, device, precision))
+    folder = Path(repository) / name
+    if folder.exists() and not (folder / CONFIG).is_file():
+        raise TritonError(f"{folder}: is there already and no model of a repository; move it away or choose a --name")
+    with atomic.replacing_folder(folder) as fresh:
+        atomic.write_text(fresh / CONFIG, text)
+        atomic.write_text(fresh / LABELS, labels(opened.manifest))
+        atomic.write_bytes(fresh / VERSION / "model.onnx", model)
+    return folder

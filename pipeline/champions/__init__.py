@@ -1,0 +1,1 @@
+"""Which model serves: the gate, its statistics, the champions and their history."""

@@ -1,0 +1,1 @@
+"""The synthetic demo data, rendered on this machine."""

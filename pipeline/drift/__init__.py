@@ -1,0 +1,1 @@
+"""How far later images, and what is served, are from the training images."""

@@ -1,0 +1,159 @@
+"""What the running service answers against what the champion answered on its training images: `marginalia drift --serving`.
+
+The service's statistics (GET /v1/statistics, or the file it dumps; the format is in
+serving/telemetry/prediction_stats.py) hold samples of
+class areas and confidences by window of time. The reference is data/pool/images.npz, where predict left the same numbers
+of the student over the labelled images and those of the first dump; where that student did not become the champion, a
+warning says so. Windows are groups: neighbours in time are not independent draws.
+"""
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import config
+from pipeline.drift import predictions as shifts
+from pipeline.drift import two_sample
+from pipeline.drift.two_sample import Cloud, Finding
+from pipeline.storage import atomic
+from pipeline.storage import predictions as pool
+from pipeline.storage.predictions import Floats, Pool, PoolError
+
+SERVED = "served"
+MAX_BYTES = 64 << 20
+FEWEST = 30  # sampled answers: a few images of one afternoon stand for no stream
+REPORT = Path("reports/served.json")
+POINTER, STUDENT = Path("champions/champion.json"), Path("models/student/student.safetensors")
+
+
+class Answers(NamedTuple):
+    """One bundle's samples: its id, class names, area N x K, confidence (N,), the start of each one's window."""
+
+    bundle: str
+    classes: list[str]
+    area_NK: Floats
+    confidence_N: Floats
+    window_N: list[str]
+
+
+def read(where: str) -> dict[str, Any]:
+    """The statistics in a file or behind http(s)://.
+
+    Raises:
+        PoolError: not reachable, too large, or not of format 1; names the source.
+    """
+    try:
+        if where.startswith(("http://", "https://")):
+            with urllib.request.urlopen(where, timeout=60) as answer:
+                data = answer.read(MAX_BYTES + 1)
+        else:
+            with Path(where).open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise PoolError(f"{where}: more than {MAX_BYTES >> 20} MiB: these are no statistics of ours")
+        value = json.loads(data)
+    except (OSError, ValueError) as error:
+        raise PoolError(f"{where}: cannot be read as statistics ({error}); ask GET /v1/statistics") from error
+    if not isinstance(value, dict) or value.get("format") != 1:
+        raise PoolError(f"{where}: not the statistics of the service (format 1); ask GET /v1/statistics")
+    return value
+
+
+def answers(statistics: dict[str, Any], champion: str | None) -> Answers:
+    """The samples of the champion's bundle, or without one of the bundle that answered last.
+
+    Raises:
+        PoolError: that bundle answered nothing or fewer than `FEWEST`, or a field is not what the format says.
+    """
+    try:
+        bundles = {str(item["bundle"]): item for item in statistics["bundles"]}
+        if not bundles:
+            raise PoolError("the service has answered nothing yet")
+        if champion is not None and champion not in bundles:
+            raise PoolError(f"the champion {champion[:12]} has answered nothing; answered: {', '.join(bundles)}")
+        chosen = bundles[champion] if champion else list(bundles.values())[-1]
+        classes = [str(name) for name in chosen["classes"]]
+        samples = [(window["sample"], str(window["start"])) for window in chosen["windows"]]
+        area = np.array([row for sample, _ in samples for row in sample["area"]], np.float64)
+        confidence = np.array([value for sample, _ in samples for value in sample["confidence"]], np.float64)
+        windows = [start for sample, start in samples for _ in sample["confidence"]]
+        area_NK = area.reshape(len(confidence), len(classes))
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, PoolError):
+            raise
+        raise PoolError(f"statistics of the service: a field is missing or odd ({error!r})") from error
+    if not len(confidence) or not (np.isfinite(area_NK).all() and np.isfinite(confidence).all()):
+        raise PoolError(f"bundle {chosen['bundle']}: no sample of its answers, or one with numbers that are not finite")
+    if (count := len(confidence)) < FEWEST:
+        raise PoolError(
+            f"bundle {chosen['bundle']}: {count} sampled answers, and a verdict takes {FEWEST}; let the service answer "
+            f"{FEWEST - count} more images, then ask again"
+        )
+    return Answers(str(chosen["bundle"]), classes, area_NK, confidence, windows)
+
+
+def compare(seen: Pool, served: Answers, settings: config.Pool) -> tuple[Finding, dict[str, dict[str, Any]]]:
+    """Verdict on areas and confidence together, and which classes moved.
+
+    Raises:
+        PoolError: the bundle has other classes than the pool.
+    """
+    names = [str(name) for name in seen.classes]
+    if sorted(names) != sorted(served.classes):
+        odd = sorted(set(names) ^ set(served.classes))
+        raise PoolError(f"bundle {served.bundle} and {pool.FILE} have different classes ({odd}); run the predict stage")
+    ours = (seen.split == "labelled") | (seen.dump == two_sample.BASE)
+    order = [served.classes.index(name) for name in names]
+    area_NK = np.concatenate([seen.area[ours], served.area_NK[:, order]])
+    confidence_N = np.concatenate([seen.confidence[ours], served.confidence_N])
+    count = len(served.confidence_N)
+    columns = (
+        np.array([*([two_sample.BASE] * int(ours.sum())), *([SERVED] * count)]),
+        np.array([*map(str, seen.group[ours]), *served.window_N]),
+        np.array([*map(str, seen.split[ours]), *(["unlabelled"] * count)]),
+    )
+    points = Cloud(np.concatenate([np.sqrt(area_NK), confidence_N[:, None]], axis=1), *columns)
+    finding = two_sample.compare(points, SERVED, settings)
+    return finding, shifts.areas(points, area_NK, seen.classes, SERVED, settings)
+
+
+def other_model(champion: str | None) -> str | None:
+    """Why the pool's answers may not be the champion's: the student of the last training did not become it."""
+    theirs = POINTER.parent / str(champion) / STUDENT.name
+    if (
+        champion is None
+        or not (theirs.exists() and STUDENT.exists())
+        or atomic.sha256(theirs) == atomic.sha256(STUDENT)
+    ):
+        return None
+    return (
+        f"{pool.FILE} holds the answers of {STUDENT}, which is not the champion {champion[:12]}: what differs may be the "
+        f"two models; to compare with the champion's own, put {theirs} and its train.json there and run the predict stage"
+    )
+
+
+def run(where: str, params: config.Params, console: Console) -> bool:
+    """Print and write reports/served.json; False when `pool.policy: hold` and the answers have drifted."""
+    champion = str(atomic.read_json(POINTER)["id"]) if POINTER.exists() else None
+    served = answers(read(where), champion)
+    finding, areas = compare(pool.read(), served, params.pool)
+    warning = other_model(champion)
+    said = {"source": where.split("?")[0], "bundle": served.bundle, "warning": warning, **finding.__dict__}
+    atomic.write_json(REPORT, said | {"area": areas})
+    table = Table(
+        "class", "reference", "served", "p", "", title=f"bundle {served.bundle[:12]}: {finding.images} answers"
+    )
+    for name, area in sorted(areas.items(), key=lambda item: item[1]["p"]):
+        shares = f"{100 * area['reference']:.2f} %", f"{100 * area['dump']:.2f} %"
+        table.add_row(name, *shares, f"{area['p']:.4f}", "MOVED" if area["moved"] else "")
+    console.print(table)
+    verdict = "DRIFTED" if finding.drifted else "like the training images"
+    console.print(f"{verdict}: energy {finding.energy:.4f}, p {finding.p:.4f}, {finding.rule}; {REPORT}", markup=False)
+    if warning:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    return not (finding.drifted and params.pool.policy == "hold")

@@ -1,0 +1,187 @@
+"""How far is each later dump from what the model was trained on? A calibrated two-sample test (`pipeline.drift.two_sample`).
+
+Twice in the flow. Before training (`--screen`, reports/screen.json): image descriptors that need no network
+(`pipeline.storage.predictions.descriptor`), so that a night dump in a day set is flagged before it can do harm. After predict
+(reports/drift.json): the student's features, and beside them its answers (`pipeline.drift.predictions`). A normal dump
+is flagged with probability `pool.drift_p` at most: where there are two looks, each has half of it.
+
+Besides the numbers: reports/screen.png and reports/drift.png, the points on their main axes; reports/screen/unusual.jpg
+and reports/drift/unusual.jpg, the images of the drifted dumps (of all later ones, if none is) that lie farthest out.
+
+`reports/screen.pass` lists the dumps that may train, one a line, and nothing else: training depends on that, not
+on the numbers beside it.
+
+`pool.policy` says what a drifted dump leads to: `warn` prints a warning; `hold` also fails the stage, which stops what
+depends on it; `train` notes it in the report alone.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import config
+from pipeline import console as progress
+from pipeline.drift import energy_distance, plots, two_sample
+from pipeline.drift import predictions as shifts
+from pipeline.drift.two_sample import BASE, Cloud, Finding, compare
+from pipeline.storage import atomic, manifest
+from pipeline.storage import predictions as pool
+from pipeline.storage.predictions import PoolError
+
+__all__ = ["BASE", "Cloud", "Finding", "compare"]
+
+REPORTS = Path("reports")
+PASS = REPORTS / "screen.pass"
+SPLIT = Path("data/split/manifest.parquet")
+LOOKED = 5000  # images of the pool among which the unusual ones are sought
+
+
+class Look(NamedTuple):
+    """What is compared: the points, their rows in the manifest, and what the network answered (not before training)."""
+
+    points: Cloud
+    rows: list[manifest.Row]
+    seen: pool.Pool | None
+
+
+def before(rows: Sequence[manifest.Row], max_pixels: int) -> Look:
+    """Descriptors of the images that can enter the test (a seeded sample of each side); nothing is read without
+    later dumps.
+    """
+    rows = [row for row in rows if row.split in ("labelled", "unlabelled")]
+    columns = [np.array([getattr(r, key) or "" for r in rows], dtype=np.str_) for key in ("dump", "group", "split")]
+    whole = Cloud(np.zeros((len(rows), pool.DESCRIPTOR)), *columns)
+    dumps = whole.later_dumps()
+    rng = np.random.default_rng(two_sample.SEED)
+    masks = [whole.reference, *((whole.dump == d) & ~whole.reference for d in dumps)] if dumps else []
+    kept = [int(i) for mask in masks for i in two_sample.take(np.flatnonzero(mask), rng)]
+    features = []
+    with progress.bar("look at images", len(kept)) as bar:
+        for i in kept:
+            features.append(pool.descriptor(manifest.open_image(rows[i], max_pixels)))
+            bar.advance()
+    feature_ND = np.array(features, dtype=np.float64).reshape(len(kept), pool.DESCRIPTOR)
+    return Look(Cloud(feature_ND, *(c[kept] for c in columns)), [rows[i] for i in kept], None)
+
+
+def after(seen: pool.Pool, rows: Sequence[manifest.Row]) -> Look:
+    """The student's features of the whole pool.
+
+    Raises:
+        PoolError: the pool knows an image that the manifest does not.
+    """
+    by_id = {row.id: row for row in rows}
+    if unknown := [str(name) for id_, name in zip(seen.id, seen.name, strict=True) if str(id_) not in by_id]:
+        raise PoolError(f"{pool.FILE}: image {unknown[0]!r} is not in {SPLIT}; run the predict stage again")
+    points = Cloud(seen.embedding, seen.dump, seen.group, seen.split)
+    return Look(points, [by_id[str(id_)] for id_ in seen.id], seen)
+
+
+def verdicts(look: Look, settings: config.Pool) -> dict[str, dict[str, Finding]]:
+    """Dump -> source ("features" or "descriptor", "answers") -> finding; together they err at `drift_p` at most."""
+    clouds = {"features" if look.seen else "descriptor": look.points}
+    if look.seen is not None:
+        clouds["answers"] = shifts.answers(look.seen)
+    share = settings.drift_p / len(clouds)
+    count = max(settings.permutations, energy_distance.fewest(share)) if len(clouds) > 1 else settings.permutations
+    each = settings.model_copy(update={"drift_p": share, "permutations": count})
+    dumps = look.points.later_dumps()
+    return {dump: {source: compare(points, dump, each) for source, points in clouds.items()} for dump in dumps}
+
+
+def report(look: Look, found: dict[str, dict[str, Finding]], settings: config.Pool) -> dict[str, Any]:
+    """What reports/screen.json or reports/drift.json says. A dump's own numbers are those of the first source."""
+    drifted = [dump for dump, by_source in found.items() if any(f.drifted for f in by_source.values())]
+    dumps: dict[str, Any] = {}
+    for dump, by_source in found.items():
+        first, *others = by_source.items()
+        dumps[dump] = {**first[1].__dict__, "drifted": dump in drifted}
+        dumps[dump] |= {"sources": {first[0]: first[1].drifted} | {name: f.__dict__ for name, f in others}}
+        if look.seen is not None:
+            dumps[dump]["shifts"] = shifts.describe(look.seen, dump, settings)
+    return {
+        "space": "student features" if look.seen else "image descriptor",
+        "drift_p": settings.drift_p, "permutations": settings.permutations, "policy": settings.policy,
+        "dumps": dumps, "drifted": drifted, "held": drifted if settings.policy == "hold" else [],
+    }  # fmt: skip
+
+
+def show_unusual(look: Look, said: dict[str, Any], max_pixels: int, path: Path) -> None:
+    """The page of the farthest images of the drifted dumps, or of all later ones."""
+    dumps = said["drifted"] or list(said["dumps"])
+    rng = np.random.default_rng(two_sample.SEED)
+    there = np.flatnonzero(np.isin(look.points.dump, dumps) & ~look.points.reference)
+    there = there if len(there) <= LOOKED else np.sort(rng.choice(there, LOOKED, replace=False))
+    rows = np.concatenate([two_sample.take(np.flatnonzero(look.points.reference), rng), there])
+    points = look.points
+    some = Cloud(points.feature_ND[rows], points.dump[rows], points.group[rows], points.split[rows])
+    what = "drifted: " if said["drifted"] else "like the rest: "
+    title = f"farthest from the reference, {said['space']}; {what}{', '.join(dumps)}" if dumps else "no later dump"
+    plots.page(
+        plots.farthest(some, dumps),
+        title,
+        lambda i: look.rows[rows[i]].name,
+        lambda i: manifest.open_image(look.rows[rows[i]], max_pixels),
+        path,
+    )
+
+
+def run(params: config.Params, screen: bool, console: Console) -> dict[str, Any]:
+    """Either stage; the report, which with the pictures is written in every case."""
+    settings, max_pixels = params.pool, params.ingest.max_pixels
+    stage = "screen" if screen else "drift"
+    if screen:
+        look = before(manifest.read(SPLIT), max_pixels)
+    else:
+        seen = pool.read()
+        look = after(seen, manifest.read(SPLIT))
+    found = verdicts(look, settings)
+    said = report(look, found, settings)
+    plots.axes(look.points, {dump: next(iter(by.values())) for dump, by in found.items()}, REPORTS / f"{stage}.png")
+    show_unusual(look, said, max_pixels, REPORTS / stage / "unusual.jpg")
+    atomic.write_json(REPORTS / f"{stage}.json", said)
+    if screen:
+        PASS.unlink(missing_ok=True)
+        if not said["held"]:
+            atomic.write_text(PASS, "".join(f"{dump}\n" for dump in (BASE, *sorted(found))))
+    table = Table("dump", "images", "source", "energy", "p", "rule", "verdict", title=f"drift in {said['space']}")
+    for dump, by_source in found.items():
+        for source, f in by_source.items():
+            verdict = "DRIFTED" if f.drifted else "like the rest"
+            table.add_row(dump, str(f.images), source, f"{f.energy:.4f}", f"{f.p:.4f}", f.rule, verdict)
+    console.print(table if found else "drift: only the first dump is there, nothing to compare")
+    return said
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 1 when `pool.policy: hold` keeps a drifted dump back, or the inputs are unusable."""
+    parser = argparse.ArgumentParser(description="distance of later dumps from the training data")
+    parser.add_argument("--screen", action="store_true", help="before training, from the images alone")
+    screen = parser.parse_args(arguments).screen
+    problems = Console(stderr=True)
+    try:
+        said = run(config.load(), screen, Console())
+    except (PoolError, manifest.ManifestError, config.ConfigError) as error:
+        problems.print(f"drift: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    page = REPORTS / ("screen" if screen else "drift") / "unusual.jpg"
+    if said["held"]:
+        problems.print(
+            f"drift: held back by pool.policy: hold: {', '.join(said['held'])}. Look at {page}; then either set "
+            "pool.policy: warn to go on with the dump, or take it out of dumps.yaml",
+            style="red", markup=False, soft_wrap=True,
+        )  # fmt: skip
+    elif said["drifted"] and said["policy"] == "warn":
+        what = f"warning: drifted: {', '.join(said['drifted'])}; its strangest images: {page}"
+        problems.print(what, style="yellow", markup=False, soft_wrap=True)
+    return 1 if said["held"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the label formats share: class lists, split lists, shapes, mask encodings."""

@@ -1,0 +1,99 @@
+"""One binary mask for each class of an image -> one label map.
+
+The three layouts in use, told apart by which part is an image's name id:
+
+    masks/NAME/CLASS.png    masks/CLASS/NAME.png    masks/NAME_CLASS.png
+
+Where classes overlap, the later one in the class list wins (the list goes from the background to what lies on it).
+Pixels in none of them are what `data.unannotated` says.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.formats.common.rasterize import Mask_HW
+from pipeline.formats.common.source import name_id
+from pipeline.imaging import decode, label_maps
+
+
+def candidates(key: str, ids: Set[str]) -> Iterator[tuple[str, str]]:
+    """(image name id, class name) by each layout that `key`, a mask's path without extension, fits."""
+    before, _, last = key.rpartition("/")
+    if before in ids:
+        yield before, last
+    first, _, rest = key.partition("/")
+    if rest in ids:
+        yield rest, first
+    for at in range(len(key) - 1, 0, -1):
+        if key[at] == "_" and key[:at] in ids:
+            yield key[:at], key[at + 1 :]
+
+
+def group(
+    mask_files: Mapping[str, Path], ids: Set[str], names: Sequence[str] | None
+) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """Mask files by image and class, and the files that fit no image and class.
+
+    `names` are the known classes; None: any part beside an image's name id is a class.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    left = []
+    for name, path in mask_files.items():
+        fits = [(key, what) for key, what in candidates(name_id(name), ids) if names is None or what in names]
+        if fits and fits[0][1] not in found.get(fits[0][0], {}):
+            found.setdefault(fits[0][0], {})[fits[0][1]] = path
+        else:
+            left.append(name)
+    return found, left
+
+
+def read(data: bytes, max_pixels: int) -> Mask_HW:
+    """One binary mask: 0 or black is out, the other value (1, 255, white...) is in.
+
+    Raises:
+        images.Refused: as `label_maps.decode_mask`; "binary-mask" where there are two values besides 0.
+    """
+    try:
+        ids_HW = label_maps.decode_mask(data, max_pixels=max_pixels, colours={(0, 0, 0): 0, (255, 255, 255): 1})
+    except decode.Refused as error:
+        if error.code != "unknown-colour":
+            raise
+        raise decode.Refused("binary-mask", f"a binary mask is black and white: {error}") from error
+    values: NDArray[np.int64] = np.unique(ids_HW.astype(np.int64))
+    if len(values[values > 0]) > 1:
+        listed = ", ".join(map(str, values[:6]))
+        raise decode.Refused(
+            "binary-mask", f"a binary mask has one value besides 0, this one has {listed}; threshold it"
+        )
+    inside_HW: Mask_HW = ids_HW > 0
+    return inside_HW
+
+
+def render(parts: Mapping[int, Path], empty: int, max_pixels: int, tally: Counter[str]) -> bytes:
+    """{class id: its binary mask} -> PNG of ids. Raises images.Refused where one is unreadable or of another size."""
+    label_HW, taken_HW, overlap = None, None, 0
+    for number in sorted(parts):
+        try:
+            inside_HW = read(parts[number].read_bytes(), max_pixels)
+        except decode.Refused as error:
+            raise decode.Refused(error.code, f"{parts[number].parent.name}/{parts[number].name}: {error}") from error
+        if label_HW is None or taken_HW is None:
+            label_HW, taken_HW = np.full(inside_HW.shape, empty, np.uint8), np.zeros(inside_HW.shape, np.bool_)
+        if inside_HW.shape != label_HW.shape:
+            raise decode.Refused(
+                "mask-size",
+                f"{parts[number].name} has another size than the image's other binary masks; export it again",
+            )
+        overlap += int((inside_HW & taken_HW).sum())
+        label_HW[inside_HW] = number
+        taken_HW |= inside_HW
+    if label_HW is None:
+        raise decode.Refused("mask-missing", "no binary mask of a known class")
+    if overlap:
+        tally["binary masks with overlapping classes (the later one counts)"] += 1
+        tally["pixels in more than one class"] += overlap
+    return label_maps.encode_png(label_HW)

@@ -1,0 +1,132 @@
+"""Class lists: from classes.txt, or from the names that a label file brings."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import config
+from pipeline.formats.common.source import SourceError
+from pipeline.imaging import label_maps
+from pipeline.imaging.mask_png import Colour
+
+IGNORE, BACKGROUND = "ignore", "background"
+_BACKGROUNDS = (BACKGROUND, "_background_", "__background__")
+_DEFAULT = config.Data().classes
+_HEX = re.compile(r"\s#([0-9a-fA-F]{6})$")
+_RGB = re.compile(r"\s(\d+)\s+(\d+)\s+(\d+)$")
+Classes = list[dict[str, Any]]
+
+
+def parse(lines: Sequence[str], file: Path) -> tuple[Classes, list[Colour]]:
+    """`name`, `name #rrggbb` or `name r g b` lines -> ([{"id", "name", "color"}], colours that mean ignore).
+
+    Colours are 0..255 each; classes without one get a distinct one. Lines `ignore r g b` after the classes have no id:
+    they only say which colours of a colour mask mean ignore.
+
+    Raises:
+        SourceError: no class, a name twice, a colour beyond 255, `ignore` before a class or without a colour, or more
+            than 255 classes (255 means ignore).
+    """
+    found: list[tuple[str, list[int] | None]] = []
+    ignored: list[Colour] = []
+    for number, line in enumerate(lines, 1):
+        name, colour = _split(line, file, number)
+        if name == IGNORE:
+            if colour is None:
+                raise SourceError(f"{file}: line {number}: `ignore` needs a colour: it says which one means ignore")
+            ignored.append((colour[0], colour[1], colour[2]))
+        elif ignored:
+            raise SourceError(f"{file}: line {number}: class {name!r} stands below `ignore`; put those lines last")
+        elif any(name == known for known, _ in found):
+            raise SourceError(f"{file}: line {number}: class {name!r} stands there twice")
+        else:
+            found.append((name, colour))
+    if not 0 < len(found) <= 255:
+        raise SourceError(f"{file}: {len(found)} classes; expected 1 to 255, one name a line (id 255 means ignore)")
+    spare = label_maps.palette(len(found))
+    return [
+        {"id": k, "name": name, "color": list(spare[k]) if colour is None else colour}
+        for k, (name, colour) in enumerate(found)
+    ], ignored
+
+
+def _split(line: str, file: Path, number: int) -> tuple[str, list[int] | None]:
+    if match := _HEX.search(line):
+        colour = list(bytes.fromhex(match[1]))
+    elif match := _RGB.search(line):
+        colour = [int(value) for value in match.groups()]
+        if max(colour) > 255:
+            raise SourceError(f"{file}: line {number}: {line!r}: red, green and blue are 0 to 255 each")
+    else:
+        return line, None
+    return line[: match.start()].strip(), colour
+
+
+def read_lines(path: Path, way_out: str) -> list[str]:
+    """Stripped lines that are not empty, a BOM dropped. Raises SourceError with near names where `path` is absent."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside)
+        hint = f" (there is {', '.join(near)})" if near else ""
+        raise SourceError(f"{path}: not found{hint}, though params.yaml names it; {way_out}") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read(root: Path, data: config.Data) -> tuple[Classes, list[Colour]] | None:
+    """(classes, ignored colours) of the file that `data.classes` names in `root`; None where it is null, or where the
+    default name is absent from a source that names its classes itself (any but `folder`)."""
+    if data.classes is None:
+        return None
+    path = root / data.classes
+    if data.source != "folder" and data.classes == _DEFAULT and not path.exists():
+        return None
+    return parse(read_lines(path, "write it, or set data.classes: null to take the classes from the labels"), path)
+
+
+def named(
+    root: Path, data: config.Data, names: Iterable[str], colours: Mapping[str, Colour] | None = None
+) -> tuple[Classes, dict[str, int], list[str]]:
+    """Classes of a format whose labels carry names: (classes, name -> id, notes).
+
+    With a class file its names count, in its order; a label whose name is not in it becomes 255 (ignore). Without one
+    the labels' own names count, in the order given. With `data.unannotated: background` a class of that name (or labelme's
+    `_background_`) is the background; without a class file it is put first where the labels have none.
+
+    Raises:
+        SourceError: no name at all, more than 255, or `unannotated: background` with a class file that has no such class.
+    """
+    seen, file, notes = list(dict.fromkeys(names)), read(root, data), list[str]()
+    if file is not None:
+        classes = file[0]
+        if alien := [name for name in seen if name not in {c["name"] for c in classes}]:
+            notes.append(f"not in {data.classes}, so ignored: {', '.join(alien[:8])}{', ...' * (len(alien) > 8)}")
+    else:
+        if data.unannotated == "background" and not set(seen) & set(_BACKGROUNDS):
+            seen.insert(0, BACKGROUND)
+        if not 0 < len(seen) <= 255:
+            raise SourceError(f"{root}: the labels name {len(seen)} classes; expected 1 to 255 (id 255 means ignore)")
+        spare, given = label_maps.palette(len(seen)), colours or {}
+        classes = [{"id": k, "name": n, "color": list(given.get(n, spare[k]))} for k, n in enumerate(seen)]
+    ids = {c["name"]: c["id"] for c in classes}
+    if data.unannotated == "background" and background(ids) is None:
+        raise SourceError(
+            f"{root / str(data.classes)}: data.unannotated: background needs a class named {BACKGROUND}; add the line"
+        )
+    return classes, ids | {name: label_maps.IGNORE for name in seen if name not in ids}, notes
+
+
+def background(ids: Mapping[str, int]) -> int | None:
+    """Id of the background class, by its name."""
+    return next((ids[name] for name in _BACKGROUNDS if name in ids), None)
+
+
+def empty_id(data: config.Data, ids: Mapping[str, int]) -> int:
+    """What a pixel in no shape is: 255, or the background's id (`data.unannotated`)."""
+    found = background(ids) if data.unannotated == "background" else None
+    return label_maps.IGNORE if found is None else found

@@ -1,0 +1,1 @@
+"""Pixels: images and label maps decoded, encoded, resized, tiled and traced."""

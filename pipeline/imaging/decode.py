@@ -1,0 +1,300 @@
+"""Untrusted image bytes -> uint8 RGB, by stated rules; anything else is refused with a code and a way out.
+
+The rules (each has a golden test):
+
+- Only the decoders in `FORMATS` exist for us; the format is told by the content, never by a name or a content type.
+- Size comes from the header and is checked against the pixel budget before a pixel is decoded.
+- EXIF orientation is applied, also where a PNG's eXIf chunk stands after the pixel data. ICC profiles are ignored.
+- 16-bit samples become their high byte (v >> 8), for grey and colour alike; float and 32-bit images are refused.
+- Grey and palette become RGB; alpha is composited on black, (c * a + 127) // 255; CMYK goes by Pillow's plain formula.
+- More than one frame or page (APNG, animated WebP, multi-page TIFF) is refused: one image in, one mask out.
+  The extra pictures of a multi-picture JPEG (gain map, stereo twin) are not frames: the main one is taken.
+- PNG checksums are verified for every chunk, because the decoder itself skips those of the pixel data.
+
+The plugin classes are called directly instead of through `Image.open`: that keeps every other decoder out of reach and
+needs none of Pillow's process-wide settings (`MAX_IMAGE_PIXELS`, the plugin registry), so many threads may decode.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL.ImageFile import ImageFile
+
+Image_HWC = NDArray[np.uint8]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+PLUGINS: dict[str, type[ImageFile]] = {
+    "PNG": PngImagePlugin.PngImageFile,
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+}
+# Recognised only to give a better answer than "not an image".
+_FOREIGN = (
+    (b"GIF8", "GIF"),
+    (b"%PDF", "PDF"),
+    (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "EPS"),
+    (b"8BPS", "Photoshop"),
+    (b"<svg", "SVG"),
+    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\x00\x00\x01\x00", "ICO"),
+    (b"SIMPLE  =", "FITS"),
+)
+_ORIENTATION = 0x0112
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+_HEADER_PIXELS = 1 << 62
+
+# A damaged EXIF block makes the plugins warn; a damaged picture is an answer to the caller here, not a line on stderr.
+# Set once at import: `catch_warnings` around a decode would not be safe with threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class Refused(ValueError):
+    """Bytes that will not become an image or a mask.
+
+    Attributes:
+        code: short kebab-case reason, one of "empty", "not-an-image", "unsupported-format", "truncated", "corrupt",
+            "too-many-pixels", "bad-aspect", "animated", "unsupported-depth" here; `pipeline.imaging.label_maps` adds its own.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[type["Refused"], tuple[str, str]]:
+        return Refused, (self.code, str(self))  # crosses process pools with its code
+
+
+def sniff(data: bytes) -> str:
+    """Format name from the first bytes. Raises Refused("empty" | "unsupported-format" | "not-an-image")."""
+    if not data:
+        raise Refused("empty", "the file has no bytes; send the image itself")
+    head = bytes(data[:256])
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head.startswith(b"BM") and len(data) >= 26:
+        return "BMP"
+    if head[:4] in (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"):
+        return "TIFF"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for magic, name in _FOREIGN:
+        if head.startswith(magic) or text.startswith(magic) or (name == "SVG" and b"<svg" in head):
+            raise Refused("unsupported-format", f"{name} is not read here; convert it to one of {', '.join(FORMATS)}")
+    if head[4:8] == b"ftyp":
+        raise Refused("unsupported-format", f"HEIF/AVIF is not read here; convert it to one of {', '.join(FORMATS)}")
+    raise Refused("not-an-image", f"these bytes are no image; send one of {', '.join(FORMATS)}")
+
+
+def png_chunks(data: bytes) -> dict[bytes, bytes]:
+    """Verify every chunk's CRC up to IEND; return the chunks before the pixel data (IHDR, acTL...), and eXIf, which may
+    stand on either side of it (PNG specification, third edition, 5.6).
+
+    Raises Refused("corrupt") on a bad checksum and Refused("truncated") when IEND is never reached.
+    """
+    view, at, found, pixels = memoryview(data), 8, dict[bytes, bytes](), False
+    while at + 12 <= len(view):
+        length = int.from_bytes(view[at : at + 4], "big")
+        kind = bytes(view[at + 4 : at + 8])
+        if at + 12 + length > len(view):
+            break
+        if zlib.crc32(view[at + 4 : at + 8 + length]) != int.from_bytes(
+            view[at + 8 + length : at + 12 + length], "big"
+        ):
+            raise Refused(
+                "corrupt", f"PNG chunk {kind!r} at byte {at} has a wrong checksum; send the original file again"
+            )
+        pixels = pixels or kind == b"IDAT"
+        if kind == b"IEND":
+            return found
+        if not pixels or kind == b"eXIf":
+            found.setdefault(kind, bytes(view[at + 8 : at + 8 + length]))
+        at += 12 + length
+    raise Refused("truncated", f"the PNG ends after {len(data)} bytes, before its end mark; send the whole file")
+
+
+def _webp_size(data: bytes) -> tuple[int, int, bool]:
+    """(width, height, animated) from the WebP header: the decoder allocates the whole canvas when it opens a file."""
+    if len(data) < 30:
+        raise Refused("truncated", "the WebP ends inside its header; send the whole file")
+    if int.from_bytes(data[4:8], "little") + 8 > len(data):
+        raise Refused("truncated", f"the WebP ends after {len(data)} bytes, before its stated end; send the whole file")
+    kind = data[12:16]
+    if kind == b"VP8X":
+        width, height = int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+        return width, height, bool(data[20] & 0x02)
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, False
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", data[26:30])
+        return width & 0x3FFF, height & 0x3FFF, False
+    raise Refused("corrupt", "the WebP has no picture chunk; send the original file again")
+
+
+def exif_orientation(exif: bytes) -> int:
+    """Orientation 1..8 out of an EXIF block (TIFF layout, first directory); 1 if absent or damaged."""
+    tiff = exif[6:] if exif.startswith(b"Exif\x00\x00") else exif
+    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
+    if order is None or len(tiff) < 10:
+        return 1
+    (at,) = struct.unpack_from(order + "I", tiff, 4)
+    if at + 2 > len(tiff):
+        return 1
+    (count,) = struct.unpack_from(order + "H", tiff, at)
+    for entry in range(at + 2, min(at + 2 + 12 * count, len(tiff) - 11), 12):
+        tag, kind = struct.unpack_from(order + "HH", tiff, entry)
+        if tag == _ORIENTATION:
+            (value,) = struct.unpack_from(order + ("H" if kind == 3 else "I"), tiff, entry + 8)
+            return value if 1 <= value <= 8 else 1
+    return 1
+
+
+def orientation_of(image: ImageFile) -> int:
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 1  # this plugin reports the upright size and turns the pixels itself
+    exif = image.info.get("exif", b"")
+    return exif_orientation(exif) if isinstance(exif, bytes) else 1
+
+
+def open_header(data: bytes, max_pixels: int) -> tuple[str, ImageFile]:
+    """Header only. Raises Refused; anything a decoder throws at hostile bytes becomes Refused("corrupt")."""
+    kind = sniff(data)
+    animated, chunks = False, dict[bytes, bytes]()
+    if kind == "PNG":
+        chunks = png_chunks(data)
+        animated = b"acTL" in chunks
+    elif kind == "WEBP":
+        width, height, animated = _webp_size(data)
+        check_pixels(width, height, max_pixels)
+    if animated:
+        raise Refused("animated", "an animation has no single frame to segment; send one still picture")
+    try:
+        image = PLUGINS[kind](io.BytesIO(data))
+    except Exception as error:  # a plugin may raise nearly anything on damaged bytes
+        raise Refused(
+            "corrupt", f"the {kind} header cannot be read ({short(error)}); send the original file again"
+        ) from error
+    check_pixels(*image.size, max_pixels)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _check_tiff(image, max_pixels)
+    if b"eXIf" in chunks:
+        image.info.setdefault("exif", chunks[b"eXIf"])  # the plugin sees one after the pixels too late for the header
+    return kind, image
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise Refused("corrupt", f"the header says {width} x {height} pixels; send the original file again")
+    if width * height > max_pixels:
+        raise Refused(
+            "too-many-pixels",
+            f"{width} x {height} = {width * height} pixels, over the limit of {max_pixels}; scale it down",
+        )
+
+
+def check_aspect(width: int, height: int, max_aspect: float | None) -> None:
+    if max_aspect is not None and max(width, height) > max_aspect * min(width, height):
+        raise Refused(
+            "bad-aspect",
+            f"{width} x {height} is longer than {max_aspect:g} times its width; cut it into pieces",
+        )
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile, max_pixels: int) -> None:
+    """Refuse a second page (looking one directory ahead, not walking all of them) and tiles larger than the budget."""
+    tile = [image.tag_v2.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_LENGTH)]
+    if not all(isinstance(side, int) for side in tile) or tile[0] * tile[1] > max(max_pixels, 1 << 20):
+        raise Refused(
+            "too-many-pixels",
+            f"the TIFF has tiles of {tile[0]} x {tile[1]} pixels, more than the limit of {max_pixels}",
+        )
+    try:
+        image.seek(1)
+    except EOFError:
+        return
+    except Exception as error:
+        raise Refused(
+            "corrupt", f"the TIFF's second directory cannot be read ({short(error)}); send one page"
+        ) from error
+    raise Refused("animated", "a TIFF of several pages has no single image to segment; send one page")
+
+
+def short(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+
+
+def to_rgb(image: ImageFile) -> Image_HWC:
+    """Decoded Pillow image -> H x W x 3 by the rules in the module's docstring."""
+    mode = image.mode
+    if mode.startswith("I;16"):
+        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if mode in ("F", "I", "LAB") or mode.startswith(("I;", "F;")):
+        raise Refused(
+            "unsupported-depth",
+            f"pixels of kind {mode} have no stated range; convert the image to 8 or 16 bits per channel",
+        )
+    if "transparency" in image.info or "A" in mode or "a" in mode:
+        rgba = np.asarray(image.convert("RGBA"))
+        colour = rgba[:, :, :3].astype(np.uint16) * rgba[:, :, 3:] + np.uint16(127)
+        rgb_HWC: Image_HWC = (colour // np.uint16(255)).astype(np.uint8)
+        return rgb_HWC
+    return np.array(image if mode == "RGB" else image.convert("RGB"))
+
+
+def orient(image_HWC: Image_HWC, orientation: int) -> Image_HWC:
+    """Turn stored rows and columns into the upright picture; `orientation` 1..8 as EXIF 2.32, tag 0x0112."""
+    turned = image_HWC
+    if orientation >= 5:
+        turned = turned.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        turned = turned[::-1]
+    if orientation in (2, 3, 6, 7):
+        turned = turned[:, ::-1]
+    return np.ascontiguousarray(turned)
+
+
+def probe(data: bytes) -> tuple[str, int, int]:
+    """(format, width, height) after orientation, from the header alone. Raises Refused."""
+    kind, image = open_header(data, _HEADER_PIXELS)
+    width, height = image.size
+    return (kind, height, width) if orientation_of(image) >= 5 else (kind, width, height)
+
+
+def decode(data: bytes, *, max_pixels: int, max_aspect: float | None = None) -> Image_HWC:
+    """Encoded image -> uint8, H x W x 3, RGB, 0..255, contiguous and writable.
+
+    `max_pixels` bounds width * height, `max_aspect` the longer side over the shorter; both are checked on the header.
+
+    Raises:
+        Refused: with a code and a message that says what to do.
+    """
+    return decode_turned(data, max_pixels=max_pixels, max_aspect=max_aspect)[0]
+
+
+def decode_turned(data: bytes, *, max_pixels: int, max_aspect: float | None = None) -> tuple[Image_HWC, int]:
+    """`decode`, and the orientation 1..8 by which the stored picture was turned."""
+    kind, image = open_header(data, max_pixels)
+    check_aspect(*image.size, max_aspect)
+    orientation = orientation_of(image)
+    try:
+        image.load()
+        rgb_HWC = to_rgb(image)
+    except Refused:
+        raise
+    except Exception as error:
+        code = "truncated" if "truncated" in str(error) else "corrupt"
+        raise Refused(code, f"the {kind} cannot be decoded ({short(error)}); send the original file again") from error
+    return orient(rgb_HWC, orientation), orientation

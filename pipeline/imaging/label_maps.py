@@ -1,0 +1,234 @@
+"""Label maps: in from PNG (BMP, TIFF) ids, out as a fast PNG, COCO run lengths or colours.
+
+Ids are 8- or 16-bit. 255 (8-bit) and 65535 (16-bit) mean *ignore* and are never a class.
+A mask is read as stored: no EXIF turning (Pillow turns TIFF by itself), no resampling, no colour management.
+"""
+
+import colorsys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.TiffImagePlugin import TiffImageFile
+
+from pipeline.imaging.decode import Image_HWC, Refused, open_header, short
+from pipeline.imaging.mask_png import IGNORE as IGNORE
+from pipeline.imaging.mask_png import IGNORE_COLOUR as IGNORE_COLOUR
+from pipeline.imaging.mask_png import Colour as Colour
+from pipeline.imaging.mask_png import Ids as Ids
+from pipeline.imaging.mask_png import encode_png as encode_png
+
+_LOSSY = ("JPEG", "WEBP")
+_BITS, _PHOTOMETRIC = 258, 262  # TIFF 6.0 tags
+
+
+def decode_mask(data: bytes, *, max_pixels: int, colours: Mapping[Colour, int] | None = None) -> Ids:
+    """Encoded mask -> uint8 or uint16 ids, H x W.
+
+    Grey values and palette indices are ids as stored, at any bit depth; a grey TIFF has 8 or 16 bits and 0 for black,
+    because the decoder inverts or spreads the others' values. RGB(A) masks need `colours`, (r, g, b) -> id.
+
+    Raises:
+        Refused: the codes of `pipeline.imaging.decode`, or "lossy-mask", "tiff-mask", "rgb-mask", "unknown-colour".
+    """
+    kind, image = open_header(data, max_pixels)
+    if kind in _LOSSY:
+        raise Refused("lossy-mask", f"{kind} blurs class ids; save masks as PNG")
+    if isinstance(image, TiffImageFile) and (image.mode in ("1", "L") or image.mode.startswith("I;16")):
+        bits, black = image.tag_v2.get(_BITS, (1,)), image.tag_v2.get(_PHOTOMETRIC)
+        if bits not in ((8,), (16,)) or black != 1:
+            raise Refused(
+                "tiff-mask",
+                f"a grey TIFF of {bits[0]} bits with photometric interpretation {black} does not give back its class "
+                "ids; save the mask as PNG, or as TIFF with 8 or 16 bits where 0 is black (interpretation 1)",
+            )
+    try:
+        image.load()
+        mode = image.mode
+        if mode == "P":
+            return np.array(image)
+        if mode in ("1", "L"):
+            ids: NDArray[np.uint8] = np.array(image, dtype=np.uint8)
+            if mode == "L":
+                ids //= np.uint8(_grey_step(data, kind))
+            return ids
+        if mode.startswith("I;16"):
+            wide: NDArray[np.uint16] = np.array(image).astype(np.uint16)
+            return wide
+        pixels_HWC = np.asarray(image.convert("RGB"))
+    except Exception as error:  # a plugin may raise nearly anything on damaged bytes
+        code = "truncated" if "truncated" in str(error) else "corrupt"
+        raise Refused(code, f"the mask cannot be decoded ({short(error)}); save it again") from error
+    if mode in ("I", "F") or mode.startswith(("I;", "F;")):
+        raise Refused(
+            "unsupported-depth",
+            f"mask pixels of kind {mode} (32 bits, signed or float) are no ids; save 8- or 16-bit grey, with -1 as 255 "
+            "(in 16 bits 65535), which mean ignore",
+        )
+    if colours is None:
+        raise Refused("rgb-mask", "the mask is in colours, not class ids; save class ids or give the classes' colours")
+    return from_colours(pixels_HWC, colours)
+
+
+def _grey_step(data: bytes, kind: str) -> int:
+    """Pillow spreads 2- and 4-bit PNG greys over 0..255: the factor that undoes it. Byte 24 is the bit depth."""
+    return {2: 85, 4: 17}.get(data[24], 1) if kind == "PNG" else 1
+
+
+def from_colours(pixels_HWC: Image_HWC, colours: Mapping[Colour, int]) -> Ids:
+    """H x W x 3 -> ids by exact colour. Raises Refused("unknown-colour") that names the first five and their pixels."""
+    packed = pixels_HWC.astype(np.uint32)
+    packed_HW = packed[..., 0] << 16 | packed[..., 1] << 8 | packed[..., 2]
+    found, inverse, counts = np.unique(packed_HW, return_inverse=True, return_counts=True)
+    table = {r << 16 | g << 8 | b: value for (r, g, b), value in colours.items()}
+    unknown = [(int(colour), int(n)) for colour, n in zip(found, counts, strict=True) if int(colour) not in table]
+    if unknown:
+        named = ", ".join(f"#{colour:06x} ({n} pixels)" for colour, n in unknown[:5])
+        raise Refused("unknown-colour", f"the mask has {len(unknown)} colours of no class: {named}; add them or fix it")
+    ids = [table[int(colour)] for colour in found]
+    lookup = np.array(ids, dtype=np.uint8 if max(ids) <= 255 else np.uint16)
+    ids_HW: Ids = lookup[inverse.reshape(packed_HW.shape)]
+    return ids_HW
+
+
+def palette(k: int) -> list[Colour]:
+    """k distinct colours (k <= 255), well apart for neighbours: golden-ratio hues over alternating lightness."""
+    if not 0 <= k <= 255:
+        raise ValueError(f"at most 255 classes have 8-bit ids, got {k}")
+    colours = []
+    for i in range(k):
+        red, green, blue = colorsys.hls_to_rgb(
+            i * 0.6180339887 % 1.0, (0.5, 0.35, 0.68)[i % 3], (0.85, 0.6)[i // 3 % 2]
+        )
+        colours.append((round(red * 255), round(green * 255), round(blue * 255)))
+    return colours
+
+
+def _lookup(colours: Sequence[Colour]) -> NDArray[np.uint8]:
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colours)] = np.array(colours, dtype=np.uint8).reshape(-1, 3)
+    table[IGNORE] = IGNORE_COLOUR
+    return table
+
+
+def colourise(label_HW: NDArray[np.uint8], colours: Sequence[Colour]) -> Image_HWC:
+    """uint8 ids -> H x W x 3; ids beyond `colours` are black, 255 is `IGNORE_COLOUR`."""
+    return _lookup(colours)[label_HW]
+
+
+def overlay(
+    image_HWC: Image_HWC, label_HW: NDArray[np.uint8], colours: Sequence[Colour], alpha: float = 0.5
+) -> Image_HWC:
+    """Colours over the picture: (image * (256 - a) + colour * a + 128) >> 8, a = round(256 alpha); 255 stays."""
+    if image_HWC.shape[:2] != label_HW.shape:
+        raise ValueError(f"image is {image_HWC.shape[:2]} but the label map is {label_HW.shape}")
+    weight = round(256 * alpha)
+    tint = (_lookup(colours).astype(np.uint16) * weight + 128).astype(np.uint16)
+    keep = np.full(256, 256 - weight, np.uint16)
+    tint[IGNORE], keep[IGNORE] = 0, 256
+    blended = image_HWC * keep[label_HW][:, :, None]
+    blended += tint[label_HW]
+    blended >>= 8
+    return blended.astype(np.uint8)
+
+
+def to_rle(mask_HW: NDArray[np.bool_], *, compressed: bool = True) -> dict[str, Any]:
+    """Boolean mask -> COCO run lengths {"size": [h, w], "counts"}: column by column, starting with the run of False.
+
+    `compressed` gives COCO's text form (what `pycocotools.mask.decode` takes), otherwise the list of run lengths.
+    """
+    return class_rles(mask_HW.astype(np.uint8), compressed=compressed).get(1) or _rle(
+        [mask_HW.size], mask_HW.shape, compressed
+    )
+
+
+def class_rles(label_HW: NDArray[np.uint8], *, compressed: bool = True) -> dict[int, dict[str, Any]]:
+    """Run lengths of every id present, as `to_rle(label_HW == id)` gives them, in one pass over the pixels."""
+    return column_rles([label_HW], *label_HW.shape, compressed=compressed)
+
+
+def column_rles(
+    bands: Iterable[NDArray[np.uint8]], height: int, width: int, *, compressed: bool = True
+) -> dict[int, dict[str, Any]]:
+    """`class_rles` of a label map that comes in bands of columns, each `height` x n, from the left."""
+    pieces, owners, done, last = [], [], 0, -1
+    for band_HW in bands:
+        flat = band_HW.ravel(order="F")
+        begins = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
+        begins = begins[1:] if flat[0] == last else begins  # the run of the band before goes on
+        pieces.append(begins + done)
+        owners.append(flat[begins])
+        done, last = done + flat.size, int(flat[-1])
+    starts, owner = np.concatenate(pieces), np.concatenate(owners)
+    ends = np.append(starts[1:], height * width)
+    answer = {}
+    for value in np.unique(owner):
+        mine = owner == value
+        edges = np.stack([starts[mine], ends[mine]], axis=1).ravel()  # inside runs are never adjacent to each other
+        counts = np.diff(edges, prepend=0)
+        if edges[-1] < height * width:
+            counts = np.append(counts, height * width - edges[-1])
+        answer[int(value)] = _rle(counts.tolist(), (height, width), compressed)
+    return answer
+
+
+def _rle(counts: list[int], shape: tuple[int, ...], compressed: bool) -> dict[str, Any]:
+    return {"size": list(shape), "counts": pack_counts(counts) if compressed else counts}
+
+
+def pack_counts(counts: list[int]) -> str:
+    """COCO's text form: from the fourth on, the difference to the count two before; 5 bits a character, low bits first,
+    bit 5 says that more follow, character = value + 48; the last one's bit 4 is the sign."""
+    values = np.array(counts, dtype=np.int64)
+    values[3:] -= np.array(counts, dtype=np.int64)[1:-2]
+    characters = np.zeros((len(values), 13), np.uint8)
+    used = np.zeros(characters.shape, np.bool_)
+    active = np.ones(len(values), np.bool_)
+    for column in range(characters.shape[1]):
+        five = values & 31
+        values = values >> 5
+        more = values != np.where(five & 16, -1, 0)
+        characters[:, column] = five + 32 * more + 48
+        used[:, column] = active
+        active = active & more
+        if not active.any():
+            break
+    return characters[used].tobytes().decode("ascii")
+
+
+def _unpack_counts(text: str) -> list[int]:
+    counts: list[int] = []
+    value = shift = 0
+    for character in text.encode("ascii", "replace"):
+        five = character - 48
+        if not 0 <= five < 64 or shift > 60:
+            raise Refused("bad-rle", f"character {chr(character)!r} cannot stand in COCO run lengths")
+        value |= (five & 31) << shift
+        shift += 5
+        if five & 32:
+            continue
+        if five & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise Refused("bad-rle", "the COCO run lengths end inside a number")
+    return counts
+
+
+def from_rle(rle: Mapping[str, Any], *, max_pixels: int = 1 << 28) -> NDArray[np.bool_]:
+    """COCO run lengths, list or text form -> boolean H x W. Raises Refused("bad-rle" | "too-many-pixels")."""
+    try:
+        height, width = (int(side) for side in rle["size"])
+        counts = _unpack_counts(rle["counts"]) if isinstance(rle["counts"], str) else [int(n) for n in rle["counts"]]
+    except Refused:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise Refused("bad-rle", f"run lengths need 'size': [h, w] and 'counts': {error!r}") from error
+    if height < 1 or width < 1 or height * width > max_pixels:
+        raise Refused("too-many-pixels", f"run lengths of {height} x {width} pixels; the limit is {max_pixels}")
+    if min(counts, default=0) < 0 or sum(counts) != height * width:
+        raise Refused("bad-rle", f"run lengths sum to {sum(counts)}, not {height} x {width}, or one is negative")
+    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return flat.reshape(width, height).T.copy()

@@ -1,0 +1,262 @@
+"""Register a later delivery of unlabelled images: checked, copied into one plain archive, then named in dumps.yaml.
+
+The registry is written last and atomically, under a lock: a delivery that is refused, or a process that dies on the
+way, leaves it as it was. A delivery with the same files as a registered one, in whatever order, form or under whatever
+names, is recognised by its content and changes nothing.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import config
+from pipeline import console as progress
+from pipeline.formats.common.source import name_id
+from pipeline.imaging import decode
+from pipeline.ingest import dump_registry, remote, webdataset
+from pipeline.storage import archives, atomic, manifest, shards
+
+DUMPS, CHAMPION = Path("data/dumps"), Path("champions/champion.json")
+RESERVE = 1 << 30  # bytes of disk left alone
+EXTENSIONS = archives.EXTENSIONS
+_SUFFIX = re.compile(r"(\.tar)?\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|zst)$", re.IGNORECASE)
+
+
+class Added(NamedTuple):
+    """What became of a delivery. `same_as` names the registered dump it equals, in which case nothing was changed.
+
+    `skipped` pairs the names of files that were not taken with the reason. `restored`: that dump's archive was gone
+    from the disk and has been written again.
+    """
+
+    name: str
+    images: int
+    sha256: str
+    archive: Path
+    skipped: list[tuple[str, str]]
+    same_as: str | None
+    warm_start: str | None
+    restored: bool = False
+
+
+def add(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    root: Path = Path(),
+    params: config.Params,
+    seen: Callable[[float], None] = lambda share: None,
+) -> Added:
+    """Register a delivery of unlabelled images as the next dump.
+
+    Args:
+        path: the delivery, in any form that `pipeline.ingest.webdataset` reads.
+            A leading `images/` is dropped from member names; `masks/` is not read.
+        name: the dump's name; without it, the file's own name in a safe form, numbered if it is taken.
+        root: the project's folder, with dumps.yaml.
+        params: caps in `ingest`.
+        seen: called with the share of the delivery that has been read, 0..1.
+
+    Raises:
+        archives.DumpRefused: the delivery is hostile, damaged, too large or holds no image; nothing was changed.
+        registry.RegistryError: dumps.yaml is unusable, or `name` is malformed or taken by other content, be it in
+            dumps.yaml or as a file in data/dumps that the registry does not know (any more).
+    """
+    dump_registry.read(root / dump_registry.FILE)  # a broken registry stops the work before it begins
+    if name is not None and not dump_registry.NAME.fullmatch(name):
+        raise dump_registry.RegistryError(f"dump name {name!r}: use a-z, 0-9, '_' and '-', at most 64 characters")
+    home = root / DUMPS
+    home.mkdir(parents=True, exist_ok=True)
+    copies = 2 + remote.is_url(str(path))  # the spool, the sorted archive, and what is fetched exist side by side
+    free = max(0, shutil.disk_usage(home).free - RESERVE) // copies
+    total = min(int(params.ingest.dump_max_gb * 2**30), free)
+    limits = archives.Limits(
+        total, params.ingest.max_file_mb << 20, params.ingest.dump_max_files, params.ingest.dump_max_ratio
+    )
+    atomic.sweep(home, ".adding-*")
+    with tempfile.TemporaryDirectory(prefix=".adding-", dir=home) as folder:
+        spool, skipped = Path(folder) / "spool.tar", list[tuple[str, str]]()
+        hashes = _spool(webdataset.members(path, limits, Path(folder), seen), spool, skipped)
+        if not hashes:
+            reasons = Counter(reason for _, reason in skipped).most_common(1)
+            raise archives.DumpRefused(
+                f"{remote.shown(str(path))}: no image in it ({reasons[0][0] if reasons else 'it is empty'})"
+            )
+        content = manifest.set_hash(hashes.values())
+        ready = Path(folder) / "ready.tar"
+        by_name = sorted(shards.members(spool))
+        shards.write_tar(ready, ((m.name, shards.read(spool, m.offset, m.length)) for m in by_name))
+        with atomic.locked(home / ".lock"):
+            return _register(path, name, root, content, len(hashes), ready, skipped)
+
+
+def _spool(members: Iterator[archives.Member], spool: Path, skipped: list[tuple[str, str]]) -> dict[str, str]:
+    """Copy the images among the members to an unsorted tar; returns canonical name -> SHA-256 of the file."""
+    hashes: dict[str, str] = {}
+    taken: dict[str, int] = {}
+    with shards.replacing_tar(spool) as write:
+        for member in members:
+            if reason := _not_ours(member):
+                skipped.append((member.name, reason))
+                continue
+            assert member.data is not None
+            name = _canonical(member.name, taken)
+            write(name, member.data)
+            hashes[name] = atomic.sha256(member.data)
+    return hashes
+
+
+def _not_ours(member: archives.Member) -> str | None:
+    if reason := webdataset.unread(member.name):
+        return reason
+    if member.data is None:
+        return "larger than ingest.max_file_mb"
+    if member.name.lower().endswith(EXTENSIONS):
+        return None
+    try:
+        decode.sniff(member.data)
+    except decode.Refused as error:
+        return "archive inside the archive, not opened" if _SUFFIX.search(member.name) else f"no image ({error.code})"
+    return None
+
+
+def _canonical(name: str, taken: dict[str, int]) -> str:
+    """`images/...` name whose name id is unique in the dump: nothing is lost to a.jpg beside a.png.
+
+    `taken` maps each name id to the number that its next namesake tries first: a million equal names cost a million
+    steps, not their square.
+    """
+    path = name.removeprefix("images/")
+    key = name_id(path)
+    extension = path[len(key) :]
+    number = taken.get(key, 1)
+    while (unique := key if number == 1 else f"{key}~{number}") in taken:
+        number += 1
+    taken[unique] = 2
+    taken[key] = number + 1
+    return f"images/{unique}{extension}"
+
+
+def _register(
+    path: str | Path,
+    name: str | None,
+    root: Path,
+    content: str,
+    count: int,
+    ready: Path,
+    skipped: list[tuple[str, str]],
+) -> Added:
+    known = dump_registry.read(root / dump_registry.FILE)
+    for other, entry in known.dumps.items():
+        if entry.sha256 == content:
+            place = root / entry.archive
+            if restored := not place.exists():
+                _move(ready, place)
+            return Added(other, count, content, Path(entry.archive), skipped, other, known.warm_start, restored)
+    chosen = name or _free_name(path, known, root, content)
+    if chosen in known.dumps:
+        raise dump_registry.RegistryError(f"dump {chosen!r} is registered with other content; choose another name")
+    archive = DUMPS / f"{chosen}.tar"
+    if not _available(root / archive, content):
+        raise dump_registry.RegistryError(
+            f"{archive} is there already with other content, though {dump_registry.FILE} does not name it; "
+            "choose another name, or move that file away"
+        )
+    _move(ready, root / archive)
+    champion = root / CHAMPION
+    warm = str(atomic.read_json(champion)["id"]) if champion.exists() else known.warm_start
+    entry = dump_registry.Entry(
+        archive=archive.as_posix(), sha256=content, images=count, added=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    )
+    dump_registry.write(
+        dump_registry.Registry(warm_start=warm, dumps={**known.dumps, chosen: entry}), root / dump_registry.FILE
+    )
+    return Added(chosen, count, content, archive, skipped, None, warm)
+
+
+def _move(ready: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    ready.replace(place)
+    atomic.sync_folder(place.parent)
+
+
+def _available(archive: Path, content: str) -> bool:
+    """Whether `archive` may be written: it is absent, or holds the same files, as after a run that died before the
+    registry was written."""
+    if not archive.exists():
+        return True
+    try:
+        return manifest.content_hash(archive) == content
+    except ValueError:  # not an archive of ours: not ours to overwrite either
+        return False
+
+
+def _free_name(path: str | Path, known: dump_registry.Registry, root: Path, content: str) -> str:
+    own = remote.name(str(path)) if remote.is_url(str(path)) else Path(path).resolve().name
+    stem = re.sub(r"[^a-z0-9_]+", "-", _SUFFIX.sub("", own).lower()).strip("-_")[:56] or "dump"
+    number = 1
+    while True:
+        candidate = stem if number == 1 else f"{stem}-{number}"
+        if candidate not in known.dumps and _available(root / DUMPS / f"{candidate}.tar", content):
+            return candidate
+        number += 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.ingest.add_dump", description="Register a dump of unlabelled images."
+    )
+    parser.add_argument(
+        "path", help="folder, zip, tar, WebDataset shards as a folder or brace pattern, or a URL of these"
+    )
+    parser.add_argument("--name", help="name in dumps.yaml; default: the file's own")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    arguments = parser.parse_args(argv)
+    console = Console()
+    try:
+        params = config.load(arguments.params)
+        with progress.bar("read %", 100, console) as bar:
+            done = 0
+
+            def seen(share: float) -> None:
+                nonlocal done
+                bar.advance(int(100 * share) - done)
+                done = int(100 * share)
+
+            added = add(arguments.path, name=arguments.name, params=params, seen=seen)
+    except (config.ConfigError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"add-dump: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    shown = remote.shown(arguments.path)
+    if added.restored:
+        console.print(
+            f"put back: {added.archive} was missing; {shown} has the same files as dump {added.same_as!r}, "
+            "so its archive was written again and the registry is unchanged",
+            markup=False,
+        )
+        return 0
+    if added.same_as:
+        console.print(f"nothing new: {shown} has the same files as dump {added.same_as!r}", markup=False)
+        return 0
+    table = Table("outcome", "files", title=f"dump {added.name}: {added.archive}")
+    table.add_row("images taken", str(added.images))
+    for reason, count in Counter(reason for _, reason in added.skipped).most_common():
+        table.add_row(f"skipped: {reason}", str(count))
+    console.print(table)
+    start = f"from champion {added.warm_start}" if added.warm_start else "from the encoder's own weights"
+    console.print(f"next: `dvc repro` ingests it, trains {start}, and the gate decides")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

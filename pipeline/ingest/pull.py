@@ -1,0 +1,156 @@
+"""Stage pull: a source -> data/pulled/base.tar and source.json (what it means).
+
+Images go in as they came, byte for byte, and so do masks of class ids; other label formats are rendered to masks here.
+What cannot be used is named in source.json (`refused`); ingest puts it on the quarantine list.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline import config
+from pipeline import console as progress
+from pipeline.demo import recipe as demo
+from pipeline.demo import vizdoom
+from pipeline.formats import cityscapes, coco, cvat, folder, geotiff, labelme, labelstudio, voc
+from pipeline.formats.common import unpack
+from pipeline.formats.common.source import LISTS, Source
+from pipeline.imaging import decode
+from pipeline.storage import atomic, shards
+
+PULLED, OFFERED = Path("data/pulled"), Path("data/offered")
+Pulled = tuple[dict[str, Any], dict[Path, int], list[tuple[str, str]]]  # source.json, images per archive, rows to show
+Reader = Callable[..., Source]  # read(root, data, *, max_pixels)
+READERS: dict[str, Reader] = {
+    "folder": folder.read,
+    "voc": voc.read,
+    "cityscapes": cityscapes.read,
+    "coco": coco.read,
+    "labelme": labelme.read,
+    "geotiff": geotiff.read,
+    "cvat": cvat.read,
+    "labelstudio": labelstudio.read,
+}
+
+
+def group_name(level: str) -> str:
+    """`map01` -> `freedoom2-map01`: a level is a group."""
+    return f"freedoom{2 if level.startswith('map') else 1}-{level}"
+
+
+def demo_source(recipe: demo.Recipe) -> dict[str, Any]:
+    """source.json of the demo. A level that serves labelled and unlabelled gives its first frames to labelled."""
+    lists: dict[str, list[str]] = {part: [] for part in LISTS}
+    for part in LISTS:
+        item: demo.Part = getattr(recipe, part)
+        for level in item.levels:
+            first = recipe.labelled.frames if part == "unlabelled" and level in recipe.labelled.levels else 0
+            lists[part] += [f"{group_name(level)}/{n:03d}" for n in range(first, first + item.frames)]
+    return {
+        "source": "demo",
+        "classes": [{"id": k, "name": c.name, "color": list(c.color)} for k, c in enumerate(recipe.classes)],
+        "ignore": 255,
+        "lists": lists,
+        "groups": {key: key.partition("/")[0] for ids in lists.values() for key in ids},
+    }
+
+
+def demo_members(
+    frames: Mapping[str, list[vizdoom.Frame]], levels: list[str], with_masks: bool
+) -> Iterator[tuple[str, bytes]]:
+    """Archive members of the levels' frames, images first, sorted by name."""
+    names = sorted((group_name(level), level) for level in levels)
+    for group, level in names:
+        for n, frame in enumerate(frames[level]):
+            yield f"images/{group}/{n:03d}.png", frame.image_png
+    for group, level in names if with_masks else ():
+        for n, frame in enumerate(frames[level]):
+            yield f"masks/{group}/{n:03d}.png", frame.mask_png
+
+
+def pull_demo(params: config.Params, console: Console) -> Pulled:
+    """Render the demo: base.tar, and one archive per later dump in data/offered/ that the user may register."""
+    recipe = demo.load_recipe(Path(params.data.path))
+    wanted = demo.counts(recipe)
+    with progress.bar("render", sum(wanted.values()), console) as bar:
+        frames = demo.render_all(recipe, params.scale.workers, lambda _, count: bar.advance(count))
+    later = {level for part in recipe.dumps.values() for level in part.levels}
+    written = {PULLED / "base.tar": [level for level in wanted if level not in later]}
+    written |= {OFFERED / f"{name}.tar": list(part.levels) for name, part in recipe.dumps.items()}
+    for path, levels in written.items():
+        shards.write_tar(path, demo_members(frames, levels, with_masks=path.parent == PULLED))
+    return demo_source(recipe), {path: sum(wanted[level] for level in levels) for path, levels in written.items()}, []
+
+
+def pull_labels(params: config.Params, console: Console) -> Pulled:
+    """Pack what the format's reader finds into base.tar, rendering masks one at a time."""
+    data, path, counted = params.data, PULLED / "base.tar", Counter[str]()
+    if data.source not in READERS:
+        raise ValueError(f"data.source: {data.source} has no reader here; choose {', '.join(READERS)}")
+    with unpack.opened(Path(data.path), params.ingest, PULLED.parent) as root:
+        source = READERS[data.source](root, data, max_pixels=params.ingest.max_pixels)
+        refused = list(source.refused)
+        with progress.bar("pack", len(source.files), console) as bar, shards.replacing_tar(path) as add:
+            for name, origin in source.files:
+                bar.advance()
+                try:
+                    add(name, origin if isinstance(origin, Path) else origin())
+                except decode.Refused as error:
+                    refused.append((name, error.code, str(error)))
+                    continue
+                counted[name.partition("/")[0]] += 1
+    about: dict[str, Any] = {"source": data.source, "classes": source.classes, "ignore": 255, "lists": source.lists}
+    about |= {"groups": source.groups, "group_pattern": data.group}  # the pattern also serves later dumps
+    if refused:
+        about["refused"] = [list(item) for item in sorted(refused)]
+    return about, {path: counted["images"]}, told(source, counted["masks"], refused)
+
+
+def told(source: Source, masks: int, refused: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """What the reader decided and what came of it, as rows of the table."""
+    rendered = sum(not isinstance(origin, Path) and name.startswith("masks/") for name, origin in source.files)
+    rows = [("decided", line) for line in source.notes]
+    rows.append(("masks", f"{masks}, {'rendered from labels' if rendered else 'as they came'}"))
+    rows += [(what, str(count)) for what, count in sorted(source.tally.items())]
+    for code, count in sorted(Counter(code for _, code, _ in refused).items()):
+        first = next(f"{name}: {reason}" for name, found, reason in refused if found == code)
+        rows.append((f"refused: {code}", f"{count}, the first: {first}"))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.ingest.pull", description=__doc__)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    arguments = parser.parse_args(argv)
+    console, begun = Console(), time.monotonic()
+    try:
+        params = config.load(arguments.params)
+        OFFERED.mkdir(parents=True, exist_ok=True)
+        pull = pull_demo if params.data.source == "demo" else pull_labels
+        source, written, rows = pull(params, console)
+    except (config.ConfigError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"pull: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    atomic.write_json(PULLED / "source.json", source)
+    listed = ", ".join(f"{len(ids)} {part}" for part, ids in source["lists"].items() if ids is not None)
+    names = [c["name"] for c in source["classes"]]
+    rows.append(("classes", f"{len(names)}: {', '.join(names[:12])}{', ...' * (len(names) > 12)}"))
+    rows.append(("lists", listed or "none (split by group)"))
+    rows += [(str(path), f"{n} images, {path.stat().st_size / 2**20:.1f} MiB") for path, n in written.items()]
+    table = Table("what", "found", title=f"pull: {params.data.source}, {time.monotonic() - begun:.1f} s")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

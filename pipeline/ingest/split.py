@@ -1,0 +1,272 @@
+"""Stage split: manifest -> labelled, unlabelled, val and test by group, proven free of leaks.
+
+- The source's id lists win. A name in two lists, or a listed group on both sides of an evaluation border, is refused.
+- Images with a mask that no list names fill the missing lists by whole groups: test, then val, then labelled (at most
+  `split.labelled` images; the others go in as unlabelled, with hidden labels). Where a labelled list is given, they
+  become unlabelled, unless an unlabelled list is given too: then unused.
+- Each group draws a number in 0..1 by a hash of `split.seed` and its name: below `split.test` it is test, within
+  `split.val` above that it is val, else it trains. So a new group never moves another one, and no training place turns
+  into a test place; in return the shares are of groups and only approximate. Two exceptions keep few groups useful: the
+  group with the highest draw always trains, and a part that nobody drew gets the lowest group that is left. Those a
+  later group can replace, which is warned about.
+- Images without a mask are unlabelled; later archives are, too.
+- An unlabelled image whose mask was imported (labels.yaml) is labelled, whatever list or dump it is from. Such masks
+  have no say in the drawing: a new label never moves a group to val or test. One in place of the source's own has the
+  say that its forerunner had: were its group to drop out, the last of the others would train, be it val's or test's.
+- An unlisted image whose group is in val or test is unused: it would leak the place into training.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import config
+from pipeline import console as progress
+from pipeline.ingest import check, deduplicate, dump_registry
+from pipeline.storage import atomic, manifest
+from pipeline.storage.manifest import Row
+
+OUT, SUMMARY = Path("data/split/manifest.parquet"), Path("data/split/summary.json")
+SIDES = {"labelled": "train", "unlabelled": "train", "val": "val", "test": "test"}
+Lists = Mapping[str, Sequence[str] | None]
+
+
+class LeakError(ValueError):
+    """The same image or group stands on two sides of an evaluation border; the message names both and what to do."""
+
+
+def assign(rows: Sequence[Row], lists: Lists, params: config.Split) -> tuple[list[Row], dict[str, str]]:
+    """Rows with their split, and for each unused one ("dump/name") the reason. The rules are the module's.
+
+    Raises:
+        LeakError: a name stands in two lists (fault F14).
+    """
+    part_of: dict[str, str] = {}
+    for part in SIDES:
+        for name in lists.get(part) or ():
+            if part_of.setdefault(name, part) != part:
+                raise LeakError(
+                    f"image {name!r} is in the lists {part_of[name]} and {part}: remove it from one of them"
+                )
+    base = [row for row in rows if row.dump == dump_registry.BASE]
+    split = {row.name: part_of[row.name] for row in base if row.name in part_of}
+    used_groups = {row.group for row in base if row.name in split}
+    own = [row for row in base if row.mask_shard is not None and (row.mask_import is None or row.mask_replaced)]
+    free = [row for row in own if row.name not in split and row.group not in used_groups]
+    split |= _by_group(free, lists, params)
+    held = {row.group: split[row.name] for row in base if split.get(row.name) in ("val", "test")}
+    out: list[Row] = []
+    unused: dict[str, str] = {}
+    for row in rows:
+        part = split.get(row.name, "") if row.dump == dump_registry.BASE else ""
+        if not part:
+            part, reason = "unlabelled", ""
+            if row.group in held:
+                reason = f"its group {row.group!r} is in {held[row.group]}"
+            elif row.dump == dump_registry.BASE and lists.get("unlabelled") is not None:
+                reason = "no list names it"
+            if reason:
+                part, unused[f"{row.dump}/{row.name}"] = "unused", reason
+        if part == "unlabelled" and row.mask_import is not None:
+            part = "labelled"
+        out.append(replace(row, split=part))
+    return out, unused
+
+
+def draw(group: str, seed: int) -> float:
+    """The group's own number in 0..1, whatever other groups there are."""
+    return int(atomic.sha256(f"{seed} {group}".encode())[:13], 16) / 16**13
+
+
+def _by_group(free: Sequence[Row], lists: Lists, params: config.Split) -> dict[str, str]:
+    """Unlisted images with masks -> test, val and labelled by whole groups."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for row in sorted(free, key=lambda row: row.name):
+        groups[row.group].append(row.name)
+    order = sorted(groups, key=lambda group: (draw(group, params.seed), group))
+    shares = {part: getattr(params, part) for part in ("test", "val") if lists.get(part) is None}
+    split: dict[str, str] = {}
+    edge = 0.0
+    for part, share in shares.items():
+        edge += share
+        below = sum(draw(group, params.seed) < edge for group in order[:-1])
+        count = max(below, min(1, len(order) - 1)) if share > 0 and order else 0
+        for group in order[:count]:
+            split |= dict.fromkeys(groups[group], part)
+        order = order[count:]
+    if lists.get("labelled") is None:
+        rest = [name for group in order for name in groups[group]]
+        split |= dict.fromkeys(rest[: params.labelled], "labelled")
+        split |= dict.fromkeys(rest[len(rest) if params.labelled is None else params.labelled :], "unlabelled")
+    return split
+
+
+def verify(rows: Sequence[Row]) -> None:
+    """Refuse a split that leaks (fault F14, invariant X6).
+
+    Raises:
+        LeakError: an image id in two places; a group on two sides of train, val and test; a labelled, val or test row
+            without a mask.
+    """
+    place: dict[str, Row] = {}
+    side: dict[str, Row] = {}
+    for row in rows:
+        if row.split == "unused":
+            continue
+        if (other := place.setdefault(row.id, row)) is not row:
+            raise LeakError(
+                f"{row.dump}/{row.name} ({row.split}) and {other.dump}/{other.name} ({other.split}) "
+                "are the same image: remove one"
+            )
+        first = side.setdefault(row.group, row)
+        if SIDES[first.split] != SIDES[row.split]:
+            raise LeakError(
+                f"group {row.group!r} is in {first.split} ({first.name}) and in {row.split} ({row.name}): "
+                "put the whole group on one side, or set data.group to what really belongs together"
+            )
+        if row.split in check.NEEDS_MASK and row.mask_shard is None:
+            raise LeakError(f"{row.dump}/{row.name} is in {row.split} but has no mask: add one or take it off the list")
+
+
+def pixels(
+    rows: Sequence[Row], classes: int, max_pixels: int, seen: Callable[[], None] = lambda: None
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Pixels per class (K,) of one split's masks, and for each row "id digest of the decoded mask".
+
+    `seen()` is called after each image.
+
+    Raises:
+        manifest.ManifestError: a mask is unreadable, or holds an id outside 0..K-1 and 255; names the image.
+    """
+    total_K = np.zeros(classes, np.int64)
+    parts = []
+    for row in rows:
+        mask_HW = manifest.open_mask(row, max_pixels)
+        if mask_HW is None:
+            raise manifest.ManifestError(f"{row.dump}/{row.name}: no mask; run `dvc repro` again")
+        counts = np.bincount(mask_HW.ravel(), minlength=256)
+        if counts[classes:255].any():
+            alien = classes + int(np.flatnonzero(counts[classes:255])[0])
+            raise manifest.ManifestError(f"{row.dump}/{row.name}: class id {alien}; there are {classes} classes")
+        total_K += counts[:classes]
+        parts.append(f"{row.id} {manifest.mask_digest(mask_HW)}")
+        seen()
+    return total_K, parts
+
+
+def summarise(
+    rows: Sequence[Row],
+    unused: Mapping[str, str],
+    source: Mapping[str, Any],
+    max_pixels: int,
+    seen: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """summary.json: counts, groups, pixels and missing classes per split, and the hashes that name the split.
+
+    `label_hash` names the images and masks that training sees, labelled and val; `test_hash` those that it must not.
+    """
+    names = [c["name"] for c in source["classes"]]
+    parts = {part: [row for row in rows if row.split == part] for part in manifest.SPLITS}
+    counted = {part: pixels(parts[part], len(names), max_pixels, seen) for part in check.NEEDS_MASK}
+    by_class = {part: dict(zip(names, total_K.tolist(), strict=True)) for part, (total_K, _) in counted.items()}
+    return {
+        "classes": source["classes"],
+        "ignore": source["ignore"],
+        "counts": {part: len(members) for part, members in parts.items()},
+        "dumps": dict(Counter(row.dump for row in rows if row.split != "unused")),
+        "groups": {part: sorted({row.group for row in members}) for part, members in parts.items() if part != "unused"},
+        "pixels": by_class,
+        "missing": {part: [name for name, n in by_class[part].items() if n == 0] for part in by_class},
+        "hidden_labels": sum(row.mask_shard is not None for row in parts["unlabelled"]),
+        "unused": dict(unused),
+        "split_hash": manifest.set_hash(f"{row.id} {row.split}" for row in rows),
+        "test_hash": manifest.set_hash(counted["test"][1]),
+        "label_hash": manifest.set_hash(counted["labelled"][1] + counted["val"][1]),
+        "data_hash": manifest.set_hash(row.id for row in rows),
+    }
+
+
+def warnings(summary: Mapping[str, Any], lists: Lists, rows: Sequence[Row]) -> list[str]:
+    """What a user should know before training: classes never seen (fault F13), listed images that are not there."""
+    found = []
+    for part, names in summary["missing"].items():
+        if names and summary["counts"][part]:
+            what = "it cannot be learnt" if part == "labelled" else "its score is undefined and left out of the mean"
+            found.append(f"class {', '.join(names)}: no pixel in {part}; {what}")
+    known = {row.name for row in rows if row.dump == dump_registry.BASE}
+    for part in SIDES:
+        if gone := [name for name in lists.get(part) or () if name not in known]:
+            found.append(
+                f"{len(gone)} of {len(lists[part] or ())} images listed for {part} are not in the manifest, "
+                f"the first is {gone[0]!r}: {deduplicate.QUARANTINE} says why"
+            )
+    for part in ("labelled", "val", "test"):
+        if not summary["counts"][part]:
+            found.append(f"no {part} image at all")
+    for part in ("val", "test"):
+        if lists.get(part) is None and len(groups := summary["groups"][part]) == 1:
+            found.append(
+                f"{part} is the group {groups[0]!r} alone: with so few groups a later one may take its place; "
+                f"data.lists.{part} keeps it"
+            )
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.ingest.split", description="Assign every image to a split."
+    )
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    arguments = parser.parse_args(argv)
+    console, begun = Console(), time.monotonic()
+    try:
+        params = config.load(arguments.params)
+        source = atomic.read_json(check.SOURCE)
+        before = manifest.read(deduplicate.MANIFEST)
+        rows, unused = assign(before, source["lists"], params.split)
+        verify(rows)
+        with progress.bar("count pixels", sum(row.split in check.NEEDS_MASK for row in rows), console) as bar:
+            summary = summarise(rows, unused, source, params.ingest.max_pixels, bar.advance)
+        if not summary["counts"]["labelled"]:
+            raise ValueError("no labelled image: give some images a mask, or check data.lists.labelled")
+    except (config.ConfigError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"split: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    manifest.write(OUT, rows)
+    atomic.write_json(SUMMARY, summary)
+    _print(console, summary, time.monotonic() - begun)
+    for line in warnings(summary, source["lists"], before):
+        console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
+    return 0
+
+
+def _print(console: Console, summary: Mapping[str, Any], seconds: float) -> None:
+    table = Table(title=f"split {summary['split_hash'][:12]}, {seconds:.1f} s")
+    for column in ("", *manifest.SPLITS):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("images", *(str(summary["counts"][part]) for part in manifest.SPLITS))
+    groups = (str(len(summary["groups"][part])) if part in summary["groups"] else "" for part in manifest.SPLITS)
+    table.add_row("groups", *groups, end_section=True)
+    totals = {part: max(1, sum(by_class.values())) for part, by_class in summary["pixels"].items()}
+    for name in (c["name"] for c in summary["classes"]):
+        share = {part: f"{100 * summary['pixels'][part][name] / total:.2f} %" for part, total in totals.items()}
+        table.add_row(name, *(share.get(part, "") for part in manifest.SPLITS))
+    console.print(table)
+    if summary["hidden_labels"]:
+        console.print(
+            f"{summary['hidden_labels']} unlabelled images have hidden labels: diagnostics only, never training"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Labels that people give: what to label next, out to label tools and back."""

@@ -1,0 +1,227 @@
+"""What came back from a label tool: records with a name and a label map, and which image of ours each one is."""
+
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import config
+from pipeline.formats import coco, cvat, labelstudio, voc
+from pipeline.formats.common import annotations, parsing, unpack
+from pipeline.formats.common import class_list as class_files
+from pipeline.formats.common.annotations import Picture
+from pipeline.formats.common.source import SourceError, name_id, walk
+from pipeline.formats.common.task import PREFIX, id_prefix
+from pipeline.imaging import decode, label_maps
+from pipeline.storage import manifest
+
+TOOLS = ("cvat", "labelstudio", "coco", "folder")
+NAMES = "names.json"  # in an exported folder: name id -> image id
+MASKS = (".png", ".bmp", ".tif", ".tiff")
+
+
+class Record(NamedTuple):
+    """`name` as the tool has it, `id` the image id where it was carried along. `draw(row)` -> ids H x W, 255 = ignore.
+
+    `draw` raises images.Refused where the labels cannot be used.
+    """
+
+    name: str
+    id: str
+    draw: Callable[[manifest.Row], NDArray[np.uint8]]
+
+
+def detect(path: Path) -> str:
+    """Which tool wrote it. Raises SourceError where that cannot be told."""
+    if path.is_dir():
+        return "cvat" if (path / cvat.NAME).exists() else "folder"
+    if not path.exists():
+        raise SourceError(f"{path}: no such file or folder")
+    if path.suffix.lower() == ".xml" or zipfile.is_zipfile(path):
+        return "cvat"  # unless `unpacked` took the zip apart
+    with path.open("rb") as file:
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if head in (b"[", b"{"):
+        return "labelstudio" if head == b"[" else "coco"
+    raise SourceError(f"{path}: neither CVAT's xml or zip, nor Label Studio's or COCO's json, nor a folder of masks")
+
+
+@contextmanager
+def unpacked(path: Path, params: config.Ingest, temporary: Path) -> Iterator[Path]:
+    """The delivery; for an archive without annotations.xml a folder below `temporary` that is gone after the block.
+
+    Raises:
+        archives.DumpRefused, SourceError: as `unpack.opened`.
+    """
+    with ExitStack() as stack:
+        folder = (
+            stack.enter_context(unpack.opened(path, params, temporary)) if path.is_file() and _packed(path) else path
+        )
+        try:
+            yield folder
+        except SourceError as error:  # who packed it knows the archive's name, not the folder's
+            raise SourceError(str(error).replace(str(folder), str(path))) from error
+
+
+def _packed(path: Path) -> bool:
+    """Whether it is an archive that CVAT's reader does not take whole."""
+    if not zipfile.is_zipfile(path):
+        return path.name.endswith((".tar", ".tgz", ".tar.gz", ".tar.zst"))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(name.rpartition("/")[2] != cvat.NAME for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError) as error:
+        raise SourceError(f"{path}: a damaged zip ({error}); export it again") from error
+
+
+def read(
+    path: Path, tool: str, classes: Sequence[Mapping[str, Any]], data: config.Data, max_pixels: int
+) -> Iterator[Record]:
+    """Records of a delivery; images that nobody annotated are left out.
+
+    Args:
+        data: `unannotated` says what a pixel in no shape is, as in the source itself.
+
+    Raises:
+        SourceError: the delivery as a whole cannot be read.
+    """
+    if tool == "folder":
+        return _folder(path, classes, max_pixels)
+    ids = annotations.class_ids([c["name"] for c in classes])
+    empty = class_files.empty_id(data, ids)
+    if tool == "cvat":
+        return _drawn(cvat.load(path / cvat.NAME if path.is_dir() else path)[1], ids, empty, max_pixels)
+    if tool == "labelstudio":
+        return _drawn(labelstudio.load(path), ids, empty, max_pixels)
+    return _coco(path, ids, empty, max_pixels)
+
+
+def _drawn(found: Sequence[Picture], ids: Mapping[str, int], empty: int, max_pixels: int) -> Iterator[Record]:
+    for picture in found:
+        if not picture.shapes:
+            continue
+
+        def draw(row: manifest.Row, picture: Picture = picture) -> NDArray[np.uint8]:
+            check_size(picture.height, picture.width, row)  # before anything of that size is made
+            return annotations.paint(picture, ids, max_pixels=max_pixels, unannotated=empty)
+
+        yield Record(picture.name, picture.id, draw)
+
+
+def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> Iterator[Record]:
+    """One label file, painted as `coco.render` does: the largest annotation first."""
+    document = parsing.read_json(path)
+    try:
+        listed_pictures = {record["id"]: record for record in parsing.field(document, "images", list)}
+        names = {record["id"]: str(record["name"]) for record in parsing.field(document, "categories", list)}
+        drawn: dict[Any, list[tuple[str | None, Any]]] = {}
+        for one in parsing.field(document, "annotations", list):
+            drawn.setdefault(one["image_id"], []).append((names.get(one.get("category_id")), one))
+    except (parsing.Broken, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{path}: not a COCO file with instances ({error!r}); export it again") from error
+    for number, record in listed_pictures.items():
+        if number not in drawn:
+            continue
+        name, height, width = str(record.get("file_name")), record.get("height"), record.get("width")
+        picture = coco.Picture("", path, name, height, width, "")
+
+        def draw(
+            row: manifest.Row, picture: coco.Picture = picture, mine: list[tuple[str | None, Any]] = drawn[number]
+        ) -> NDArray[np.uint8]:
+            check_size(picture.height, picture.width, row)
+            if unknown := sorted({str(what) for what, _ in mine} - ids.keys()):
+                listed = ", ".join(annotations.nearest(what, list(ids)) for what in unknown[:5])
+                raise decode.Refused("unknown-class", f"unknown classes: {listed}; rename them in the tool")
+            png = coco.render(picture, mine, ids, empty, max_pixels)
+            return label_maps.decode_mask(png, max_pixels=max_pixels).astype(np.uint8)
+
+        yield Record(name, "", draw)
+
+
+def check_size(height: Any, width: Any, row: manifest.Row) -> None:
+    """Raises images.Refused("mask-size") where the labels are not of the image's size."""
+    if (height, width) != (row.height, row.width):
+        raise decode.Refused(
+            "mask-size",
+            f"the labels are {width} x {height}, the image {row.width} x {row.height}; label this very image",
+        )
+
+
+def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -> Iterator[Record]:
+    """masks/, SegmentationClass/ or the folder itself; class ids by its classes.txt or VOC's labelmap.txt, matched by name."""
+    home = next((path / room for room in ("masks", "SegmentationClass") if (path / room).is_dir()), path)
+    found = {name: file for name, file in walk(home).items() if name.lower().endswith(MASKS)}
+    if not found:
+        raise SourceError(f"{home}: no mask in it; expected class ids as PNG")
+    known = parsing.read_json(path / NAMES) if (path / NAMES).exists() else {}
+    if not isinstance(known, dict):
+        raise SourceError(f"{path / NAMES}: not an object of name ids and image ids; take it as it was exported")
+    names = [c["name"] for c in classes]
+    theirs = names
+    if (path / "classes.txt").exists():
+        lines = class_files.read_lines(path / "classes.txt", "write it")
+        theirs = [c["name"] for c in class_files.parse(lines, path / "classes.txt")[0]]
+    mapped = voc.classes(path, config.Data(source="voc", classes=None)) if (path / "labelmap.txt").exists() else []
+    theirs = [c["name"] for c in mapped] or theirs
+    table = np.full(256, -1, np.int64)
+    table[: len(theirs)] = [names.index(name) if name in names else -1 for name in theirs]
+    table[label_maps.IGNORE] = label_maps.IGNORE
+    colours = {tuple(c["color"]): theirs.index(c["name"]) for c in mapped or classes if c["name"] in theirs}
+    colours |= {label_maps.IGNORE_COLOUR: label_maps.IGNORE}
+    for name, file in found.items():
+
+        def draw(row: manifest.Row, file: Path = file) -> NDArray[np.uint8]:
+            ids_HW = label_maps.decode_mask(file.read_bytes(), max_pixels=max_pixels, colours=colours)
+            check_size(ids_HW.shape[0], ids_HW.shape[1], row)
+            void_HW = ids_HW == (65535 if ids_HW.dtype == np.uint16 else label_maps.IGNORE)
+            if (ids_HW[~void_HW] > 255).any():
+                raise decode.Refused("mask-class-id", f"ids up to {ids_HW.max()}; there are {len(names)} classes")
+            mapped_HW = table[np.where(void_HW, label_maps.IGNORE, ids_HW)]
+            if (odd := np.unique(ids_HW[mapped_HW < 0])).size:
+                _refuse(odd.tolist(), theirs, names)
+            return mapped_HW.astype(np.uint8)
+
+        yield Record(name, str(known.get(name_id(name), "")), draw)
+
+
+def _refuse(ids: Sequence[int], theirs: Sequence[str], names: Sequence[str]) -> None:
+    alien = [theirs[i] for i in ids if i < len(theirs)]
+    if alien:
+        listed = ", ".join(annotations.nearest(name, names) for name in alien[:5])
+        raise decode.Refused("unknown-class", f"unknown classes: {listed}; rename them in classes.txt")
+    raise decode.Refused("mask-class-id", f"ids outside 0..{len(theirs) - 1}: {ids[:5]}; map them to a class or to 255")
+
+
+class Finder:
+    """Which row a record means: by the id that it carries, by the digits before its name, else by its whole name.
+
+    A name counts as a whole (`DUMP/NAME` or `NAME`, what stands before an `images/` in it apart), never by its last
+    part alone: another image of that name would take the labels unseen.
+    """
+
+    def __init__(self, rows: Sequence[manifest.Row]) -> None:
+        self._by_id = {row.id: row for row in rows}
+        self._by_prefix, self._by_name = defaultdict(list), defaultdict(list)
+        for row in rows:
+            self._by_prefix[row.id[:PREFIX]].append(row)
+            self._by_name[row.name].append(row)
+            self._by_name[f"{row.dump}/{row.name}"].append(row)
+
+    def find(self, record: Record) -> manifest.Row:
+        """Raises images.Refused("unknown-image" | "ambiguous-name")."""
+        if record.id in self._by_id:
+            return self._by_id[record.id]
+        found = self._by_prefix.get(id_prefix(record.name) or "", [])
+        for name in (record.name, record.name.rpartition("images/")[2]):
+            found = found or self._by_name.get(name, []) or self._by_name.get(name_id(name), [])
+        if not found:
+            raise decode.Refused("unknown-image", "no image of this project has that id or name")
+        if len({row.id for row in found}) > 1:
+            listed = ", ".join(f"{row.dump}/{row.name}" for row in found[:4])
+            raise decode.Refused("ambiguous-name", f"could be {listed}; name it as the export did, or DUMP/NAME")
+        return found[0]

@@ -1,0 +1,1 @@
+"""Bytes at rest: atomic files, archives, shards, the manifest, and what DVC keeps."""

@@ -1,0 +1,1 @@
+"""How BentoML starts, watches and packs the service."""

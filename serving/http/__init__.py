@@ -1,0 +1,1 @@
+"""Requests and responses: routes, limits, negotiation and encodings."""

@@ -1,0 +1,96 @@
+"""Bodies too large for memory: a raw body that says so is written to a temporary file as it comes.
+
+The file has no name and is gone when the last holder drops it. All of them together are bounded; a place that has no
+temporary folder to write to (TMPDIR) answers as if it were full. On a tmpfs such a file is memory again: mount a disk.
+"""
+
+import asyncio
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable
+from typing import BinaryIO
+
+from starlette.requests import Request
+
+from serving.http import requests
+from serving.http.requests import Problem
+from serving.settings import Settings
+
+SPOOLED = 8 << 20  # bytes from which a body goes to disk: some photographs of 24 MP, no ordinary image
+_BATCH = 1 << 20
+
+
+class _Disk:
+    """Bytes in temporary files of this process."""
+
+    def __init__(self) -> None:
+        self._lock, self._bytes = threading.Lock(), 0
+
+    def add(self, size: int) -> int:
+        with self._lock:
+            self._bytes += size
+            return self._bytes
+
+
+_disk = _Disk()
+
+
+async def read_body(
+    request: Request, settings: Settings, kind: str, hold: Callable[[int], None] = lambda size: None
+) -> bytes | BinaryIO:
+    """As `requests.read_body`; a raw body that states more than `SPOOLED` or `max_body` bytes comes as a file instead.
+
+    It comes at `min_rate` at least; what is over `max_body` may take `large_timeout_s`.
+
+    Raises:
+        Problem: as `requests.read_body`; 503 when the files under way have no room for more.
+    """
+    size = requests.stated_size(request) or 0
+    if kind != "raw" or not min(SPOOLED, settings.max_body) < size <= settings.max_large_body:
+        return await requests.read_body(request, settings, kind, hold)
+    longest = settings.body_timeout_s if size <= settings.max_body else settings.large_timeout_s
+    start = asyncio.get_running_loop().time()
+
+    def until(come: int) -> float:
+        return start + min(requests.patience(come, settings), longest)
+
+    try:
+        with requests.arriving():  # inside: a TimeoutError is an OSError, too
+            async with asyncio.timeout_at(until(0)) as clock:
+                return await _write(request, 2 * settings.max_large_body, lambda come: clock.reschedule(until(come)))
+    except OSError as error:
+        raise Problem(503, "overloaded", f"no room for the body on disk ({error.strerror}); try again") from error
+
+
+async def _write(request: Request, room: int, told: Callable[[int], None]) -> BinaryIO:
+    file: BinaryIO = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it is handed on, and closes when dropped
+    held = [0]
+    weakref.finalize(file, lambda: _disk.add(-held[0]))
+    batch = bytearray()
+
+    async def flush() -> None:
+        held[0] += len(batch)
+        if _disk.add(len(batch)) > room:
+            raise Problem(503, "overloaded", "too many large bodies under way; try again", {"Retry-After": "5"})
+        await asyncio.to_thread(file.write, bytes(batch))
+        batch.clear()
+
+    async for piece in request.stream():
+        batch += piece
+        told(held[0] + len(batch))
+        if len(batch) >= _BATCH:
+            await flush()
+    await flush()
+    return file
+
+
+def read_whole(file: BinaryIO, settings: Settings) -> bytes:
+    """An ordinary image that came as a file. Raises Problem(413) over `max_body`."""
+    size = file.seek(0, 2)
+    if size > settings.max_body:
+        raise Problem(
+            413, "body-too-large", f"{size} bytes; an image of this size has at most {settings.max_body} bytes"
+        )
+    file.seek(0)
+    return file.read()

@@ -1,0 +1,196 @@
+"""Metrics and the access log. Labels come from fixed sets, never from a request; no image bytes, no tokens."""
+
+import json
+import logging
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from serving.telemetry.prediction_stats import Statistics
+
+PHASES = ("queue", "decode", "run", "encode")
+ANSWERS = ("mask", "json", "geojson", "overlay", "confidence", "none")
+REASONS = frozenset(
+    {
+        "animated", "bad-accept", "bad-archive", "bad-aspect", "bad-bundle-path", "bad-json", "bad-multipart",
+        "bad-query", "body-too-large", "bundle-refused", "busy", "connections", "corrupt", "deadline", "disconnected",
+        "empty", "internal", "method", "no-bundle", "no-model", "no-previous", "no-token", "not-acceptable",
+        "not-an-image", "not-found", "overloaded", "slow-body", "slow-head", "slow-reader", "too-detailed",
+        "too-large-for-view", "too-many-images", "too-many-pixels", "truncated", "unauthorized", "unsupported-depth",
+        "unsupported-format", "unsupported-type",
+    }
+)  # fmt: skip
+SWAPS = ("loaded", "refused", "rolled-back", "same")
+CAUSES = ("bundle", "classes", "failed", "late", "output", "pointer", "provider", "slow")  # of a refused candidate
+SHADOWED = ("scored", "dropped", "failed")
+SLOTS = ("current", "previous", "shadow")
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+_requests = Counter("marginalia_requests", "Answers of POST /v1/segment", ["answer", "status"])
+_phase = Histogram("marginalia_phase_seconds", "Time of one request by phase", ["phase"], buckets=_BUCKETS)
+_rejected = Counter("marginalia_rejected", "Requests refused, by reason", ["reason"])
+_area = Counter("marginalia_class_area_share", "Sum over images of a class's share of the image", ["class_name"])
+_confidence = Histogram(
+    "marginalia_confidence", "Mean confidence of an image", buckets=tuple(i / 10 for i in range(1, 11))
+)
+_swaps = Counter(
+    "marginalia_swaps", "Bundles loaded, refused, rolled back to, or found to be served already", ["result"]
+)
+_causes = Counter("marginalia_candidates_refused", "Bundles that were not put in place, by cause", ["cause"])
+_batch = Histogram("marginalia_batch_size", "Images that ran in one call of the model", buckets=(1, 2, 4, 8, 16))
+_shadow = Counter("marginalia_shadow_images", "Images offered to the shadow, by what became of them", ["result"])
+_queue = Gauge("marginalia_queue_length", "Requests admitted and waiting for a worker", multiprocess_mode="livesum")
+_in_flight = Gauge("marginalia_in_flight", "Requests admitted and not finished", multiprocess_mode="livesum")
+_ready = Gauge("marginalia_ready", "1 when a warmed-up model is served", multiprocess_mode="livemin")
+
+REQUEST: ContextVar[str | None] = ContextVar("request", default=None)  # the id of the one that is answered here
+STATISTICS = Statistics()  # of what `segmented` is told
+
+_models: Mapping[str, tuple[str, str, str]] = MappingProxyType({})
+_agreement: tuple[float | None, Mapping[str, float]] = (None, MappingProxyType({}))
+
+
+class _Now(Collector):
+    """Series whose labels come and go with the models: gathered when asked for, so that no old bundle stays."""
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        labels = ["slot", "bundle", "provider", "precision"]
+        info = GaugeMetricFamily("marginalia_model_info", "Which bundle is in which slot", labels=labels)
+        for slot, facts in _models.items():
+            info.add_metric([slot, *facts], 1)
+        yield info
+        share, classes = _agreement
+        total = GaugeMetricFamily("marginalia_shadow_agreement", "Share of pixels on which the shadow agrees")
+        if share is not None:
+            total.add_metric([], share)
+        yield total
+        each = GaugeMetricFamily(
+            "marginalia_shadow_class_agreement",
+            "Intersection over union of the shadow's and the served model's pixels of a class",
+            labels=["class_name"],
+        )
+        for name, value in classes.items():
+            each.add_metric([name], value)
+        yield each
+
+
+_now = _Now()
+REGISTRY.register(_now)
+
+_log = logging.getLogger("marginalia")
+_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def set_up_logging() -> None:
+    """One JSON object a line on stderr: escaping makes it impossible to forge a line from a request."""
+    if not _log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        _log.addHandler(handler)
+        _log.setLevel(logging.INFO)
+        _log.propagate = False
+
+
+def event(kind: str, **facts: object) -> None:
+    """Log one event."""
+    _log.info(json.dumps({"time": round(time.time(), 3), "event": kind, **facts}, default=str))
+
+
+def failure(kind: str, error: BaseException, **facts: object) -> None:
+    """Log an event with the error's text, the id of the request it happened in and the traceback, in one JSON line."""
+    trace = logging.Formatter().formatException((type(error), error, error.__traceback__))
+    known = {"request_id": found} if (found := REQUEST.get()) else {}
+    event(kind, error=str(error), trace=trace, **known | facts)
+
+
+def request_id(given: str | None) -> str:
+    """The caller's X-Request-Id if it is short and plain, else a new one."""
+    return given if given and _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def answered(answer: str, status: int, timings: dict[str, float] | None = None) -> None:
+    """Count one answer of the segment route and its phases (seconds)."""
+    _requests.labels(answer if answer in ANSWERS else "none", f"{status // 100}xx").inc()
+    for phase in PHASES if timings else ():
+        _phase.labels(phase).observe((timings or {}).get(phase, 0.0))
+
+
+def rejected(reason: str) -> None:
+    """Count one refusal."""
+    _rejected.labels(reason if reason in REASONS else "other").inc()
+
+
+def segmented(shares: dict[str, float], confidence: float, bundle: str = "") -> None:
+    """Count what was seen: class name -> share of the image (names come from the bundle), mean confidence 0..1.
+
+    With the id of the `bundle` that saw it, it also enters the statistics of GET /v1/statistics.
+    """
+    for name, share in shares.items():
+        _area.labels(name).inc(share)
+    _confidence.observe(confidence)
+    if bundle:
+        STATISTICS.add(bundle, shares, confidence)
+
+
+def batched(images: int) -> None:
+    """Count one call of the model with so many images."""
+    _batch.observe(images)
+
+
+def swapped(result: str, cause: str = "failed") -> None:
+    """Count what became of a bundle, one of SWAPS; a refused one by its cause, one of CAUSES."""
+    _swaps.labels(result).inc()
+    if result == "refused":
+        _causes.labels(cause if cause in CAUSES else "failed").inc()
+
+
+def models(held: Mapping[str, tuple[str, str, str]]) -> None:
+    """Publish which model is in which slot: slot, one of SLOTS -> bundle id, provider, precision."""
+    global _models
+    _models = dict(held)
+
+
+def shadowed(result: str) -> None:
+    """Count one image offered to the shadow, by one of SHADOWED."""
+    _shadow.labels(result).inc()
+
+
+def agreed(share: float | None, classes: Mapping[str, float]) -> None:
+    """Publish the shadow's agreement so far (0..1, None without any), and that by class name."""
+    global _agreement
+    _agreement = share, dict(classes)
+
+
+def queued(waiting: int) -> None:
+    """Publish how many admitted requests wait for a worker."""
+    _queue.set(waiting)
+
+
+def load(in_flight: int) -> None:
+    """Publish how many requests are admitted and unfinished."""
+    _in_flight.set(in_flight)
+
+
+def ready(state: bool) -> None:
+    """Publish readiness."""
+    _ready.set(float(state))
+
+
+def exposition() -> bytes:
+    """All metrics as Prometheus text; gathered over the worker processes where BentoML runs several."""
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        registry = CollectorRegistry()
+        registry.register(_now)
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+    return generate_latest()

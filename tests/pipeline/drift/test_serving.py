@@ -1,0 +1,146 @@
+"""`marginalia drift --serving`: the service's own statistics against the pool, class by class."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import marginalia
+from pipeline import config
+from pipeline.drift import serving
+from pipeline.storage import atomic, predictions
+from serving.telemetry.prediction_stats import WINDOW_S, Statistics
+
+CLASSES = ("road", "tree", "sky")
+USUAL = (4.0, 2.0, 3.0)
+
+
+def draw(rng: np.random.Generator, usual: tuple[float, ...] = USUAL) -> np.ndarray:
+    return rng.dirichlet(usual)
+
+
+def write_pool(root: Path, images: int = 80, classes: tuple[str, ...] = CLASSES) -> None:
+    rng = np.random.default_rng(0)
+    area = np.stack([draw(rng) for _ in range(images)])
+    one, text = np.ones(images), np.array([f"i{n}" for n in range(images)])
+    confidence = rng.beta(8, 2, images)
+    # A later dump of odd areas: no part of the reference.
+    dump = np.array(["base"] * (images - 10) + ["later"] * 10)
+    area[-10:] = [0, 0, 1]
+    path = root / predictions.FILE
+    path.parent.mkdir(parents=True)
+    np.savez(
+        path, id=text, name=text, dump=dump, group=text, split=np.array(["unlabelled"] * images), embedding=area,
+        confidence=confidence, margin=one, entropy=one, area=area, doubt=area, classes=np.array(classes),
+        margins=np.full((images, predictions.MARGIN_BINS), 1 / predictions.MARGIN_BINS),
+    )  # fmt: skip
+
+
+def statistics(usual: tuple[float, ...] = USUAL, bundles: tuple[str, ...] = ("old", "new"), windows: int = 20) -> str:
+    """What the service writes after so many windows a bundle, three answers each; its classes are ordered unlike the pool's."""
+    rng, now = np.random.default_rng(1), [0.0]
+    seen = Statistics(clock=lambda: now[0])
+    for bundle in bundles:
+        for _ in range(windows):
+            for _ in range(3):
+                area = dict(zip(CLASSES, draw(rng, usual if bundle == "new" else (9.0, 1.0, 1.0)), strict=True))
+                seen.add(bundle, dict(sorted(area.items())), float(rng.beta(8, 2)))
+            now[0] += WINDOW_S
+    return seen.text()
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_pool(tmp_path)
+    atomic.write_text(tmp_path / "params.yaml", "{}\n")
+    return tmp_path
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(marginalia.app, ["drift", *arguments])
+    return done.exit_code, " ".join(done.output.split())
+
+
+def test_usual_answers_are_like_the_training_images(root: Path) -> None:
+    (root / "s.json").write_text(statistics())
+    code, said = run("--serving", "s.json")
+    assert code == 0
+    assert "like the training images" in said
+    report = atomic.read_json(root / serving.REPORT)
+    assert (report["bundle"], report["drifted"], report["rule"], report["images"]) == ("new", False, "groups", 60)
+    assert not any(area["moved"] for area in report["area"].values())
+    assert report["area"]["road"]["reference"] == pytest.approx(4 / 9, abs=0.06)  # the later dump is left out
+
+
+@pytest.mark.parametrize(("policy", "code"), [("warn", 0), ("hold", 1)])
+def test_the_classes_that_moved_are_named(root: Path, policy: str, code: int) -> None:
+    atomic.write_text(root / "params.yaml", f"pool: {{policy: {policy}}}\n")
+    (root / "s.json").write_text(statistics((4.0, 0.3, 3.0)))
+    atomic.write_json(root / "champions/champion.json", {"id": "new"})
+    assert run("--serving", "s.json")[0] == code
+    report = atomic.read_json(root / serving.REPORT)
+    assert report["drifted"]
+    assert report["area"]["tree"]["moved"]
+    assert report["area"]["tree"]["dump"] < 0.1 < report["area"]["tree"]["reference"]
+
+
+def test_a_running_service_is_asked_by_url(root: Path) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(statistics().encode())
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        code, said = run("--serving", f"http://127.0.0.1:{server.server_port}/v1/statistics")
+    assert code == 0, said
+
+
+def test_what_cannot_be_compared_is_named(root: Path) -> None:
+    settings = config.Pool()
+    for text, why in (("[]", "format 1"), ("{", "cannot be read"), ('{"format": 2}', "format 1")):
+        (root / "s.json").write_text(text)
+        assert why in run("--serving", "s.json")[1]
+    assert "gone.json: cannot be read" in run("--serving", "gone.json")[1]
+    value = json.loads(statistics())
+    with pytest.raises(predictions.PoolError, match="champion other has answered nothing; answered: old, new"):
+        serving.answers(value, "other")
+    with pytest.raises(predictions.PoolError, match="answered nothing yet"):
+        serving.answers(value | {"bundles": []}, None)
+    found = serving.answers(value, None)
+    with pytest.raises(predictions.PoolError, match="different classes"):
+        serving.compare(predictions.read(), found._replace(classes=["road", "tree", "sea"]), settings)
+    del value["bundles"][1]["windows"][0]["sample"]["area"]
+    with pytest.raises(predictions.PoolError, match="missing or odd"):
+        serving.answers(value, None)
+
+
+def test_a_handful_of_answers_brings_no_verdict(root: Path) -> None:
+    """However odd they are: what is asked for is more of them."""
+    (root / "s.json").write_text(statistics((0.1, 9.0, 0.1), windows=9))
+    code, said = run("--serving", "s.json")
+    assert code == 1
+    assert "bundle new: 27 sampled answers, and a verdict takes 30; let the service answer 3 more images" in said
+    assert not (root / serving.REPORT).exists()
+    (root / "s.json").write_text(statistics((0.1, 9.0, 0.1), windows=10))
+    assert run("--serving", "s.json")[0] == 0
+    assert atomic.read_json(root / serving.REPORT)["drifted"]
+    assert f"at least {serving.FEWEST} sampled answers" in run("--help")[1]
+
+
+def test_a_pool_of_another_model_than_the_champion_is_told(root: Path) -> None:
+    (root / "s.json").write_text(statistics())
+    atomic.write_json(root / "champions/champion.json", {"id": "new"})
+    atomic.write_bytes(root / "champions/new/student.safetensors", b"champion")
+    for weights, told in ((b"champion", False), (b"a challenger that was not promoted", True)):
+        atomic.write_bytes(root / serving.STUDENT, weights)
+        assert ("not the champion" in run("--serving", "s.json")[1]) == told
+        assert bool(atomic.read_json(root / serving.REPORT)["warning"]) == told

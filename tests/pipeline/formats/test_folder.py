@@ -1,0 +1,126 @@
+"""The folder source: names, lists, groups and classes, and what is said when they do not fit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_source
+
+from pipeline.config import Data, Lists
+from pipeline.formats import folder as folders
+from pipeline.formats.common.source import Source, SourceError, name_id
+from pipeline.imaging import label_maps
+
+
+def read(folder: Path, **changes: object) -> Source:
+    return folders.read(folder, Data.model_validate({"source": "folder"} | changes), max_pixels=1 << 24)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    tiny_source.write_source(tmp_path, {"a": 2, "b": 1}, masked={"a"})
+    return tmp_path
+
+
+def test_name_id_drops_the_last_extension_only() -> None:
+    assert name_id("a/b.c/d.tar.jpg") == "a/b.c/d.tar"
+    assert name_id("plain") == "plain"
+    assert name_id("a.b/plain") == "a.b/plain"
+
+
+def test_members_are_sorted_whole_and_without_hidden_files(source: Path) -> None:
+    tiny_source.put(source, "images/.DS_Store", b"x")
+    tiny_source.put(source, "images/.cache/thumb.png", b"x")
+    found = read(source)
+    names = ["images/a/00.png", "images/a/01.png", "images/b/00.png", "masks/a/00.png", "masks/a/01.png"]
+    assert found.files == [(name, source / name) for name in names]
+    assert found.groups is None
+    assert found.lists == dict.fromkeys(("labelled", "unlabelled", "val", "test"))
+
+
+def test_classes_keep_their_order_and_given_colours(source: Path) -> None:
+    (source / "classes.txt").write_text("road #102030\ncar\n\nsky blue #FFffFF\n")
+    classes = read(source).classes
+    assert [(c["id"], c["name"]) for c in classes] == [(0, "road"), (1, "car"), (2, "sky blue")]
+    assert classes[0]["color"] == [16, 32, 48]
+    assert classes[1]["color"] == list(label_maps.palette(3)[1])
+    assert classes[2]["color"] == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "0 classes"), ("a\nb\na\n", "line 3.*'a'"), ("\n".join(map(str, range(256))), "256")]
+)
+def test_unusable_class_files_are_named(source: Path, text: str, message: str) -> None:
+    (source / "classes.txt").write_text(text)
+    with pytest.raises(SourceError, match=rf"classes\.txt.*{message}"):
+        read(source)
+
+
+def test_colours_are_read_as_hex_or_as_three_numbers(source: Path) -> None:
+    (source / "classes.txt").write_text("road 16 32 48\nlane 2\nsky blue  0\t255 7\nzone 1 2\n")
+    classes = read(source).classes
+    assert [c["name"] for c in classes] == ["road", "lane 2", "sky blue", "zone 1 2"]
+    assert [classes[k]["color"] for k in (0, 2)] == [[16, 32, 48], [0, 255, 7]]
+    (source / "classes.txt").write_text("road\nwall 0 256 0\n")
+    with pytest.raises(SourceError, match=r"classes\.txt: line 2.*0 to 255"):
+        read(source)
+
+
+def test_a_class_file_that_is_named_but_missing_is_an_error(source: Path) -> None:
+    (source / "classes.txt").rename(source / "Classes.txt")
+    with pytest.raises(SourceError, match=r"classes\.txt: not found \(there is Classes.txt\).*classes: null"):
+        read(source)
+    with pytest.raises(SourceError, match=r"other\.csv: not found, though"):
+        read(source, classes="other.csv")
+
+
+def test_without_a_class_file_the_masks_say_how_many(source: Path) -> None:
+    tiny_source.put(source, "masks/b/00.png", b"broken")
+    assert [c["name"] for c in read(source, classes=None).classes] == ["class_0", "class_1", "class_2"]
+    for path in (source / "masks/a").iterdir():
+        path.write_bytes(tiny_source.encode(np.full((4, 4), 255, np.uint8)))
+    with pytest.raises(SourceError, match="no class file"):
+        read(source, classes=None)
+
+
+def test_lists_name_ids_with_or_without_extension(source: Path) -> None:
+    (source / "val.txt").write_text("\ufeffa/01.png\n\n b/00 \n", encoding="utf-8")
+    assert read(source, lists=Lists(val="val.txt")).lists["val"] == ["a/01", "b/00"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a/00\nc/07\nc/08\n", "2 ids.*'c/07'"), ("a/00\na/00\n", "'a/00' is listed twice")]
+)
+def test_wrong_lists_are_refused_by_name(source: Path, text: str, message: str) -> None:
+    (source / "val.txt").write_text(text)
+    with pytest.raises(SourceError, match=rf"val\.txt.*{message}"):
+        read(source, lists=Lists(val="val.txt"))
+    with pytest.raises(SourceError, match=r"gone\.txt.*not found"):
+        read(source, lists=Lists(test="gone.txt"))
+
+
+def test_groups_by_pattern(source: Path) -> None:
+    assert read(source, group="/([0-9])").groups == {"a/00": "0", "a/01": "0", "b/00": "0"}
+    with pytest.raises(SourceError, match="no group in the image id 'b/00'"):
+        read(source, group="(a)")
+    with pytest.raises(SourceError, match=r"exactly one"):
+        read(source, group="a")
+    with pytest.raises(SourceError, match="not a regular expression"):
+        read(source, group="(")
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no files under images/"):
+        read(tmp_path)
+
+
+def test_real_photographs(shared_data: Path) -> None:
+    base = "splits/seed0/1_8"
+    lists = Lists(labelled=f"{base}/labeled.txt", unlabelled=f"{base}/unlabeled.txt", val="val.txt", test="test.txt")
+    source = read(shared_data / "camvid", lists=lists, group="^([^_]+)_")
+    assert {part: len(ids or ()) for part, ids in source.lists.items()} == {
+        "labelled": 46, "unlabelled": 321, "val": 101, "test": 233,
+    }  # fmt: skip
+    assert [c["name"] for c in source.classes][:3] == ["sky", "building", "pole"]
+    assert len(source.files) == 1402
+    assert set((source.groups or {}).values()) == {"0001TP", "0006R0", "0016E5", "Seq05VD"}

@@ -1,0 +1,155 @@
+"""GeoTIFFs: tiles, their group, what has no data, and masks that do not lie on their image."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_labels
+
+from pipeline.formats import geotiff
+from pipeline.formats.common.source import Source, SourceError
+from pipeline.imaging import decode
+
+rasterio = pytest.importorskip("rasterio", reason="the extra geotiff is not installed")
+HEIGHT, WIDTH = 150, 200
+
+
+def read(root: Path, **data: Any) -> Source:
+    return tiny_labels.read(geotiff.read, root, "geotiff", **{"tile": 64} | data)
+
+
+def write(path: Path, bands_CHW: np.ndarray, *, west: float = 500_000, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, height, width = bands_CHW.shape
+    place = {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(west, 5_000_000, 0.5, 0.5)}
+    shape = {"count": count, "height": height, "width": width, "dtype": bands_CHW.dtype}
+    with rasterio.open(path, "w", driver="GTiff", **place | shape | options) as out:
+        out.write(bands_CHW)
+
+
+def scene(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(1, 255, (4, HEIGHT, WIDTH)).astype(np.uint8), rng.integers(0, 3, (HEIGHT, WIDTH)).astype(
+        np.uint8
+    )
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    bands_CHW, ids_HW = scene()
+    for name in ("north", "south/west"):
+        write(tmp_path / f"images/{name}.tif", bands_CHW)
+    write(tmp_path / "masks/north.tif", ids_HW[None])
+    (tmp_path / "classes.txt").write_text("field\nroad\nroof\n")
+    return tmp_path
+
+
+def test_tiles_cover_the_image_once_and_belong_to_it(root: Path) -> None:
+    source = read(root)
+    bands_CHW, ids_HW = scene()
+    seen_HW, content = np.zeros((HEIGHT, WIDTH), int), tiny_labels.content(source)
+    for name, data in content.items():
+        kind, _, key = name.partition("/")
+        parent, _, place = key.removesuffix(".png").rpartition("/")
+        assert source.groups is not None
+        assert source.groups[f"{parent}/{place}"] == parent
+        row, column = (int(part[1:]) for part in place.split("_"))
+        pixels = tiny_labels.pixels(data)
+        window = np.s_[row : row + 64, column : column + 64]
+        if kind == "masks":
+            np.testing.assert_array_equal(pixels, ids_HW[window])
+            seen_HW[window] += 1
+        else:  # the fourth band, near infrared, is left out
+            np.testing.assert_array_equal(pixels, bands_CHW[:3].transpose(1, 2, 0)[window])
+    assert (seen_HW == 1).all()
+    assert sorted(set(source.groups.values())) == ["north", "south/west"]
+    assert len(content) == 3 * 4 * 3
+
+
+def test_what_has_no_data_is_ignored_and_empty_tiles_are_left_out(root: Path) -> None:
+    bands_CHW, ids_HW = scene()
+    bands_CHW[:, :64, :64] = 0
+    bands_CHW[:, 70:80, 70:90] = 0
+    write(root / "images/north.tif", bands_CHW[:3], nodata=0)
+    signed_HW = ids_HW.astype(np.int16)
+    signed_HW[100:110, 70:75] = -1
+    write(root / "masks/north.tif", signed_HW[None], nodata=-1)
+    source = read(root)
+    assert "images/north/r000000_c000000.png" not in dict(source.files)
+    assert "1 tiles without data" in source.notes[0]
+    label_HW = tiny_labels.labels(source)["north/r000064_c000064"]
+    expected_HW = ids_HW[64:128, 64:128].copy()
+    expected_HW[6:16, 6:26] = 255
+    expected_HW[36:46, 6:11] = 255
+    np.testing.assert_array_equal(label_HW, expected_HW)
+
+
+@pytest.mark.parametrize("worst", [-1, 0.5, 300, np.nan])
+def test_values_that_are_no_ids_are_refused_with_the_way_out(root: Path, worst: float) -> None:
+    values_HW = scene()[1].astype(np.float32)
+    values_HW[0, 0] = worst
+    write(root / "masks/north.tif", values_HW[None])
+    source = read(root)
+    refused = [str(data) for data in tiny_labels.content(source).values() if not isinstance(data, bytes)]
+    assert len(refused) == 1
+    assert "a_nodata" in refused[0]
+
+
+def test_grey_and_16_bits_are_as_everywhere(root: Path) -> None:
+    deep_HW = np.random.default_rng(1).integers(0, 65536, (1, HEIGHT, WIDTH)).astype(np.uint16)
+    write(root / "images/north.tif", deep_HW)
+    write(root / "images/south/west.tif", deep_HW.astype(np.float32))
+    content = tiny_labels.content(read(root))
+    pixels_HWC = tiny_labels.pixels(content["images/north/r000064_c000128.png"])
+    high_HW = (deep_HW[0, 64:128, 128:192] >> 8).astype(np.uint8)
+    np.testing.assert_array_equal(pixels_HWC, np.repeat(high_HW[:, :, None], 3, axis=2))
+    assert {d.code for d in content.values() if not isinstance(d, bytes)} == {"unsupported-depth"}
+
+
+def test_a_mask_must_lie_on_its_image(root: Path) -> None:
+    ids_HW = scene()[1]
+    write(root / "masks/north.tif", ids_HW[None, :-1])
+    with pytest.raises(SourceError, match=r"north\.tif: 200 x 149 pixels, its image has 200 x 150"):
+        read(root)
+    write(root / "masks/north.tif", ids_HW[None], west=500_020)
+    with pytest.raises(SourceError, match="lies at another place"):
+        read(root)
+
+
+def test_a_list_names_images_with_all_their_tiles_or_single_tiles(root: Path) -> None:
+    (root / "val.txt").write_text("images/north.tif\n")
+    (root / "unlabelled.txt").write_text("south/west/r000000_c000064\n")
+    found = read(root, lists={"val": "val.txt", "unlabelled": "unlabelled.txt"}).lists
+    assert len(found["val"] or ()) == 12
+    assert found["unlabelled"] == ["south/west/r000000_c000064"]
+
+
+def test_what_cannot_be_used_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SourceError, match=r"data\.tile: 4096 squared"):
+        read(root, tile=4096)
+    (root / "classes.txt").rename(root / "names.txt")
+    with pytest.raises(SourceError, match=r"write classes\.txt"):
+        read(root)
+    (root / "images/broken.tif").write_bytes(b"II*\x00nothing")
+    with pytest.raises(SourceError, match=r"broken\.tif: GDAL cannot open"):
+        read(root, classes="names.txt")
+    monkeypatch.setitem(__import__("sys").modules, "rasterio", None)
+    with pytest.raises(SourceError, match=r"marginalia\[geotiff\]"):
+        read(root)
+
+
+def test_a_tile_that_gdal_cannot_read_costs_that_tile_alone(root: Path) -> None:
+    source = read(root)  # headers are whole
+    whole = root / "images/north.tif"
+    whole.write_bytes(whole.read_bytes()[: -HEIGHT * WIDTH])
+    refused: list[decode.Refused] = []
+    makers = [maker for name, maker in source.files if name.startswith("images/")]
+    for maker in makers:
+        try:
+            maker()  # type: ignore[operator]
+        except decode.Refused as error:
+            refused.append(error)
+    assert {error.code for error in refused} == {"truncated"}
+    assert all("north.tif" in str(error) for error in refused)
+    assert len(refused) <= len(makers) // 2, "the other image's tiles are whole"

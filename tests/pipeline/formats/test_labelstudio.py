@@ -1,0 +1,202 @@
+"""Label Studio's brush against its own converter; its JSON; what we write against ourselves."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from label_maps import regions as ragged
+from PIL import Image
+
+from pipeline import config
+from pipeline.formats import labelstudio
+from pipeline.formats.common import annotations as pictures
+from pipeline.formats.common import brush_rle
+from pipeline.formats.common.source import SourceError
+from pipeline.formats.common.task import Item
+from pipeline.imaging import label_maps
+from pipeline.imaging.decode import Refused
+
+GOLDEN = Path(__file__).parents[2] / "golden/label_tools"
+NAMES = ("sky", "wall", "floor", "lamp")
+CLASSES = [{"id": k, "name": n, "color": [40 * k, 9, 200]} for k, n in enumerate(NAMES)]
+TRUTH = np.asarray(Image.open(GOLDEN / "cvat/truth.png"))
+BRUSH = json.loads((GOLDEN / "labelstudio/brush.json").read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_brush_is_packed_as_label_studios_own_converter_does(name: str) -> None:
+    mask = NAMES.index(name) == TRUTH
+    assert brush_rle.encode(mask) == BRUSH["rle"][name]
+    np.testing.assert_array_equal(brush_rle.decode(BRUSH["rle"][name], *mask.shape), mask)
+
+
+def test_values_in_turn_and_runs_beyond_the_longest() -> None:
+    noise = np.array(BRUSH["noise"])
+    np.testing.assert_array_equal(brush_rle.decode(BRUSH["rle"]["noise"], 7, 5), noise[..., 3] >= 128)
+    wide = np.zeros((200, 300), bool)
+    wide[150:, 7] = True
+    assert brush_rle.encode(wide) == BRUSH["rle"]["wide"]
+    np.testing.assert_array_equal(brush_rle.decode(BRUSH["rle"]["wide"], 200, 300), wide)
+    bits = f"{8:032b}{7:05b}" + "".join(f"{n - 1:04b}" for n in (3, 4, 8, 16)) + "0" + "00" + f"{7:03b}"
+    bits += "".join(f"{v:08b}" for v in (1, 2, 3, 255, 5, 6, 7, 0))  # eight values in turn: two pixels
+    packed = [int(bits[i : i + 8].ljust(8, "0"), 2) for i in range(0, len(bits), 8)]
+    assert brush_rle.decode(packed, 1, 2).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    "bad", [[], [0] * 4, [1, 2, 300], ["a"], None, BRUSH["rle"]["sky"][:40], BRUSH["rle"]["noise"]]
+)
+def test_a_damaged_brush_is_refused(bad: Any) -> None:
+    with pytest.raises(Refused) as caught:
+        brush_rle.decode(bad, *TRUTH.shape)
+    assert caught.value.code == "bad-rle"
+
+
+def region(label: str, kind: str = "rectanglelabels", size: tuple[int, int] = (4, 10), **value: Any) -> dict[str, Any]:
+    return {
+        "type": kind, "original_height": size[0], "original_width": size[1], "image_rotation": 0,
+        "value": {**value, kind: [label]},
+    }  # fmt: skip
+
+
+def rows(x: int, width: int, label: str) -> dict[str, Any]:
+    """A rectangle over whole columns of a picture 10 wide."""
+    return region(label, x=10 * x, y=0, width=10 * width, height=100, rotation=0)
+
+
+def task(*annotations: dict[str, Any], image: str = "/data/upload/3/0a1b2c3d-a.png", **more: Any) -> dict[str, Any]:
+    return {"id": 7, "data": {"image": image}, "annotations": list(annotations), "predictions": [], **more}
+
+
+def parsed(tmp_path: Path, *tasks: Any) -> list[pictures.Picture]:
+    (tmp_path / "export.json").write_text(json.dumps(list(tasks)))
+    return labelstudio.load(tmp_path / "export.json")
+
+
+def painted(tmp_path: Path, *annotations: dict[str, Any]) -> np.ndarray:
+    (picture,) = parsed(tmp_path, task(*annotations))
+    return pictures.paint(picture, pictures.class_ids(NAMES), max_pixels=10**6)
+
+
+def test_percent_of_the_image_and_later_over_earlier(tmp_path: Path) -> None:
+    result = [rows(0, 6, "wall"), rows(2, 2, "floor"), rows(3, 5, "sky")]
+    assert painted(tmp_path, {"result": result})[0].tolist() == [1, 1, 2, 0, 0, 0, 0, 0, 255, 255]
+    points = [[10, 0], [40, 0], [40, 50], [10, 50]]
+    polygon = painted(tmp_path, {"result": [region("wall", "polygonlabels", points=points)]})
+    assert np.argwhere(polygon == 1).tolist() == [[r, c] for r in (0, 1) for c in (1, 2, 3)]
+    about_the_corner = painted(tmp_path, {"result": [region("wall", x=50, y=0, width=20, height=25, rotation=90)]})
+    assert np.argwhere(about_the_corner == 1).tolist() == [[0, 4], [1, 4]]
+    disc = painted(tmp_path, {"result": [region("wall", "ellipselabels", x=50, y=50, radiusX=20, radiusY=50)]})
+    assert np.argwhere(disc == 1).tolist() == [
+        [0, 4],
+        [0, 5],
+        *([r, c] for r in (1, 2) for c in range(3, 7)),
+        [3, 4],
+        [3, 5],
+    ]
+
+
+def test_the_newest_annotation_counts_unless_cancelled_or_ground_truth_says_otherwise(tmp_path: Path) -> None:
+    old = {"id": 1, "updated_at": "2026-01-01T00:00:00Z", "result": [rows(0, 10, "sky")]}
+    new = {"id": 2, "updated_at": "2026-02-01T00:00:00Z", "result": [rows(0, 10, "wall")]}
+    newest = {"id": 3, "updated_at": "2026-03-01T00:00:00Z", "result": [rows(0, 10, "lamp")], "was_cancelled": True}
+    assert painted(tmp_path, new, old, newest)[0, 0] == 1
+    assert painted(tmp_path, new, {**old, "ground_truth": True}, newest)[0, 0] == 0
+    assert not parsed(tmp_path, task(newest))[0].shapes
+    assert not parsed(tmp_path, {**task(), "predictions": [new]})[0].shapes
+
+
+def test_a_brush_drawn_with_plain_labels_has_its_label_in_the_twin(tmp_path: Path) -> None:
+    value = {"format": "rle", "rle": brush_rle.encode(TRUTH == 1)}
+    size = {"original_height": TRUTH.shape[0], "original_width": TRUTH.shape[1]}
+    twins = [
+        {"type": "brush", "value": value, **size},
+        {"type": "labels", "value": {**value, "labels": ["wall"]}, **size},
+    ]
+    np.testing.assert_array_equal(painted(tmp_path, {"result": twins}) == 1, TRUTH == 1)
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("/data/upload/3/0a1b2c3d-a%20b.png", "a b.png"),
+        ("upload/3/0a1b2c3d-a.png", "upload/3/0a1b2c3d-a.png"),
+        ("/data/local-files/?d=label_next/images/e1m1/003.png", "label_next/images/e1m1/003.png"),
+        ("/data/local-files/?d=x%2Fa%20b%23.png", "x/a b#.png"),
+        ("s3://bucket/night/a.png", "night/a.png"),
+        ("https://host/night/a.png?token=1", "night/a.png"),
+        ("deadbeef-a.png", "deadbeef-a.png"),
+        ("data:image/png;base64,AAAA", ""),
+    ],
+)
+def test_image_names(reference: str, name: str) -> None:
+    assert labelstudio.image_name(reference) == name
+
+
+def test_a_bad_region_refuses_its_task_alone(tmp_path: Path) -> None:
+    turned = {**rows(0, 1, "sky"), "image_rotation": 90}
+    bad = [
+        [turned], [region("sky", x="a", y=0, width=1, height=1)], [region("sky", "polygonlabels", points=[[1, 2]])],
+        [rows(0, 1, "sky"), {**rows(0, 1, "sky"), "original_width": 11}],
+        [{**rows(0, 1, "sky"), "original_width": None}], [region("sky", "brushlabels", format="png", rle=[1])],
+        [rows(0, 1, "sly")],
+    ]  # fmt: skip
+    codes = []
+    for picture in parsed(tmp_path, *(task({"result": result}) for result in bad)):
+        with pytest.raises(Refused) as caught:
+            pictures.paint(picture, pictures.class_ids(NAMES), max_pixels=10**6)
+        codes.append(caught.value.code)
+    assert codes == ["bad-shape", "bad-shape", "bad-polygon", "bad-shape", "bad-shape", "bad-rle", "unknown-class"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[1]", '[{"image": "a.png", "label": []}]', "[" * 100_000, "[" * 80 + "]" * 80]
+)
+def test_what_is_no_export_is_refused_whole(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(SourceError, match=r"a\.json"):
+        labelstudio.load(tmp_path / "a.json")
+
+
+def submitted(path: Path) -> None:
+    """What a user does who accepts every prediction: the region lists become annotations."""
+    tasks = json.loads(path.read_text())
+    for one in tasks:
+        one["annotations"] = [{"id": 1, "result": p["result"]} for p in one.pop("predictions")]
+    path.write_text(json.dumps(tasks))
+
+
+def test_every_pixel_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    label = ragged(61, 83, 4, 2)
+    label[10:14, 3:50] = 255
+    items = [Item("e1m1/a b#1.png", "ab" * 32, b"", 61, 83, label), Item("x.png", "cd" * 32, b"", 5, 4, None)]
+    assert labelstudio.write(tmp_path / "tasks.json", items, CLASSES, "next/images", "m1") == 2
+    submitted(tmp_path / "tasks.json")
+    first, second = labelstudio.load(tmp_path / "tasks.json")
+    assert (first.name, first.id) == ("next/images/e1m1/a b#1.png", "ab" * 32)
+    np.testing.assert_array_equal(pictures.paint(first, pictures.class_ids(NAMES), max_pixels=10**6), label)
+    assert not second.shapes
+
+
+def test_the_configuration_names_every_class_and_ignore() -> None:
+    classes = [*CLASSES, {"id": 4, "name": 'a "b" & <c>', "color": [1, 2, 3]}]
+    root = ElementTree.fromstring(labelstudio.config_xml(classes))
+    for tag in ("BrushLabels", "PolygonLabels"):
+        labels = [(e.get("value"), e.get("background")) for e in root.find(tag)]
+        assert labels[1] == ("wall", "#2809c8")
+        assert labels[4:] == [('a "b" & <c>', "#010203"), ("ignore", "#e0e0c0")]
+
+
+def test_a_folder_with_images_is_a_source(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((4, 10, 3), np.uint8)).save(tmp_path / "images/a.png")
+    (tmp_path / "e.json").write_text(json.dumps([task({"result": [rows(0, 4, "wall"), rows(4, 2, "sky")]})]))
+    data = config.Data(source="labelstudio", path=str(tmp_path), unannotated="background")
+    source = labelstudio.read(tmp_path, data, max_pixels=10**6)
+    assert [c["name"] for c in source.classes] == ["background", "sky", "wall"]
+    assert [name for name, _ in source.files] == ["images/a.png", "masks/a.png"]
+    got = label_maps.decode_mask(source.files[1][1](), max_pixels=10**6)
+    assert got[0].tolist() == [2, 2, 2, 2, 1, 1, 0, 0, 0, 0]

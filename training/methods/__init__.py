@@ -1,0 +1,1 @@
+"""The semi-supervised methods: views, thresholds, refinement, propagation and losses."""

@@ -1,0 +1,203 @@
+"""Segmentation networks by name: segmentation_models_pytorch decoders on timm encoders, one preprocessing for all.
+
+A user's own network from the project folder takes their place under the name `some.module:Name`.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from pipeline.config import Model as ModelConfig
+from pipeline.storage import atomic
+from training.models.architectures import Dpt, Own, own, resize, use_asymmetric_padding
+from training.models.pretrained import WeightsError, load_encoder
+
+ARCHITECTURES = {
+    "DeepLabV3Plus": smp.DeepLabV3Plus,
+    "FPN": smp.FPN,
+    "Unet": smp.Unet,
+    "Segformer": smp.Segformer,
+}
+# DeepLab's rule: atrous rates double when the output stride halves.
+ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class Segmenter(nn.Module):
+    """Image in, logits out; the input scaling is inside so that training, evaluation and the export share it.
+
+    forward: image_BCHW float, RGB in 0..255, H and W multiples of `step` -> logits_BKHW float at the same H, W.
+        Where `has_features`, forward(x) is decode(encode(x), x.shape[-2:]), bit for bit in eval mode.
+    encode: image_BCHW -> feature maps, shallow to deep, each B x C x h x w; the last one, of `channels` channels, is the
+        deepest. Any of them may be multiplied by a B x C x 1 x 1 mask. smp's convolutional networks put the scaled
+        image itself first and, for encoders that begin at stride 4, a map of 0 channels second; DPT gives four maps of
+        one size and no prefix tokens.
+    decode: such a list, and the image's (H, W) -> logits_BKHW. The list is not changed.
+
+    Attributes:
+        has_features: False for a user's own network without encode and decode. channels: 0 there.
+        frozen: the encoder gets no gradient and stays in eval mode (BatchNorm, dropout) under train().
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        step: int = 1,
+        freeze: bool = False,
+        channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.net, self.step, self.frozen = net, step, freeze
+        self.has_features = not isinstance(net, Own) or net.has_features
+        self.channels: int = net.encoder.out_channels[-1] if channels is None else channels
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        if freeze:
+            for parameter in self.net.encoder.parameters():
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        super().train(mode)
+        if self.frozen:
+            (self.net.module.encoder if isinstance(self.net, Own) else self.net.encoder).eval()
+        return self
+
+    def normalise(self, image_BCHW: Tensor) -> Tensor:
+        """Scaled as the encoder's weights want it. Raises ValueError when H or W is no multiple of `step`."""
+        height, width = image_BCHW.shape[-2:]
+        if not torch.compiler.is_exporting() and (height % self.step or width % self.step):
+            raise ValueError(
+                f"an image of {height} x {width} reached a network that takes multiples of {self.step}: set input.stride "
+                f"and both sides of train.crop to multiples of {self.step}"
+            )
+        return (image_BCHW - self.mean) / self.std
+
+    def encode(self, image_BCHW: Tensor) -> list[Tensor]:
+        image = self.normalise(image_BCHW)
+        if not self.has_features:
+            raise ValueError(
+                "this network gives logits only: offer encode(image) and decode(features, size) beside forward, or choose "
+                "a train.method that needs no features"
+            )
+        return self.net.encode(image) if isinstance(self.net, Own) else self.net.encoder(image)
+
+    def decode(self, features: list[Tensor], size: Sequence[int]) -> Tensor:
+        if isinstance(self.net, Own | Dpt):
+            return self.net.decode(features, size)
+        return resize(self.net.segmentation_head(self.net.decoder(features)), size)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        size = image_BCHW.shape[-2:]
+        if self.has_features:
+            return self.decode(self.encode(image_BCHW), size)
+        return resize(self.net(self.normalise(image_BCHW)), size)
+
+
+def _scaling(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the input that the encoder's weights were trained with.
+
+    Lite weights: -1..1. ViTs: what timm notes for each. timm's other encoders: ImageNet's.
+    """
+    if "lite" in config.encoder:
+        return HALF
+    noted = timm.get_pretrained_cfg(config.encoder) if config.architecture == "DPT" else None
+    return (noted.mean, noted.std) if noted is not None else IMAGENET
+
+
+def _network(config: ModelConfig, n_classes: int) -> nn.Module:
+    """One of smp's networks on a timm encoder, random weights."""
+    name = config.encoder.removeprefix("tu-")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(config.encoder, timm.list_models(), n=3)
+        raise WeightsError(f"model.encoder: timm has no {config.encoder!r}; close names: {', '.join(near) or 'none'}")
+    extra: dict[str, Any] = {}
+    if config.architecture == "DeepLabV3Plus":
+        extra = {
+            "encoder_output_stride": config.output_stride,
+            "decoder_atrous_rates": ATROUS_RATES[config.output_stride],
+        }
+    try:
+        if config.architecture == "DPT":
+            return Dpt(name, n_classes)
+        return ARCHITECTURES[config.architecture](f"tu-{name}", encoder_weights=None, classes=n_classes, **extra)
+    except Exception as error:  # timm and smp refuse what they cannot combine in many ways
+        like = "vit_small_patch14_dinov2" if config.architecture == "DPT" else "resnet50"
+        raise WeightsError(
+            f"model.encoder: {config.encoder!r} cannot serve as {config.architecture}'s encoder ({type(error).__name__}: "
+            f"{error}); choose another, such as {like}, or another model.architecture"
+        ) from error
+
+
+def build(config: ModelConfig, n_classes: int, *, load_weights: bool = True) -> Segmenter:
+    """The network that `config` names; downloads only where `config.weights` says hub:.
+
+    Raises:
+        WeightsError: an unknown or unfit encoder, a user's own network that is missing or does not keep the contract, or
+            weights that are missing or do not fit.
+    """
+    if ":" in config.architecture:
+        theirs, channels = own(config.architecture, n_classes)
+        if config.freeze and not isinstance(getattr(theirs.module, "encoder", None), nn.Module):
+            raise WeightsError(
+                f"model.freeze: {config.architecture} has no submodule called `encoder`; name the part to freeze that, or "
+                "set model.freeze: false"
+            )
+        return Segmenter(theirs, *IMAGENET, freeze=config.freeze, channels=channels)
+    net: Any = _network(config, n_classes)
+    lite = "lite" in config.encoder
+    if lite:
+        for module in net.encoder.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = 1e-3  # the value these weights were trained with
+    # The lite weights were trained under TensorFlow's padding: on the demo's val 63.9 against 61.2 mIoU (800 supervised steps).
+    if config.padding == "asymmetric" or (config.padding == "auto" and lite):
+        use_asymmetric_padding(net.encoder)
+    if config.weights and load_weights:
+        load_encoder(net.encoder, config.weights)
+    step = net.encoder.output_stride
+    return Segmenter(net, *_scaling(config), step=step, freeze=config.freeze)
+
+
+def save(path: Path, state: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write weights and their description as safetensors, atomically (temporary name, fsync, rename)."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    atomic.write_bytes(path, serialise(tensors, metadata={"marginalia": json.dumps(meta, sort_keys=True)}))
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The description written by `save`. Raises WeightsError when the file is not one of ours."""
+    if not path.exists():
+        raise WeightsError(f"{path}: no such file; run `dvc repro train` first")
+    with safe_open(path, framework="pt") as handle:
+        meta = (handle.metadata() or {}).get("marginalia")
+    if meta is None:
+        raise WeightsError(
+            f"{path}: carries no Marginalia description; only weights written by `training.train` can be used"
+        )
+    return dict(json.loads(meta))
+
+
+def load(path: Path, device: str | torch.device = "cpu") -> tuple[Segmenter, dict[str, Any]]:
+    """A saved student, ready to run (eval mode), and its description."""
+    meta = read_meta(path)
+    config = ModelConfig.model_validate(meta["params"]["model"])
+    model = build(config, len(meta["classes"]), load_weights=False)
+    with safe_open(path, framework="pt") as handle:
+        model.load_state_dict({key: handle.get_tensor(key) for key in handle.keys()})  # noqa: SIM118
+    return model.eval().to(device), meta
