@@ -237,7 +237,7 @@ def test_the_image_gets_what_the_package_is_made_of() -> None:
         assert (ROOT / source).exists()
         assert source in admitted
     told = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    modules = {name.partition(".")[0] for name in told["tool"]["setuptools"]["packages"]}
+    modules = {pattern.removesuffix("*") for pattern in told["tool"]["setuptools"]["packages"]["find"]["include"]}
     needed = {*modules, *(f"{name}.py" for name in told["tool"]["setuptools"]["py-modules"]), told["project"]["readme"]}
     assert needed | {"pyproject.toml", "constraints.txt", *told["project"]["license-files"]} == set(copied)
     for secret in (".git", ".venv", "data", "models", ".env"):
