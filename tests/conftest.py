@@ -11,10 +11,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import it befo
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import httpx
-import live_server
 import pytest
 
 import training  # noqa: F401 - makes torchvision importable before anything asks for it
+from tests.support import live_server
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from tiny_project import CLASSES, scene
-from tiny_source import encode, put
 
 from export.bundle import bundle
 from export.runtime.runtime import Runtime
 from pipeline.config import Params
+from tests.support.tiny_project import CLASSES, scene
+from tests.support.tiny_source import encode, put
 
 pytestmark = pytest.mark.timeout(900)  # a whole pipeline in a fixture: minutes where two cores are shared
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.live_server import ROOT
+from tests.support.live_server import ROOT
 
 PROGRAM = """
 import numpy as np
 from export.runtime import sessions
-from tests import tiny_onnx
+from tests.support import tiny_onnx
 session = sessions.ort.InferenceSession(tiny_onnx.model(), providers=["CPUExecutionProvider"])
 session.run(None, {"image": np.zeros((1, 4, 4, 3), np.uint8)})
 """

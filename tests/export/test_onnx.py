@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tiny_project
 import torch
 
 from export import onnx as exporter
 from export.bundle import bundle
 from export.tensorrt import builder
 from pipeline.storage import atomic
+from tests.support import tiny_project
 
 STRIDE = tiny_project.INPUT.stride
 

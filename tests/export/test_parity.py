@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import tiny_project
 from onnx import numpy_helper
 
 from export import parity, parity_metrics
 from export.bundle import bundle
 from pipeline import config
 from pipeline.storage import atomic, manifest
+from tests.support import tiny_project
 
 NAMES = tiny_project.NAMES
 

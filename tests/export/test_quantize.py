@@ -6,10 +6,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tiny_onnx
-import tiny_project
 
 from export import quantize
+from tests.support import tiny_onnx, tiny_project
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_source
 
 from pipeline import config
 from pipeline.ingest import add_dump
 from pipeline.storage import archives
+from tests.support import tiny_source
 
 GOOD = tiny_source.encode(tiny_source.picture(1))
 

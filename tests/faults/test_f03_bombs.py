@@ -11,11 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tiny_source
 
 from pipeline import config
 from pipeline.ingest import add_dump
 from pipeline.storage import archives
+from tests.support import tiny_source
 
 GOOD = tiny_source.encode(tiny_source.picture(1))
 # Runs add() where no file may grow beyond 64 MiB, and reports by how much memory grew.

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_source
 import zstandard
-from tiny_source import tar
 
 from pipeline import config
 from pipeline.ingest import add_dump, dump_registry
 from pipeline.storage import archives, atomic
+from tests.support import tiny_source
+from tests.support.tiny_source import tar
 
 PICTURES = {f"{n:02d}.png": tiny_source.encode(tiny_source.picture(n)) for n in range(8)}
 

@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import tiny_source
 
 from pipeline import config
 from pipeline.ingest import add_dump, dump_registry
 from pipeline.storage import atomic, manifest, shards
+from tests.support import tiny_source
 
 PARAMS = config.Params()
 

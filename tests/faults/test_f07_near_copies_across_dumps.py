@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_source
 
 from pipeline import config
 from pipeline.ingest import add_dump, deduplicate, dump_registry
 from pipeline.storage import atomic, shards
+from tests.support import tiny_source
 
 COPIES = {"WEBP": {"quality": 90}, "JPEG": {"quality": 92}}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_source
 
 from pipeline import config
 from pipeline.ingest import add_dump
 from pipeline.storage import manifest, shards
+from tests.support import tiny_source
 
 PNG = tiny_source.encode(tiny_source.picture(77))
 JPEG = tiny_source.encode(tiny_source.picture(78), "JPEG")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.imaging import decode
-from tests.pictures import TURNS, exif, png, save
+from tests.support.image_files import TURNS, exif, png, save
 
 RNG = np.random.default_rng(7)
 PICTURE = RNG.integers(0, 256, (13, 21, 3), dtype=np.uint8)

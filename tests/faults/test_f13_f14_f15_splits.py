@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_source
 
 from pipeline.ingest import split
 from pipeline.storage import manifest
+from tests.support import tiny_source
 
 
 def test_f13_missing_classes_are_warned_about_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

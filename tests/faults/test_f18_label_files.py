@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_labels
-import tiny_source
 
 from pipeline.formats import coco, labelme
 from pipeline.formats.common import parsing, rasterize
 from pipeline.formats.common.source import SourceError
 from pipeline.imaging import decode
+from tests.support import tiny_labels, tiny_source
 
 BOX = [0, 0, 30, 0, 30, 20, 0, 20]
 GOOD = {"category_id": 1, "segmentation": [BOX]}

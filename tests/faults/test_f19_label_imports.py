@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_source
 import yaml
 from PIL import Image
 
@@ -25,6 +24,7 @@ from pipeline.ingest import deduplicate, split
 from pipeline.labels import importer, label_next
 from pipeline.labels import registry as labels
 from pipeline.storage import atomic, manifest, predictions, shards
+from tests.support import tiny_source
 
 CLASSES = [{"id": k, "name": n, "color": [50 * k, 9, 200]} for k, n in enumerate(tiny_source.CLASSES)]
 NEW = np.tile(np.array([0, 0, 1, 2], np.uint8), (48, 16))  # no band of any pre-label or mask looks like this

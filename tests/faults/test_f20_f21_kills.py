@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests/support/training/killed_training.py"
 
 
 def run(folder: Path, kills: int) -> dict[str, torch.Tensor]:
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TESTS / "killed_run.py"), str(folder / "work"), str(folder / "out.pt"), str(kills)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(folder / "work"), str(folder / "out.pt"), str(kills)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[0]) == kills

@@ -5,9 +5,9 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-import tiny_source
 
 from pipeline.ingest import add_dump, check, deduplicate, pull, split
+from tests.support import tiny_source
 
 STAGES: dict[str, Callable[[], int]] = {
     "pull": lambda: pull.main([]),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_project
 import torch
 
 from pipeline import config
 from pipeline.storage import manifest
+from tests.support import tiny_project
 from training import evaluate, inference, metrics
 from training.models import segmenter
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.bundle import bundle
 from export.bundle.external_data import external_references
-from tests import tiny_onnx
+from tests.support import tiny_onnx
 
 FILES = ("MODEL_CARD.md", "SHA256SUMS", "bundle.json", "model.onnx")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import tiny_project
 from onnx import numpy_helper
 
 from export import parity, parity_metrics
 from export.bundle import bundle
 from pipeline import config
 from pipeline.storage import atomic
+from tests.support import tiny_project
 
 
 def test_f34_the_mean_passes_and_one_class_does_not() -> None:

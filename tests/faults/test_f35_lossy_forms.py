@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import tiny_project
 from onnx import numpy_helper
 
 from export import parity, parity_metrics
@@ -14,6 +13,7 @@ from export.bundle import bundle
 from export.bundle.manifest import Option
 from pipeline import config
 from pipeline.storage import atomic
+from tests.support import tiny_project
 
 INT8 = Option(runtime="onnxruntime", device="cpu", precision="int8", file="model.int8.onnx")
 

@@ -10,8 +10,8 @@ import pytest
 
 from export.runtime import runtime
 from serving.bento import run
-from tests import tiny_onnx
-from tests.live_server import ROOT
+from tests.support import tiny_onnx
+from tests.support.live_server import ROOT
 
 
 def cuda_works(opened: runtime.Runtime) -> bool:

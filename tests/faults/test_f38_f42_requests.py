@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import live_server
-from tests.live_server import Server, error
-from tests.pictures import png, save
+from tests.support import live_server
+from tests.support.image_files import png, save
+from tests.support.live_server import Server, error
 
 RAW = {"Content-Type": "application/octet-stream"}
 PICTURE = save(Image.fromarray(np.random.default_rng(4).integers(0, 256, (24, 32, 3), dtype=np.uint8)))

@@ -12,8 +12,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from tests.live_server import Server, error
-from tests.pictures import save
+from tests.support.image_files import save
+from tests.support.live_server import Server, error
 
 NUMBER = int(os.environ.get("MARGINALIA_MUTATIONS", "400"))
 PICTURE = Image.fromarray(np.random.default_rng(43).integers(0, 256, (24, 32, 3), dtype=np.uint8))

@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.live_server import error, until
-from tests.own_server import LONGEST, RAW, Held, serving, told
-from tests.pictures import save
+from tests.support.image_files import save
+from tests.support.live_server import error, until
+from tests.support.threaded_server import LONGEST, RAW, Held, serving, told
 
 DEADLINE = 5.0  # within it the first request has to get into the model
 PICTURE = save(Image.fromarray(np.random.default_rng(8).integers(0, 256, (60, 80, 3), dtype=np.uint8)))

@@ -14,9 +14,9 @@ from export.bundle.bundle import Bundle, open_bundle
 from export.runtime.runtime import Runtime
 from serving.model import checks
 from serving.telemetry import metrics
-from tests import keeper, live_server, tiny_onnx
-from tests.live_server import Server, error, until
-from tests.pictures import save
+from tests.support import admin_client, live_server, tiny_onnx
+from tests.support.image_files import save
+from tests.support.live_server import Server, error, until
 
 PICTURE = save(Image.fromarray(np.random.default_rng(4).integers(0, 256, (60, 80, 3), dtype=np.uint8)))
 RAW = {"Content-Type": "application/octet-stream"}
@@ -106,7 +106,7 @@ def server() -> Server:
 
 @pytest.fixture(scope="module")
 def http(server: Server) -> Iterator[httpx.Client]:
-    with keeper.client(server) as client:
+    with admin_client.client(server) as client:
         yield client
 
 
@@ -114,8 +114,8 @@ def http(server: Server) -> Iterator[httpx.Client]:
 def good(server: Server) -> Bundle:
     """The first champion, served again at the beginning."""
     made = open_bundle(server.folder / "champions" / "first" / "bundle")
-    with keeper.client(server) as client:
-        assert keeper.load(client, keeper.below(server, made.folder)).status_code == 200
+    with admin_client.client(server) as client:
+        assert admin_client.load(client, admin_client.below(server, made.folder)).status_code == 200
     return made
 
 
@@ -132,10 +132,10 @@ def test_a_bad_candidate_is_refused_and_the_old_model_serves_on(
         "marginalia_swaps_total": {"result": "refused"},
         "marginalia_candidates_refused_total": {"cause": cause},
     }
-    counts = {name: keeper.metric(http, name, **labels) for name, labels in refused.items()}
-    loaded = keeper.metric(http, "marginalia_swaps_total", result="loaded")
+    counts = {name: admin_client.metric(http, name, **labels) for name, labels in refused.items()}
+    loaded = admin_client.metric(http, "marginalia_swaps_total", result="loaded")
 
-    response = keeper.load(http, keeper.below(server, folder))
+    response = admin_client.load(http, admin_client.below(server, folder))
 
     assert (response.status_code, error(response)) == (422, "bundle-refused")
     assert said in response.json()["error"]["message"]
@@ -152,8 +152,8 @@ def test_a_bad_candidate_is_refused_and_the_old_model_serves_on(
     assert event["still_serving"] == good.manifest.id
     assert server.events("bundle-refused")[-1]["cause"] == cause
     for name, labels in refused.items():
-        assert keeper.metric(http, name, **labels) == counts[name] + 1
-    assert keeper.metric(http, "marginalia_swaps_total", result="loaded") == loaded
+        assert admin_client.metric(http, name, **labels) == counts[name] + 1
+    assert admin_client.metric(http, "marginalia_swaps_total", result="loaded") == loaded
     again = http.post("/v1/segment", content=PICTURE, headers=RAW)
     assert again.headers["x-bundle-id"] == good.manifest.id
     assert again.content == answer.content
@@ -182,11 +182,11 @@ def test_a_finite_softmax_and_a_named_change_of_classes_are_taken(
     """The same makers without the fault: the checks refuse what is wrong and nothing else."""
     folder = server.folder / "bad" / "finite"
     made = tiny_onnx.write(folder, model_bytes=softmax(0.5))
-    assert keeper.load(http, keeper.below(server, folder)).json()["current"]["bundle"] == made.manifest.id
+    assert admin_client.load(http, admin_client.below(server, folder)).json()["current"]["bundle"] == made.manifest.id
     renamed = tiny_onnx.write(server.folder / "bad" / "renamed", classes=RENAMED)
-    response = keeper.load(http, keeper.below(server, renamed.folder), allow_class_change=True)
+    response = admin_client.load(http, admin_client.below(server, renamed.folder), allow_class_change=True)
     assert response.json()["current"]["classes"] == ["dark", "red", "green", "sky"]
-    response = keeper.load(http, keeper.below(server, good.folder), allow_class_change=True)
+    response = admin_client.load(http, admin_client.below(server, good.folder), allow_class_change=True)
     assert response.json()["current"]["bundle"] == good.manifest.id
 
 

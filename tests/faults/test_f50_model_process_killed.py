@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.live_server import Server, start, until
-from tests.pictures import save
+from tests.support.image_files import save
+from tests.support.live_server import Server, start, until
 
 PICTURE = save(Image.fromarray(np.random.default_rng(50).integers(0, 256, (24, 32, 3), dtype=np.uint8)))
 

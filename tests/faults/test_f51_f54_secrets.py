@@ -13,9 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from export.bundle.manifest import Precision, Provider
 from serving.telemetry import metrics
-from tests import live_server, tiny_onnx
-from tests.live_server import TOKEN, Server, error, until
-from tests.pictures import save
+from tests.support import live_server, tiny_onnx
+from tests.support.image_files import save
+from tests.support.live_server import TOKEN, Server, error, until
 
 MARK = b"secret-inside-the-picture-0123456789"
 PICTURE = save(Image.fromarray(np.zeros((20, 20, 3), np.uint8))) + MARK

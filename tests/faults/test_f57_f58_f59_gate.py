@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_gate import WRONG, counts, scored, write_run
 
 from pipeline import config
 from pipeline.champions import gate, metrics
 from pipeline.storage import atomic
+from tests.support.tiny_gate import WRONG, counts, scored, write_run
 
 GATE = config.Gate(bootstrap=400, class_floor=5.0)
 

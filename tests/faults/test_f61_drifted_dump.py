@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_project
 from PIL import Image
 
 from pipeline.drift import stage
 from pipeline.storage import atomic
+from tests.support import tiny_project
 from training import predict
 
 DAY = [("labelled", "base", "a", 8), *(("unlabelled", "base", g, 8) for g in "bcd")]

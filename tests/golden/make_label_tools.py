@@ -17,15 +17,15 @@ from PIL import Image
 from pycocotools import mask as coco_masks
 
 HERE = Path(__file__).parent / "label_tools"
-sys.path.insert(0, str(HERE.parents[1]))
-import label_maps  # noqa: E402
+sys.path.insert(0, str(HERE.parents[2]))
+from tests.support import synthetic_masks  # noqa: E402
 
 NAMES = ["sky", "wall", "floor", "lamp"]
 HEIGHT, WIDTH = 24, 33  # unequal and odd: an exchange of rows and columns cannot pass
 
 
 def truth() -> np.ndarray:
-    out = label_maps.regions(HEIGHT, WIDTH, 4, seed=3)
+    out = synthetic_masks.regions(HEIGHT, WIDTH, 4, seed=3)
     out[:2, 5:9] = 255
     return out
 

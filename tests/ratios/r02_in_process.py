@@ -20,7 +20,7 @@ from alternating import alternate
 from export.bundle import bundle
 from export.runtime import cpu, runtime
 from export.tools import bench, bench_worker
-from tests import tiny_onnx
+from tests.support import tiny_onnx
 
 SIZES = ("256x192", "480x360", "1920x1080")
 

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import rows as table
 
-from tests import tiny_onnx
-from tests.live_server import START, Server, free_port, until
+from tests.support import tiny_onnx
+from tests.support.live_server import START, Server, free_port, until
 
 SMALL, LARGE = (2000, 2000), (10_000, 10_000)
 BAR, WANTED = 2.0, 1.3

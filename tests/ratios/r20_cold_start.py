@@ -21,8 +21,8 @@ import rows as table
 import served
 from alternating import Timed, alternate
 
-from tests import tiny_onnx
-from tests.live_server import START, free_port
+from tests.support import tiny_onnx
+from tests.support.live_server import START, free_port
 
 BAR_S, STRETCH_S, PATIENCE_S = 10.0, 5.0, 180.0
 

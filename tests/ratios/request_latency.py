@@ -32,9 +32,9 @@ from export.bundle import bundle
 from export.runtime import runtime
 from serving.http import negotiate, segment
 from serving.settings import Settings
-from tests import tiny_onnx
-from tests.live_server import START, free_port, until
-from tests.pictures import save
+from tests.support import tiny_onnx
+from tests.support.image_files import save
+from tests.support.live_server import START, free_port, until
 
 CALLERS = 4
 

@@ -18,8 +18,8 @@ from export.bundle.manifest import MODEL
 from export.runtime import cpu, runtime
 from serving.http import negotiate, segment
 from serving.settings import Settings
-from tests import live_server, tiny_onnx
-from tests.live_server import Server
+from tests.support import live_server, tiny_onnx
+from tests.support.live_server import Server
 
 
 def twin(original: bundle.Bundle, folder: Path) -> bundle.Bundle:

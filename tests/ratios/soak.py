@@ -30,8 +30,8 @@ from wire import Wire, request
 from export.bundle import bundle
 from pipeline.storage import atomic
 from serving.settings import Settings
-from tests import tiny_onnx
-from tests.live_server import TOKEN
+from tests.support import tiny_onnx
+from tests.support.live_server import TOKEN
 
 GOLDEN = ("mask", "overlay", "confidence")  # the answers that do not name the bundle
 MEDIA = {"mask": "image/png", "json": "application/json", "geojson": "application/geo+json", "overlay": "image/jpeg",

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternating import alternate
 from rows import report, row
-from tiny_samples import Memory
 
 from pipeline import config
+from tests.support.training.tiny_samples import Memory
 from training.engine import checkpoint, ema, guards, schedule
 from training.engine import trainer as engine
 from training.engine.data import Batches, Sample

@@ -23,7 +23,7 @@ import rows as table
 import served
 from wire import Wire, request
 
-from tests import live_server
+from tests.support import live_server
 
 BAR_MS = 25.0
 BARE = """

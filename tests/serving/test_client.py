@@ -22,9 +22,9 @@ from export.runtime import runtime
 from pipeline.imaging import label_maps
 from serving import client
 from serving.client import AsyncClient, Client, ServiceError
-from tests import live_server
-from tests.live_server import Server
-from tests.pictures import save
+from tests.support import live_server
+from tests.support.image_files import save
+from tests.support.live_server import Server
 
 SMALL = np.random.default_rng(5).integers(0, 256, (4, 5, 3), dtype=np.uint8)
 PICTURE = np.asarray(Image.fromarray(SMALL).resize((83, 57), Image.Resampling.BICUBIC))

@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.storage import atomic
 from serving import settings
 from serving.telemetry import metrics
-from tests.live_server import ROOT, Server, free_port, until
-from tests.pictures import save
+from tests.support.image_files import save
+from tests.support.live_server import ROOT, Server, free_port, until
 
 DEPLOY = ROOT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())

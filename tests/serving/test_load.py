@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.live_server import ROOT
+from tests.support.live_server import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "ratios"))
 

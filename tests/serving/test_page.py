@@ -14,10 +14,10 @@ from PIL import Image
 
 from pipeline.storage import atomic
 from serving.http import app
-from tests import live_server, tiny_onnx
-from tests.browser import Browser, png, start
-from tests.live_server import Server
-from tests.pictures import exif, save
+from tests.support import live_server, tiny_onnx
+from tests.support.browser import Browser, png, start
+from tests.support.image_files import exif, save
+from tests.support.live_server import Server
 
 PALETTE = np.array([[*item["color"], 255] for item in tiny_onnx.CLASSES], np.uint8)
 NAMES = [item["name"] for item in tiny_onnx.CLASSES]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_project
 import torch
 from PIL import Image
 
@@ -16,6 +15,7 @@ from pipeline.champions import metrics as scores
 from pipeline.champions import store
 from pipeline.imaging import resize
 from pipeline.storage import atomic, manifest
+from tests.support import tiny_project
 from training import evaluate, inference, metrics, warm_start
 from training.models import segmenter
 from training.reports import evaluation

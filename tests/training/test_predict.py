@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_project
 import torch
 from PIL import Image
 
 from pipeline import config
 from pipeline.imaging import resize
 from pipeline.storage import manifest, predictions
+from tests.support import tiny_project
 from training import inference, predict
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_project
 from PIL import Image
 
 from pipeline import config
 from pipeline.imaging import label_maps
 from pipeline.storage import atomic, manifest, shards
+from tests.support import tiny_project
 from training import suspects
 
 PARTS = (

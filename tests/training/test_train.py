@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_project
 import torch
 
 from pipeline import config
 from pipeline.storage import manifest
+from tests.support import tiny_project
 from training import train, warm_start
 from training.engine import checkpoint, trainer
 from training.models.segmenter import WeightsError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from export.bundle import bundle
-from tests import tiny_onnx
+from tests.support import tiny_onnx
 
 
 def test_a_bundle_round_trips(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import tiny_onnx
 
 from export.bundle import bundle
 from export.bundle.manifest import Manifest, Option
 from export.runtime import cpu, runtime, sessions
+from tests.support import tiny_onnx
 
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="openvino is not installed (extra `openvino`)")

@@ -11,7 +11,7 @@ from onnx import TensorProto
 from export.bundle import bundle
 from export.runtime import cpu, runtime
 from pipeline.imaging import resize
-from tests import tiny_onnx
+from tests.support import tiny_onnx
 
 RNG = np.random.default_rng(3)
 

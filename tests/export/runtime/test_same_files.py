@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_project
 from PIL import Image
 
 from export.bundle import bundle
@@ -15,6 +14,7 @@ from pipeline import config
 from pipeline.champions import metrics as scores
 from pipeline.imaging import decode, label_maps, resize
 from pipeline.storage import manifest, shards
+from tests.support import tiny_project
 from training import evaluate, inference, metrics
 from training.models import segmenter
 

@@ -17,10 +17,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import tiny_onnx
 import torch
 from onnxruntime import quantization
-from tiny_network import Featured
 from torch import nn
 
 from export import onnx as exporter
@@ -28,6 +26,8 @@ from export.tensorrt import builder, check, cudart
 from export.tensorrt import session as engines
 from export.tensorrt.builder import EngineError, Profile
 from pipeline.imaging import resize
+from tests.support import tiny_onnx
+from tests.support.training.tiny_network import Featured
 
 STRIDE = 4
 SMALL = Profile.of(long_side=32, stride=STRIDE, max_batch=2)

@@ -12,8 +12,8 @@ from export.bundle import bundle
 from export.tools import bench, bench_worker
 from pipeline import config, console
 from pipeline.imaging import decode
-from tests import tiny_onnx
 from tests.export.tools.test_predict import run
+from tests.support import tiny_onnx
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pictures
 import pytest
 from PIL import Image
 
@@ -22,7 +21,7 @@ from export.tools import inputs as sources
 from export.tools import predict
 from pipeline.imaging import decode
 from pipeline.ingest import add_dump
-from tests import tiny_onnx
+from tests.support import image_files, tiny_onnx
 
 ROOT = Path(__file__).parents[3]
 RNG = np.random.default_rng(11)
@@ -51,31 +50,31 @@ def good_files() -> dict[str, bytes]:
     """Pictures by their place in a folder, of all kinds that are read."""
     deep = RNG.integers(0, 1 << 16, (20, 33), dtype=np.uint16)
     return {
-        "a.jpg": pictures.save(noise(90, 50), "JPEG"),
-        "a.png": pictures.save(noise(31, 600)),
-        "A.bmp": pictures.save(noise(16, 16), "BMP"),
-        "rotated.jpg": pictures.save(noise(80, 40), "JPEG", exif=pictures.exif(6)),
-        "palette.png": pictures.save(noise(40, 40).quantize(9)),
-        "sub/sixteen.png": pictures.save(Image.fromarray(deep)),
-        "sub/deeper/[red] ünï.webp": pictures.save(noise(64, 200), "WEBP", lossless=True),
-        "no_extension": pictures.save(noise(12, 13)),
-        "overlays/a.png": pictures.save(noise(20, 20)),
+        "a.jpg": image_files.save(noise(90, 50), "JPEG"),
+        "a.png": image_files.save(noise(31, 600)),
+        "A.bmp": image_files.save(noise(16, 16), "BMP"),
+        "rotated.jpg": image_files.save(noise(80, 40), "JPEG", exif=image_files.exif(6)),
+        "palette.png": image_files.save(noise(40, 40).quantize(9)),
+        "sub/sixteen.png": image_files.save(Image.fromarray(deep)),
+        "sub/deeper/[red] ünï.webp": image_files.save(noise(64, 200), "WEBP", lossless=True),
+        "no_extension": image_files.save(noise(12, 13)),
+        "overlays/a.png": image_files.save(noise(20, 20)),
     }
 
 
 def bad_files() -> dict[str, bytes]:
-    whole = pictures.save(noise(60, 60), "JPEG")
+    whole = image_files.save(noise(60, 60), "JPEG")
     frames = [noise(8, 8), noise(8, 8)]
     return {
         "bad/half.jpg": whole[: len(whole) // 2],
         "bad/text.png": b"no picture",
         "bad/empty.tif": b"",
-        "bad/moving.webp": pictures.save(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        "bad/moving.webp": image_files.save(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
     }
 
 
 def passed_over() -> dict[str, bytes]:
-    return {"README.txt": b"hello", ".hidden.png": pictures.save(noise(9, 9)), "__MACOSX/a.jpg": b"\0\0"}
+    return {"README.txt": b"hello", ".hidden.png": image_files.save(noise(9, 9)), "__MACOSX/a.jpg": b"\0\0"}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +138,9 @@ def test_an_overlay_blends_the_picture_with_the_classes(answered: Path, photos: 
     with Image.open(answered / "a~3.png") as mask, Image.open(photos / "a.png") as image:
         colours = np.array([item["color"] for item in tiny_onnx.CLASSES])[np.asarray(mask)]
         blended = ((np.asarray(image, np.float64) + colours) / 2).round().astype(np.uint8)
-    wanted = np.asarray(Image.open(io.BytesIO(pictures.save(Image.fromarray(blended), "JPEG", quality=90))), np.float64)
+    wanted = np.asarray(
+        Image.open(io.BytesIO(image_files.save(Image.fromarray(blended), "JPEG", quality=90))), np.float64
+    )
     with Image.open(answered / "overlays" / "a~3.jpg") as overlay:
         assert np.abs(np.asarray(overlay, np.float64) - wanted).mean() < 2
 
@@ -207,7 +208,7 @@ def test_an_archive_gives_what_its_folder_gives(
 
 
 def test_a_hostile_archive_is_left_out_whole_and_keeps_no_name(opened: runtime.Runtime, tmp_path: Path) -> None:
-    data = pictures.save(noise(20, 20))
+    data = image_files.save(noise(20, 20))
     hostile = pack(tmp_path / "hostile.tar", {"x.png": data, "../out.png": data})
     cut = pack(tmp_path / "cut.tar.gz", {"y.png": data, "z.png": data})
     cut.write_bytes(cut.read_bytes()[:-40])
@@ -222,7 +223,7 @@ def test_a_hostile_archive_is_left_out_whole_and_keeps_no_name(opened: runtime.R
 def test_several_inputs_with_the_same_names(opened: runtime.Runtime, tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "a.png").write_bytes(pictures.save(noise(20, 20)))
+        (tmp_path / folder / "a.png").write_bytes(image_files.save(noise(20, 20)))
     inputs = [tmp_path / "one", tmp_path / "two", tmp_path / "one" / "a.png"]
     result = predict.predict(opened.bundle.folder, inputs, tmp_path / "out", overlay=False)
     assert [item.mask for item in result.written] == ["a.png", "a~2.png", "a~3.png"]
@@ -275,7 +276,7 @@ def test_exit_codes(opened: runtime.Runtime, tmp_path: Path) -> None:
 def test_outputs_never_become_inputs(opened: runtime.Runtime, tmp_path: Path) -> None:
     folder, bundle = tmp_path / "in" / "in", opened.bundle.folder
     folder.mkdir(parents=True)
-    (folder / "a.png").write_bytes(data := pictures.save(noise(20, 20)))
+    (folder / "a.png").write_bytes(data := image_files.save(noise(20, 20)))
     for inputs, output in (
         ([folder], folder), ([folder], folder / "out"), ([tmp_path / "in"], tmp_path), ([folder / "a.png"], folder),
     ):  # fmt: skip
@@ -289,7 +290,7 @@ def test_outputs_never_become_inputs(opened: runtime.Runtime, tmp_path: Path) ->
 
 def test_only_its_own_files_are_replaced(opened: runtime.Runtime, tmp_path: Path) -> None:
     """A mask beside its photograph has the very name of the answer."""
-    data, bundle = pictures.save(noise(20, 20)), opened.bundle.folder
+    data, bundle = image_files.save(noise(20, 20)), opened.bundle.folder
     for name in ("data/a.jpg", "data/a.png", "link/in/trip/a.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
@@ -312,7 +313,7 @@ def test_only_its_own_files_are_replaced(opened: runtime.Runtime, tmp_path: Path
 
 def test_a_hostile_archive_whose_name_is_no_text_is_left_out_whole(opened: runtime.Runtime, tmp_path: Path) -> None:
     archive = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.zip"))
-    data = pictures.save(noise(20, 20))
+    data = image_files.save(noise(20, 20))
     with zipfile.ZipFile(archive, "w") as target:
         target.writestr("x.png", data)
         target.writestr("../o.png", data)
@@ -349,7 +350,7 @@ def test_one_image_that_the_model_fails_on(
 def test_an_interrupt_leaves_whole_files(opened: runtime.Runtime, tmp_path: Path) -> None:
     folder, output = tmp_path / "many", tmp_path / "out"
     folder.mkdir()
-    data = pictures.save(noise(400, 400))
+    data = image_files.save(noise(400, 400))
     for number in range(600):
         (folder / f"{number}.png").write_bytes(data)
     command = [

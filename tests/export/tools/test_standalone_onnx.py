@@ -9,8 +9,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tiny_onnx
-import tiny_project
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -20,6 +18,7 @@ from export.bundle.manifest import InputPolicy
 from export.runtime import runtime
 from export.tools import standalone_onnx
 from pipeline.imaging import resize
+from tests.support import tiny_onnx, tiny_project
 
 POLICY = InputPolicy(long_side=64, stride=16)
 BILINEAR = Image.Resampling.BILINEAR

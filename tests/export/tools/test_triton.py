@@ -14,7 +14,7 @@ from export.bundle import bundle
 from export.bundle.manifest import FORMS, Option
 from export.tools import triton
 from pipeline.storage import atomic
-from tests import tiny_onnx
+from tests.support import tiny_onnx
 
 FIELD = descriptor_pb2.FieldDescriptorProto
 TYPES = {"string": FIELD.TYPE_STRING, "int32": FIELD.TYPE_INT32, "int64": FIELD.TYPE_INT64, "uint64": FIELD.TYPE_UINT64}

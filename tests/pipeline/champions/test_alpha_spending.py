@@ -6,11 +6,11 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from tiny_gate import counts, scored, write_run
 
 from pipeline import config
 from pipeline.champions import alpha_spending, gate, store
 from pipeline.storage import atomic
+from tests.support.tiny_gate import counts, scored, write_run
 
 GATE = config.Gate(bootstrap=200, class_floor=100.0)
 FREE = GATE.model_copy(update={"sequential": "none"})

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killed_at import killed_at
-from tiny_gate import NAMES, counts, scored, write_run
 
 from pipeline import config
 from pipeline.champions import alpha_spending, gate, metrics, rollback, store
 from pipeline.storage import atomic
+from tests.support.crash_points import killed_at
+from tests.support.tiny_gate import NAMES, counts, scored, write_run
 
 GATE = config.Gate(bootstrap=400)
 GOOD, BETTER = (0.80, 0.80, 0.70), (0.86, 0.84, 0.74)

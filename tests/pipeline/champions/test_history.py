@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny_gate import counts, write_run
 from typer.testing import CliRunner
 
 import marginalia
 from pipeline import config
 from pipeline.champions import gate, history, store
 from pipeline.storage import atomic
+from tests.support.tiny_gate import counts, write_run
 
 GATE = config.Gate(bootstrap=400)
 GOOD, BETTER = (0.80, 0.80, 0.70), (0.86, 0.84, 0.74)

@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from killed_at import killed_at
-from tiny_gate import counts, write_run
 from typer.testing import CliRunner
 
 import marginalia
@@ -16,6 +14,8 @@ from pipeline.ingest import dump_registry
 from pipeline.storage import atomic
 from serving.model import champion
 from serving.settings import Settings
+from tests.support.crash_points import killed_at
+from tests.support.tiny_gate import counts, write_run
 from training import warm_start as start
 
 GATE = config.Gate(bootstrap=100)

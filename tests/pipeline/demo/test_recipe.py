@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_source
 import yaml
 
 from pipeline.demo import recipe as demo
@@ -16,6 +15,7 @@ from pipeline.demo import vizdoom
 from pipeline.imaging import decode, label_maps
 from pipeline.ingest import pull
 from pipeline.storage import manifest, shards
+from tests.support import tiny_source
 
 ROOT = Path(__file__).parents[3]
 RECIPE = demo.load_recipe(ROOT / "demo.yaml")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_project
 from PIL import Image
 
 from pipeline import config
 from pipeline.drift import energy_distance, plots, stage
 from pipeline.storage import atomic, predictions
+from tests.support import tiny_project
 
 SETTINGS = config.Pool(permutations=199, drift_p=0.01)
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_labels
-import tiny_source
-from tiny_labels import GOLDEN, png
 
 from pipeline.formats import cityscapes
 from pipeline.formats.common.source import Source, SourceError
+from tests.support import tiny_labels, tiny_source
+from tests.support.tiny_labels import GOLDEN, png
 
 AACHEN, BOCHUM = "train/aachen/aachen_000000_000019", "train/bochum/bochum_000000_000600"
 VAL, TEST = "val/lindau/lindau_000000_000019", "test/berlin/berlin_000000_000019"

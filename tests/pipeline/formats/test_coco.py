@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_labels
-import tiny_source
-from tiny_labels import GOLDEN, png
 
 from pipeline.formats import coco
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.imaging import label_maps
+from tests.support import tiny_labels, tiny_source
+from tests.support.tiny_labels import GOLDEN, png
 
 HOME = GOLDEN / "coco"
 

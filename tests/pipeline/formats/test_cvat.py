@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from label_maps import regions as ragged
 from PIL import Image
 
 from pipeline import config
@@ -17,6 +16,7 @@ from pipeline.formats.common.source import SourceError
 from pipeline.formats.common.task import Item, id_prefix, task_name
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
+from tests.support.synthetic_masks import regions as ragged
 
 GOLDEN = Path(__file__).parents[2] / "golden/label_tools"
 NAMES = ("sky", "wall", "floor", "lamp")

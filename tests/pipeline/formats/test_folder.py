@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_source
 
 from pipeline.config import Data, Lists
 from pipeline.formats import folder as folders
 from pipeline.formats.common.source import Source, SourceError, name_id
 from pipeline.imaging import label_maps
+from tests.support import tiny_source
 
 
 def read(folder: Path, **changes: object) -> Source:

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_labels
-import tiny_source
 from PIL import Image
-from tiny_labels import palette_png, png
 
 from pipeline.formats import folder
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.imaging import label_maps
+from tests.support import tiny_labels, tiny_source
+from tests.support.tiny_labels import palette_png, png
 
 COLOURS = [(10, 20, 30), (200, 0, 0), (0, 0, 200)]
 IDS_HW = np.array([[0, 1, 2, 2], [0, 1, 1, 255], [0, 0, 255, 255]], np.uint8)

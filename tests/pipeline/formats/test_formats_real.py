@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_labels
-import tiny_source
-from tiny_labels import palette_png, png
 
 from pipeline.formats.common import class_list as class_lists
 from pipeline.imaging import label_maps
 from pipeline.ingest import pull
+from tests.support import tiny_labels, tiny_source
+from tests.support.tiny_labels import palette_png, png
 
 Labels = dict[str, np.ndarray]
 

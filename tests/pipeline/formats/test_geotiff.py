@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_labels
 
 from pipeline.formats import geotiff
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.imaging import decode
+from tests.support import tiny_labels
 
 rasterio = pytest.importorskip("rasterio", reason="the extra geotiff is not installed")
 HEIGHT, WIDTH = 150, 200

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pictures
 import pytest
-import tiny_labels
-import tiny_source
 from PIL import Image
-from tiny_labels import png
 
 from pipeline.formats import labelme
 from pipeline.formats.common import rasterize
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.ingest import check
 from pipeline.storage import manifest
+from tests.support import image_files, tiny_labels, tiny_source
+from tests.support.tiny_labels import png
 
 HEIGHT, WIDTH = 12, 18
 RING = [[2, 1], [15.5, 3], [9, 11]]
@@ -156,8 +154,8 @@ def test_points_are_on_the_upright_photo(tmp_path: Path) -> None:
     root, project = tmp_path / "root", tmp_path / "project"
     upright_HWC = np.zeros((WIDTH, HEIGHT, 3), np.uint8)
     upright_HWC[:6, :4] = 250
-    stored = Image.fromarray(upright_HWC).transpose(pictures.TURNS[8])  # what orientation 6 turns back
-    photo = pictures.save(stored, "JPEG", quality=95, subsampling=0, exif=pictures.exif(6))
+    stored = Image.fromarray(upright_HWC).transpose(image_files.TURNS[8])  # what orientation 6 turns back
+    photo = image_files.save(stored, "JPEG", quality=95, subsampling=0, exif=image_files.exif(6))
     tiny_source.put(root, "a.jpg", photo)
     corner = shape("cat", "rectangle", [[0, 0], [4, 6]])
     put(root, [corner], picture="a.jpg", imageHeight=WIDTH, imageWidth=HEIGHT)

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_labels
-import tiny_source
-from tiny_labels import GOLDEN, palette_png, png
 
 from pipeline.formats import voc
 from pipeline.formats.common.source import Source, SourceError
+from tests.support import tiny_labels, tiny_source
+from tests.support.tiny_labels import GOLDEN, palette_png, png
 
 IDS_HW = np.array([[0, 15, 20, 255], [0, 1, 255, 255]], np.uint8)
 

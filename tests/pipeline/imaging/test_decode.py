@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.imaging import decode
-from tests.pictures import chunk, exif, png, save
+from tests.support.image_files import chunk, exif, png, save
 
 # Set at import by the module itself; pytest resets the filters for every test.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

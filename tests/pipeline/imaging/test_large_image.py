@@ -9,7 +9,7 @@ from PIL import Image, TiffImagePlugin
 from pipeline.imaging import decode, large_image, png_bands, resize
 from pipeline.imaging.decode import Refused
 from pipeline.imaging.large_image import _resize
-from tests.pictures import exif, save
+from tests.support.image_files import exif, save
 
 RNG = np.random.default_rng(13)
 LIMITS = large_image.Limits(pixels=10**7, whole_pixels=10**5, whole_bytes=10**6, aspect=50)

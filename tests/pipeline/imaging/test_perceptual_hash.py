@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import tiny_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.imaging import decode, perceptual_hash
+from tests.support import tiny_source
 
 
 def slow_dhash(image_HWC: np.ndarray) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.imaging import decode, png_bands
 from pipeline.imaging.decode import Refused
-from tests.pictures import chunk, exif, png, save
+from tests.support.image_files import chunk, exif, png, save
 
 RNG = np.random.default_rng(3)
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}

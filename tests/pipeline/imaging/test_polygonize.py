@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from pipeline.imaging import polygonize
 from pipeline.imaging.decode import Refused
 from pipeline.imaging.simplify import simplify
-from tests.label_maps import fill, regions
+from tests.support.synthetic_masks import fill, regions
 
 MAPS = hnp.arrays(
     np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.sampled_from([0, 1, 2, 255])

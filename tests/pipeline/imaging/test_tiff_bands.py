@@ -10,7 +10,7 @@ from PIL import Image, TiffImagePlugin
 
 from pipeline.imaging import decode, tiff_bands
 from pipeline.imaging.decode import Refused
-from tests.pictures import save
+from tests.support.image_files import save
 
 RNG = np.random.default_rng(5)
 TYPES = {3: "H", 4: "I"}

@@ -13,12 +13,12 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-import tiny_source
 import zstandard
 
 from pipeline import config
 from pipeline.ingest import add_dump, dump_registry
 from pipeline.storage import archives, atomic, shards
+from tests.support import tiny_source
 
 PARAMS = config.Params()
 FILES = {f"cam/{n:02d}.png": tiny_source.encode(tiny_source.picture(n)) for n in range(5)}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_source
 from rich.console import Console
 
 from pipeline import config
 from pipeline.imaging import decode, perceptual_hash
 from pipeline.ingest import add_dump, check, dump_registry
 from pipeline.storage import manifest, parallel, shards
+from tests.support import tiny_source
 
 QUIET = Console(quiet=True)
 SOURCE = {

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_labels
-import tiny_source
 import yaml
 
 from pipeline import config
 from pipeline.ingest import pull
 from pipeline.storage import shards
+from tests.support import tiny_labels, tiny_source
 
 
 def test_a_folder_is_packed_byte_for_byte_and_always_the_same(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_source
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline import config
 from pipeline.ingest import split
 from pipeline.storage import manifest
+from tests.support import tiny_source
 
 NO_LISTS: dict[str, list[str] | None] = dict.fromkeys(("labelled", "unlabelled", "val", "test"))
 

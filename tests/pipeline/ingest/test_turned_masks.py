@@ -4,27 +4,28 @@ from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
-import pictures
 import pytest
-import tiny_source
 from PIL import Image
 
 from pipeline.imaging import decode
 from pipeline.ingest import check
 from pipeline.storage import manifest
+from tests.support import image_files, tiny_source
 
 HEIGHT, WIDTH = 48, 64
 
 
 def photo(orientation: int, pixels: np.ndarray) -> bytes:
-    return pictures.save(Image.fromarray(pixels), "JPEG", quality=95, subsampling=0, exif=pictures.exif(orientation))
+    return image_files.save(
+        Image.fromarray(pixels), "JPEG", quality=95, subsampling=0, exif=image_files.exif(orientation)
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_mask_follows_its_photo_only_where_the_sizes_say_so(orientation: int) -> None:
     stored_HW = tiny_source.mask(3, HEIGHT, WIDTH)
     drawing = Image.fromarray(stored_HW)
-    turn = pictures.TURNS.get(orientation)
+    turn = image_files.TURNS.get(orientation)
     upright_HW = np.asarray(drawing.transpose(turn) if turn is not None else drawing)
     shape = upright_HW.shape
     label_HW, decided = check.check_mask(tiny_source.encode(stored_HW), shape, 3, 1 << 20, orientation)

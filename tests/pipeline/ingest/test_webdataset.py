@@ -9,13 +9,13 @@ from threading import Thread
 
 import fsspec
 import pytest
-import tiny_source
 import zstandard
-from tiny_source import tar
 
 from pipeline import config
 from pipeline.ingest import add_dump, dump_registry, remote, webdataset
 from pipeline.storage import archives, shards
+from tests.support import tiny_source
+from tests.support.tiny_source import tar
 
 GOLDEN = Path(__file__).parents[2] / "golden/webdataset"
 PICTURES = {f"{n:06d}.png": tiny_source.encode(tiny_source.picture(n)) for n in range(8)}

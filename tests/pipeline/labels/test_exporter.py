@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_source
-from label_maps import regions as ragged
 from PIL import Image
 
 from pipeline import config
@@ -17,6 +15,8 @@ from pipeline.imaging import label_maps
 from pipeline.ingest import split
 from pipeline.labels import exporter, importer
 from pipeline.storage import manifest, predictions, shards
+from tests.support import tiny_source
+from tests.support.synthetic_masks import regions as ragged
 
 GOLDEN = Path(__file__).parents[2] / "golden/label_tools"
 TRUTH = np.asarray(Image.open(GOLDEN / "cvat/truth.png"))

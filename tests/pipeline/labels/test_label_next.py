@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_project
 from PIL import Image
 
 from pipeline import config
@@ -15,6 +14,7 @@ from pipeline.formats import cvat, labelstudio
 from pipeline.formats.common import annotations
 from pipeline.labels import label_next
 from pipeline.storage import atomic, manifest, predictions
+from tests.support import tiny_project
 from training import predict
 
 

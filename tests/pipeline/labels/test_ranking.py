@@ -1,10 +1,10 @@
 """Ranking: rarity, doubt, diversity, group caps against closed cases."""
 
 import numpy as np
-import tiny_project
 
 from pipeline.labels import ranking
 from pipeline.storage import predictions
+from tests.support import tiny_project
 
 
 def made(

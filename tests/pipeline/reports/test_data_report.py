@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_project
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,6 +15,7 @@ import marginalia
 from pipeline.ingest import dump_registry
 from pipeline.reports import data_report, markup, sections, thumbnails
 from pipeline.storage import atomic, manifest, shards
+from tests.support import tiny_project
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
 EVIL = f"{HOSTILE}<script>alert(2)</script>&amp;\x00\u202e'"
@@ -196,7 +196,7 @@ def test_the_command_writes_the_page_and_names_what_is_missing(project: Path) ->
 
 
 def test_a_browser_fetches_nothing_runs_nothing_and_fits_a_phone(project: Path) -> None:
-    from tests import browser
+    from tests.support import browser
 
     atomic.write_text(Path("reports/data.html"), data_report.build())
     with browser.start() as opened:

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny_source
 
 from pipeline.imaging import decode
 from pipeline.storage import manifest
+from tests.support import tiny_source
 
 ROW = manifest.Row(
     "ab" * 32, "g/ü 1", "folder", "base", "g", 640, 480, "data/x.tar", 512, 99, "data/m.tar", 1024, 50, "f" * 16, "val"

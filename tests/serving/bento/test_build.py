@@ -14,9 +14,9 @@ from PIL import Image
 
 from export.bundle import bundle
 from serving.bento import build
-from tests import live_server, tiny_onnx
-from tests.live_server import ROOT, Server
-from tests.pictures import save
+from tests.support import live_server, tiny_onnx
+from tests.support.image_files import save
+from tests.support.live_server import ROOT, Server
 
 THRESHOLD = 180.0  # not the tiny champion's that every test server starts with
 MARK = b"<!-- this page lies in the bento -->"

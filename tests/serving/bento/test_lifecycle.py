@@ -20,9 +20,9 @@ from serving import settings
 from serving.bento import run
 from serving.model import manager
 from serving.telemetry import metrics
-from tests import live_server, tiny_onnx
-from tests.live_server import ROOT, Server, error, until
-from tests.pictures import save
+from tests.support import live_server, tiny_onnx
+from tests.support.image_files import save
+from tests.support.live_server import ROOT, Server, error, until
 
 PICTURE = save(Image.fromarray(np.random.default_rng(2).integers(0, 256, (60, 80, 3), dtype=np.uint8)))
 RAW = {"Content-Type": "application/octet-stream"}
@@ -169,7 +169,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from starlette.testclient import TestClient
 from serving.http import app; from serving import settings; from serving.model import manager as slots
-from tests import live_server, tiny_onnx
+from tests.support import live_server, tiny_onnx
 folder = Path({str(tmp_path)!r})
 chosen = settings.Settings(champions=folder / "champions" / "champion.json", poll_s=0.05)
 slot = slots.Slot(chosen)

@@ -15,9 +15,9 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.http import requests
-from tests.live_server import Server, until
-from tests.own_server import LONGEST, Held, Own, serving
-from tests.pictures import save
+from tests.support.image_files import save
+from tests.support.live_server import Server, until
+from tests.support.threaded_server import LONGEST, Held, Own, serving
 
 RAW = {"Content-Type": "application/octet-stream"}
 PICTURE = save(Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8)))

@@ -14,9 +14,9 @@ from export.bundle import bundle
 from export.runtime import runtime
 from pipeline.imaging import decode, label_maps
 from serving.http import responses
-from tests import tiny_onnx
-from tests.live_server import Server, error
-from tests.pictures import exif, save
+from tests.support import tiny_onnx
+from tests.support.image_files import exif, save
+from tests.support.live_server import Server, error
 
 RNG = np.random.default_rng(21)
 PALETTE = [tuple(item["color"]) for item in tiny_onnx.CLASSES]

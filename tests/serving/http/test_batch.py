@@ -26,10 +26,10 @@ from serving.http.requests import Problem
 from serving.http.segment import Desk
 from serving.model import manager
 from serving.settings import Settings
-from tests import tiny_onnx
-from tests.live_server import Server, error, until
-from tests.own_server import LONGEST, Held, serving, told
-from tests.pictures import save
+from tests.support import tiny_onnx
+from tests.support.image_files import save
+from tests.support.live_server import Server, error, until
+from tests.support.threaded_server import LONGEST, Held, serving, told
 
 RNG = np.random.default_rng(11)
 URL = "/v1/segment/batch"

@@ -18,9 +18,9 @@ from serving.http import large_images, negotiate, responses, spool
 from serving.http.query import Query
 from serving.http.requests import Problem
 from serving.settings import Settings
-from tests import live_server, tiny_onnx
-from tests.live_server import Server, error
-from tests.pictures import exif, save
+from tests.support import live_server, tiny_onnx
+from tests.support.image_files import exif, save
+from tests.support.live_server import Server, error
 
 RNG = np.random.default_rng(31)
 SETTINGS = Settings(large_pixels=3000, max_whole_pixels=300_000, max_pixels=40_000_000)

@@ -11,7 +11,7 @@ import pytest
 from serving.http.negotiate import KINDS, MANY_KINDS
 from serving.http.query import Query
 from serving.telemetry import metrics
-from tests.live_server import Server, error
+from tests.support.live_server import Server, error
 
 METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
 

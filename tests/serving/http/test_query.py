@@ -9,7 +9,7 @@ from serving.http import query, responses
 from serving.http.negotiate import VIEWS
 from serving.http.requests import Problem
 from serving.settings import Settings
-from tests import tiny_onnx
+from tests.support import tiny_onnx
 
 LIMITS = Settings(max_pixels=1000)
 

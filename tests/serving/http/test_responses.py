@@ -14,10 +14,10 @@ from export.bundle import bundle
 from export.runtime import runtime
 from pipeline.imaging import decode, label_maps
 from serving.http import geojson, responses
-from tests import tiny_onnx
-from tests.label_maps import fill
-from tests.live_server import Server, error
-from tests.pictures import save
+from tests.support import tiny_onnx
+from tests.support.image_files import save
+from tests.support.live_server import Server, error
+from tests.support.synthetic_masks import fill
 
 PALETTE = [tuple(item["color"]) for item in tiny_onnx.CLASSES]
 RAW = {"Content-Type": "application/octet-stream"}

@@ -26,9 +26,9 @@ from serving.http.query import Query
 from serving.http.requests import Problem
 from serving.http.segment import Desk, largest_batch, segment
 from serving.model.batcher import Job
-from tests.live_server import error, until
-from tests.own_server import LONGEST, RAW, Held, serving, slot_of, told
-from tests.pictures import save
+from tests.support.image_files import save
+from tests.support.live_server import error, until
+from tests.support.threaded_server import LONGEST, RAW, Held, serving, slot_of, told
 
 RNG = np.random.default_rng(8)
 MASK = KINDS[0]

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from export.runtime.runtime import BATCHES
 from serving.model.batcher import Batcher, Dropped, Job, Ran
-from tests import tiny_onnx
-from tests.live_server import until
-from tests.own_server import LONGEST, Held
+from tests.support import tiny_onnx
+from tests.support.live_server import until
+from tests.support.threaded_server import LONGEST, Held
 
 RNG = np.random.default_rng(5)
 

@@ -11,7 +11,7 @@ import pytest
 
 from export.runtime import runtime
 from serving.model import idle_priority
-from tests import tiny_onnx
+from tests.support import tiny_onnx
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
 

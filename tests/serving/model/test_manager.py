@@ -23,9 +23,9 @@ from serving.http.models import in_thread
 from serving.model import champion, checks, manager
 from serving.settings import Settings
 from serving.telemetry import metrics
-from tests import keeper, live_server, tiny_onnx
-from tests.live_server import TOKEN, Server, error, until
-from tests.pictures import save
+from tests.support import admin_client, live_server, tiny_onnx
+from tests.support.image_files import save
+from tests.support.live_server import TOKEN, Server, error, until
 
 RAW = {"Content-Type": "application/octet-stream"}
 SIZES = ((60, 80), (33, 200), (64, 64))
@@ -40,7 +40,7 @@ def server() -> Server:
 
 @pytest.fixture(scope="module")
 def http(server: Server) -> Iterator[httpx.Client]:
-    with keeper.client(server) as client:
+    with admin_client.client(server) as client:
         yield client
 
 
@@ -66,13 +66,13 @@ def test_steady_requests_see_nothing_of_five_swaps(
         for bundle in two
     }
     assert not np.array_equal(*(labels[0] for labels in golden.values()))
-    assert keeper.load(http, keeper.below(server, two[0].folder)).status_code == 200
+    assert admin_client.load(http, admin_client.below(server, two[0].folder)).status_code == 200
     seen: list[tuple[int, int, str, bytes]] = []
     stop = threading.Event()
 
     def hammer(seed: int) -> None:
         pick = random.Random(seed)
-        with keeper.client(server) as mine:
+        with admin_client.client(server) as mine:
             while not stop.is_set():
                 i = pick.randrange(len(PICTURES))
                 response = mine.post("/v1/segment", content=PICTURES[i], headers=RAW)
@@ -86,7 +86,10 @@ def test_steady_requests_see_nothing_of_five_swaps(
             fresh, old = two[(round_ + 1) % 2], two[round_ % 2]
             count = len(seen)
             until(lambda count=count: len(seen) > count + 3)
-            assert ids(keeper.load(http, keeper.below(server, fresh.folder))) == (fresh.manifest.id, old.manifest.id)
+            assert ids(admin_client.load(http, admin_client.below(server, fresh.folder))) == (
+                fresh.manifest.id,
+                old.manifest.id,
+            )
             after = http.post("/v1/segment", content=PICTURES[0], headers=RAW)
             assert after.headers["x-bundle-id"] == fresh.manifest.id
     finally:
@@ -104,8 +107,8 @@ def test_rollback_is_one_call_and_a_second_one_goes_forward(
 ) -> None:
     a, b = (bundle.manifest.id for bundle in two)
     for bundle in two:
-        assert keeper.load(http, keeper.below(server, bundle.folder)).status_code == 200
-    back = keeper.metric(http, "marginalia_swaps_total", result="rolled-back")
+        assert admin_client.load(http, admin_client.below(server, bundle.folder)).status_code == 200
+    back = admin_client.metric(http, "marginalia_swaps_total", result="rolled-back")
     for expected in ((a, b), (b, a)):
         answer = http.post("/v1/models/rollback")
         assert ids(answer) == expected
@@ -113,8 +116,8 @@ def test_rollback_is_one_call_and_a_second_one_goes_forward(
         event = answer.json()["events"][-1]
         assert (event["event"], event["bundle"], event["before"]) == ("rolled-back", *expected)
         for slot, bundle in zip(("current", "previous"), expected, strict=True):
-            assert keeper.metric(http, "marginalia_model_info", slot=slot, bundle=bundle) == 1
-    assert keeper.metric(http, "marginalia_swaps_total", result="rolled-back") == back + 2
+            assert admin_client.metric(http, "marginalia_model_info", slot=slot, bundle=bundle) == 1
+    assert admin_client.metric(http, "marginalia_swaps_total", result="rolled-back") == back + 2
 
 
 def test_what_is_served_already_does_not_push_out_the_previous(
@@ -122,7 +125,7 @@ def test_what_is_served_already_does_not_push_out_the_previous(
 ) -> None:
     a, b = two
     for bundle in (a, b, b):
-        answer = keeper.load(http, keeper.below(server, bundle.folder))
+        answer = admin_client.load(http, admin_client.below(server, bundle.folder))
     assert ids(answer) == (b.manifest.id, a.manifest.id)
     assert answer.json()["events"][-1]["event"] == "bundle-same"
     assert answer.json()["candidate"] is None
@@ -132,22 +135,22 @@ def test_what_is_served_already_does_not_push_out_the_previous(
 
 def test_only_a_token_changes_models(server: Server, two: tuple[Bundle, Bundle]) -> None:
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("/v1/models/load", {"bundle": keeper.below(server, two[0].folder)}),
+        ("/v1/models/load", {"bundle": admin_client.below(server, two[0].folder)}),
         ("/v1/models/rollback", {}),
         ("/v1/models/shadow", {"bundle": None}),
     ]
     for header in ({}, {"Authorization": f"Bearer {TOKEN}x"}):
         with server.client(headers=header) as stranger:
-            before = ids(stranger.get("/v1/models", headers=keeper.AUTH))
+            before = ids(stranger.get("/v1/models", headers=admin_client.AUTH))
             for path, body in changes:
                 response = stranger.post(path, json=body)
                 assert (response.status_code, error(response)) == (401, "unauthorized")
             assert error(stranger.get("/v1/models")) == "unauthorized"
             assert error(stranger.get("/v1/statistics")) == "unauthorized"
-            assert ids(stranger.get("/v1/models", headers=keeper.AUTH)) == before
+            assert ids(stranger.get("/v1/models", headers=admin_client.AUTH)) == before
     with live_server.shared().client() as open_to_all:
         for path, body in changes:
-            for header in ({}, keeper.AUTH):
+            for header in ({}, admin_client.AUTH):
                 response = open_to_all.post(path, json=body, headers=header)
                 assert (response.status_code, error(response)) == (403, "no-token")
                 assert "MARGINALIA_TOKEN" in response.json()["error"]["message"]
@@ -194,7 +197,7 @@ def test_paths_stay_below_the_allowed_folder(
 def test_a_link_that_stays_inside_is_followed(server: Server, http: httpx.Client, two: tuple[Bundle, Bundle]) -> None:
     (server.folder / "latest").unlink(missing_ok=True)
     (server.folder / "latest").symlink_to(two[0].folder)
-    assert ids(keeper.load(http, "latest"))[0] == two[0].manifest.id
+    assert ids(admin_client.load(http, "latest"))[0] == two[0].manifest.id
 
 
 @pytest.mark.parametrize(
@@ -363,7 +366,7 @@ async def _meanwhile(home: Path, slot: manager.Slot, begun: threading.Event, go:
 
     async def ask(app: Any, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         transport, url = httpx.ASGITransport(app), f"http://here/v1/models{path}"
-        async with httpx.AsyncClient(transport=transport, headers=keeper.AUTH) as http:
+        async with httpx.AsyncClient(transport=transport, headers=admin_client.AUTH) as http:
             return await (http.get(url) if body is None else http.post(url, json=body))
 
     late = await ask(web, "/load", {"bundle": "champions/b"})

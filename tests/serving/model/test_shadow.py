@@ -16,9 +16,9 @@ from export.bundle.bundle import Bundle
 from export.runtime.runtime import Runtime
 from serving.model.shadow import WAITING, Agreement, Shadow
 from serving.telemetry import metrics
-from tests import keeper, live_server, tiny_onnx
-from tests.live_server import Server, until
-from tests.pictures import save
+from tests.support import admin_client, live_server, tiny_onnx
+from tests.support.image_files import save
+from tests.support.live_server import Server, until
 
 RAW = {"Content-Type": "application/octet-stream"}
 IMAGES = [np.random.default_rng(i).integers(0, 256, (40 + 10 * i, 64, 3), dtype=np.uint8) for i in range(3)]
@@ -40,7 +40,7 @@ def server() -> Server:
 
 @pytest.fixture(scope="module")
 def http(server: Server) -> Iterator[httpx.Client]:
-    with keeper.client(server) as client:
+    with admin_client.client(server) as client:
         yield client
 
 
@@ -51,18 +51,18 @@ def two(server: Server) -> tuple[Bundle, Bundle]:
 
 
 def answered(http: httpx.Client) -> int:
-    return sum(int(keeper.metric(http, "marginalia_shadow_images_total", result=r)) for r in metrics.SHADOWED)
+    return sum(int(admin_client.metric(http, "marginalia_shadow_images_total", result=r)) for r in metrics.SHADOWED)
 
 
 def test_agreement_over_http(server: Server, http: httpx.Client, two: tuple[Bundle, Bundle]) -> None:
     ours, theirs = two
     classes = {c.id: c.name for c in ours.manifest.classes}
-    assert keeper.load(http, keeper.below(server, ours.folder), allow_class_change=True).status_code == 200
-    shown = http.post("/v1/models/shadow", json={"bundle": keeper.below(server, theirs.folder)})
+    assert admin_client.load(http, admin_client.below(server, ours.folder), allow_class_change=True).status_code == 200
+    shown = http.post("/v1/models/shadow", json={"bundle": admin_client.below(server, theirs.folder)})
     assert shown.json()["shadow"]["bundle"] == theirs.manifest.id
     assert shown.json()["shadow"]["agreement"] is None
-    assert keeper.metric(http, "marginalia_model_info", slot="shadow", bundle=theirs.manifest.id) == 1
-    scored = keeper.metric(http, "marginalia_shadow_images_total", result="scored")
+    assert admin_client.metric(http, "marginalia_model_info", slot="shadow", bundle=theirs.manifest.id) == 1
+    scored = admin_client.metric(http, "marginalia_shadow_images_total", result="scored")
     for image_HWC in IMAGES:
         before = answered(http)
         answer = http.post("/v1/segment", content=save(Image.fromarray(image_HWC)), headers=RAW)
@@ -76,11 +76,11 @@ def test_agreement_over_http(server: Server, http: httpx.Client, two: tuple[Bund
     assert found["against"] == ours.manifest.id
     assert found["agreement"] == pytest.approx(share)
     assert found["agreement_by_class"] == pytest.approx({classes[i]: value for i, value in each.items()})
-    assert keeper.metric(http, "marginalia_shadow_agreement") == pytest.approx(share)
+    assert admin_client.metric(http, "marginalia_shadow_agreement") == pytest.approx(share)
     for i, value in each.items():
         name = classes[i]
-        assert keeper.metric(http, "marginalia_shadow_class_agreement", class_name=name) == pytest.approx(value)
-    assert keeper.metric(http, "marginalia_shadow_images_total", result="scored") == scored + 3
+        assert admin_client.metric(http, "marginalia_shadow_class_agreement", class_name=name) == pytest.approx(value)
+    assert admin_client.metric(http, "marginalia_shadow_images_total", result="scored") == scored + 3
 
     ended = http.post("/v1/models/shadow", json={"bundle": None}).json()
     assert ended["shadow"] is None
@@ -95,16 +95,16 @@ def test_agreement_over_http(server: Server, http: httpx.Client, two: tuple[Bund
 def test_a_shadow_that_takes_over_is_no_shadow_any_more(
     server: Server, http: httpx.Client, two: tuple[Bundle, Bundle]
 ) -> None:
-    assert keeper.load(http, keeper.below(server, two[0].folder)).status_code == 200
-    path = keeper.below(server, two[1].folder)
+    assert admin_client.load(http, admin_client.below(server, two[0].folder)).status_code == 200
+    path = admin_client.below(server, two[1].folder)
     assert http.post("/v1/models/shadow", json={"bundle": path}).json()["shadow"]["path"] == path
-    now = keeper.load(http, path).json()
+    now = admin_client.load(http, path).json()
     assert (now["current"]["path"], now["shadow"]) == (path, None)
 
 
 def test_a_bad_shadow_is_refused(server: Server, http: httpx.Client) -> None:
     broken = tiny_onnx.write(server.folder / "shadowed" / "broken", model_bytes=tiny_onnx.model(shift=30))
-    response = http.post("/v1/models/shadow", json={"bundle": keeper.below(server, broken.folder)})
+    response = http.post("/v1/models/shadow", json={"bundle": admin_client.below(server, broken.folder)})
     assert (response.status_code, live_server.error(response)) == (422, "bundle-refused")
     state = http.get("/v1/models").json()
     assert (state["shadow"], state["candidate"]) == (None, None)

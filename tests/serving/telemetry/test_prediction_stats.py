@@ -24,9 +24,9 @@ from serving.telemetry.prediction_stats import (
     Statistics,
     Window,
 )
-from tests import keeper, live_server, tiny_onnx
-from tests.live_server import Server, until
-from tests.pictures import save
+from tests.support import admin_client, live_server, tiny_onnx
+from tests.support.image_files import save
+from tests.support.live_server import Server, until
 
 CLASSES = ("road", "tree", "sky")
 
@@ -160,7 +160,7 @@ def server() -> Server:
 
 @pytest.fixture(scope="module")
 def http(server: Server) -> Iterator[httpx.Client]:
-    with keeper.client(server) as client:
+    with admin_client.client(server) as client:
         yield client
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serving.telemetry import tracing
-from tests.live_server import ROOT
+from tests.support.live_server import ROOT
 
 PROGRAM = """
 import json, sys
@@ -26,8 +26,8 @@ from serving.http import app
 from serving import settings
 from serving.model import manager as slots
 from serving.telemetry import tracing as spans
-from tests import live_server, tiny_onnx
-from tests.pictures import save
+from tests.support import live_server, tiny_onnx
+from tests.support.image_files import save
 
 exporter = InMemorySpanExporter()
 provider = TracerProvider()

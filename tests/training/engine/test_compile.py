@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_samples import Memory
 from torch import nn
 
 from pipeline.config import Train
+from tests.support.training.tiny_samples import Memory
 from training.engine import trainer
 from training.engine.data import Batches
 from training.methods import registry

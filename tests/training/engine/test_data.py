@@ -4,10 +4,10 @@ import contextlib
 import threading
 
 import pytest
-import tiny_project
-from tiny_samples import Memory
 
 from pipeline.storage import manifest
+from tests.support import tiny_project
+from tests.support.training.tiny_samples import Memory
 from training import train
 from training.engine import checkpoint
 from training.engine.data import Batches, Images, ReadError, order

@@ -7,24 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-import two_ranks
 
 from pipeline.config import Model
+from tests.support.training import two_ranks
 from training.engine import distributed
 from training.methods import student
 from training.models import segmenter
 
-TESTS = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """(what two processes found, what one finds)."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(TESTS / "two_ranks.py"), str(folder / "two.pt")],
+        [*command, two_ranks.__file__, str(folder / "two.pt")],
         env=environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,12 +6,12 @@ import signal
 from itertools import pairwise
 
 import pytest
-import tiny_network
 import torch
-from tiny_samples import Memory
 from torch import nn
 
 from pipeline.config import Train
+from tests.support.training import tiny_network
+from tests.support.training.tiny_samples import Memory
 from training.engine import checkpoint, ema, guards, schedule, trainer
 from training.engine.data import Batches, Sample
 from training.methods import registry

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_network import Featured
-from tiny_samples import Memory
 from torch import nn
 
 from pipeline import config
 from pipeline.config import Train
+from tests.support.training.tiny_network import Featured
+from tests.support.training.tiny_samples import Memory
 from training import inference
 from training.engine import ema, trainer
 from training.engine.data import Batches, Sample

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from no_waits import Watch
-from tiny_maps import embeddings, generator, resize
 
+from tests.support.training.device_sync import Watch
+from tests.support.training.feature_maps import embeddings, generator, resize
 from training.methods.corrmatch import Head, nearest, nonlocal_union, propagate, rows, sample
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from no_waits import Watch
-from tiny_maps import embeddings, generator, resize
 
+from tests.support.training.device_sync import Watch
+from tests.support.training.feature_maps import embeddings, generator, resize
 from training.methods import corrmatch_regions
 from training.methods.corrmatch import rows, sample
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_network import view
-from tiny_step import build, run
 from torch import nn
 
+from tests.support.training.tiny_network import view
+from tests.support.training.tiny_step import build, run
 from training.methods import augment, corrmatch, corrmatch_regions, losses, selection
 from training.methods import step as step_module
 from training.methods.student import Outputs

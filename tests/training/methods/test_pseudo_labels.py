@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from tiny_samples import Memory
 
+from tests.support.training.tiny_samples import Memory
 from tests.training import test_train
 from tests.training.test_train import data_of
 from training import inference, train

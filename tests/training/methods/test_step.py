@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from no_waits import Watch
-from tiny_network import Featured, view
-from tiny_step import build, run
 from torch import nn
 
 from pipeline.config import Train
+from tests.support.training.device_sync import Watch
+from tests.support.training.tiny_network import Featured, view
+from tests.support.training.tiny_step import build, run
 from training.engine import ema, trainer
 from training.engine.distributed import Ranks
 from training.methods import augment, student

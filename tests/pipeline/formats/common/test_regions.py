@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from label_maps import regions as ragged
 
 from pipeline.formats.common import annotations, regions
+from tests.support.synthetic_masks import regions as ragged
 
 
 def flood(label: np.ndarray) -> list[tuple[int, frozenset]]:

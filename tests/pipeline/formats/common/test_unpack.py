@@ -8,14 +8,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tiny_labels
-import tiny_source
 import zstandard
 
 from pipeline import config
 from pipeline.formats.common import unpack
 from pipeline.formats.common.source import SourceError
 from pipeline.storage import archives
+from tests.support import tiny_labels, tiny_source
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -21,8 +21,8 @@ from serving.bento import uvicorn_protocol
 from serving.http import app
 from serving.http.segment import Desk
 from serving.model import manager
-from tests import tiny_onnx
-from tests.live_server import free_port, until
+from tests.support import tiny_onnx
+from tests.support.live_server import free_port, until
 
 LONGEST = 60.0  # a limit, not a measurement
 RAW = {"Content-Type": "application/octet-stream"}

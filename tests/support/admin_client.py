@@ -1,4 +1,4 @@
-"""What the keeper of a live server does: change its models with the token, and read what it says about them."""
+"""An operator's client of a live server: change its models with the token, and read its metrics."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.live_server import TOKEN, Server
+from tests.support.live_server import TOKEN, Server
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 

@@ -1,4 +1,4 @@
-"""What two processes find together, for test_ranks.py to compare with one process. Run by torchrun; rank 0 writes argv[1]."""
+"""What two processes find together, for test_distributed.py to compare with one. Run by torchrun; rank 0 writes argv[1]."""
 
 import os
 import signal
@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_network import Featured, view
-from tiny_samples import Memory
 
 import training
 from pipeline.config import Train
+from tests.support.training.tiny_network import Featured, view
+from tests.support.training.tiny_samples import Memory
 from training import train
 from training.engine import distributed, ema, trainer
 from training.engine.data import Batches

@@ -1,9 +1,9 @@
 """A method by its settings, and one step of it on the small network."""
 
 import torch
-from tiny_network import Featured, view
 
 from pipeline.config import Train
+from tests.support.training.tiny_network import Featured, view
 from training.engine import ema, trainer
 from training.engine.distributed import ALONE
 from training.methods import registry

@@ -19,9 +19,9 @@ from typing import Any
 import httpx
 
 from pipeline.storage import atomic
-from tests import tiny_onnx
+from tests.support import tiny_onnx
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOKEN = "correct-horse-battery-staple"
 START = "from serving.bento import run; import sys; run.main('127.0.0.1', int(sys.argv[1]))"
 
@@ -150,7 +150,7 @@ def guarded() -> Server:
     )
 
 
-# Of a server whose keeper has a token and changes models: a quick watcher, a shadow of every image, statistics below it.
+# A server with a token, whose models an operator changes: a quick watcher, a shadow of every image, statistics below it.
 KEPT = {
     "MARGINALIA_TOKEN": TOKEN,
     "MARGINALIA_POLL_S": "0.1",

@@ -1,4 +1,4 @@
-"""Train in children that are killed (SIGKILL) at random moments until one finishes; for test_f20_f21_kills.py.
+"""Train in children that are killed (SIGKILL) at random moments until one finishes.
 
 argv: the work folder, where to save the finished weights, how many kills.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # the first optimiser step imports it; once here instead of in every child
-from tiny_network import Featured
-from tiny_samples import Memory
 
 from pipeline.config import Train
+from tests.support.training.tiny_network import Featured
+from tests.support.training.tiny_samples import Memory
 from training.engine import trainer
 from training.engine.data import Batches
 from training.methods import registry

@@ -12,7 +12,7 @@ from pipeline.config import Data
 from pipeline.formats.common.source import Source
 from pipeline.imaging import decode
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PIXELS = 1 << 22
 
 

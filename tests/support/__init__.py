@@ -1,0 +1,1 @@
+"""What tests share: servers, small projects, networks, pictures; no tests here."""
