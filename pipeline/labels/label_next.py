@@ -53,7 +53,7 @@ def export_names(names: Sequence[str], dumps: Sequence[str]) -> list[str]:
 def write_folder(
     folder: Path,
     choices: Sequence[Choice],
-    seen: Pool,
+    pool: Pool,
     rows: Mapping[str, manifest.Row],
     classes: Sequence[dict[str, Any]],
     max_pixels: int,
@@ -66,11 +66,11 @@ def write_folder(
     chosen = [c.index for c in choices]
     made = exporter.prelabels()
     for i in chosen:
-        if str(seen.id[i]) not in made or str(seen.id[i]) not in rows:
+        if str(pool.id[i]) not in made or str(pool.id[i]) not in rows:
             raise PoolError(
-                f"image {seen.name[i]} has no pre-label in {predictions.PRELABELS}; run the predict stage again"
+                f"image {pool.name[i]} has no pre-label in {predictions.PRELABELS}; run the predict stage again"
             )
-    mine = [rows[str(seen.id[i])] for i in chosen]
+    mine = [rows[str(pool.id[i])] for i in chosen]
     names = export_names([row.name for row in mine], [row.dump for row in mine])
     colours = [tuple(c["color"]) for c in classes]
     handed: dict[str, str] = {}
@@ -92,37 +92,37 @@ def write_folder(
         atomic.write_text(fresh / "labelstudio.xml", labelstudio.config_xml(classes))
         cvat.write(fresh / "cvat.zip", (item._replace(name=task_name(item.id, item.name)) for item in items()), classes)
         atomic.write_text(fresh / "cvat_labels.json", json.dumps(cvat.labels_json(classes), indent=1) + "\n")
-        atomic.write_text(fresh / "classes.txt", "".join(f"{name}\n" for name in seen.classes))
+        atomic.write_text(fresh / "classes.txt", "".join(f"{name}\n" for name in pool.classes))
         atomic.write_json(fresh / "names.json", {name: row.id for name, row in zip(names, mine, strict=True)})
         atomic.write_text(fresh / "HOWTO.txt", HOWTO)
     exporter.hand_out(handed)
 
 
-def table_csv(choices: Sequence[Choice], seen: Pool) -> str:
+def table_csv(choices: Sequence[Choice], pool: Pool) -> str:
     """rank.csv: place, id, name, dump, group, doubt, distance, mean refined margin and the most doubted class."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     out.writerow(("place", "id", "name", "dump", "group", "doubt", "distance", "margin", "most_doubted"))
     for place, c in enumerate(choices, 1):
         i = c.index
-        row = (seen.id[i], seen.name[i], seen.dump[i], seen.group[i], f"{c.doubt:.6f}", f"{c.distance:.4f}")
-        out.writerow((place, *row, f"{seen.margin[i]:.6f}", seen.classes[int(np.argmax(seen.doubt[i]))]))
+        row = (pool.id[i], pool.name[i], pool.dump[i], pool.group[i], f"{c.doubt:.6f}", f"{c.distance:.4f}")
+        out.writerow((place, *row, f"{pool.margin[i]:.6f}", pool.classes[int(np.argmax(pool.doubt[i]))]))
     return text.getvalue()
 
 
 def run(params: config.Params, console: Console) -> None:
     """The stage: data/pool and data/split -> reports/rank.csv and reports/label_next/. Raises PoolError."""
-    seen = predictions.read()
+    pool = predictions.read()
     summary = atomic.read_json(Path("data/split/summary.json"))
-    frequency_K = ranking.label_frequency(summary, list(map(str, seen.classes)))
-    choices = ranking.choose(seen, frequency_K, params.pool.label_next)
+    frequency_K = ranking.label_frequency(summary, list(map(str, pool.classes)))
+    choices = ranking.choose(pool, frequency_K, params.pool.label_next)
     rows = {row.id: row for row in manifest.read(Path("data/split/manifest.parquet"))}
-    write_folder(FOLDER, choices, seen, rows, summary["classes"], params.ingest.max_pixels)
-    atomic.write_text(Path("reports/rank.csv"), table_csv(choices, seen))
+    write_folder(FOLDER, choices, pool, rows, summary["classes"], params.ingest.max_pixels)
+    atomic.write_text(Path("reports/rank.csv"), table_csv(choices, pool))
     table = Table("", "image", "group", "doubt", "most doubted class", title=f"label these next: {FOLDER}")
     for place, c in enumerate(choices[:10], 1):
-        doubted = str(seen.classes[int(np.argmax(seen.doubt[c.index]))])
-        table.add_row(str(place), str(seen.name[c.index]), str(seen.group[c.index]), f"{c.doubt:.3f}", doubted)
+        doubted = str(pool.classes[int(np.argmax(pool.doubt[c.index]))])
+        table.add_row(str(place), str(pool.name[c.index]), str(pool.group[c.index]), f"{c.doubt:.3f}", doubted)
     table.caption = f"{FOLDER}/HOWTO.txt says how to correct them and bring them back"
     if len(choices) > 10:
         table.caption += f"; {len(choices) - 10} more in reports/rank.csv"

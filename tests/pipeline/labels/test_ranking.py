@@ -1,6 +1,7 @@
 """Ranking: rarity, doubt, diversity, group caps against closed cases."""
 
 import numpy as np
+import pytest
 
 from pipeline.labels import ranking
 from pipeline.storage import predictions
@@ -80,3 +81,48 @@ def test_the_order_of_files_decides_nothing() -> None:
     frequency = np.array([0.5, 0.3, 0.2])
     first = [str(seen.id[c.index]) for c in ranking.choose(seen, frequency, 6)]
     assert first == [str(shuffled.id[c.index]) for c in ranking.choose(shuffled, frequency, 6)]
+
+
+def slow_choice(pool: predictions.Pool, frequency: np.ndarray, count: int) -> list[ranking.Choice]:
+    """The definition: every distance computed anew from the difference, in the order given."""
+    doubts = ranking.doubt(pool, frequency)
+    rows = ranking.shortlist(pool, frequency, count)
+    spread = pool.embedding.std(0)
+    place = pool.embedding / np.where(spread > 0, spread, 1.0)
+    groups = {str(pool.group[i]) for i in rows} - {""}
+    most = max(1, int(np.ceil(2 * count / len(groups)))) if len(groups) > 1 else count
+    near = [int(i) for i in np.flatnonzero(pool.split == "labelled")]
+    choices: list[ranking.Choice] = []
+    free = list(rows)
+    while free and len(choices) < count:
+        taken = [str(pool.group[c.index]) for c in choices]
+        allowed = [i for i in free if not pool.group[i] or taken.count(str(pool.group[i])) < most] or free
+        distance = {
+            i: min((float(np.linalg.norm(place[[i]] - place[k], axis=1)[0]) for k in near), default=None) for i in free
+        }
+        gain = [doubts[i] * (1.0 if distance[i] is None else distance[i]) for i in allowed]
+        best = allowed[int(np.argmax(gain))]
+        choices.append(ranking.Choice(best, float(doubts[best]), distance[best] or 0.0))
+        near.append(best)
+        free.remove(best)
+    return choices
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_choice_is_that_of_the_slow_definition(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without labelled images and groups, with exact copies among the embeddings, in blocks of any size."""
+    rng = np.random.default_rng(seed)
+    n, labelled, count = 70, (0, 1, 9, 30)[seed % 4], (1, 5, 16, 60)[seed // 3]
+    places = rng.normal(size=(n, 6)) * rng.uniform(0, 50, 6) + 100
+    places[rng.integers(n, size=12)] = places[rng.integers(n, size=12)]
+    groups = "".join(rng.choice(list("aaab"), n)) if seed % 3 else ""
+    pool = made(rng.uniform(0, 1, (n, 3)).round(1).tolist(), places.tolist(), groups, labelled)
+    monkeypatch.setattr(ranking, "BLOCK", int(rng.integers(1, 300)))
+    frequency = np.array([0.5, 0.3, 0.2])
+    assert ranking.choose(pool, frequency, count) == slow_choice(pool, frequency, count)
+
+
+def test_a_near_copy_far_from_the_origin_keeps_its_small_distance() -> None:
+    known = np.array([[1e6, 1e6], [1e6 + 5, 1e6]])
+    got = ranking.nearest_distance(np.array([[1e6, 1e6 + 1e-3], [1e6 + 5, 1e6]]), known)
+    np.testing.assert_allclose(got, [1e-3, 0], rtol=1e-6, atol=0)
