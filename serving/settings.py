@@ -1,14 +1,14 @@
-"""What a person who runs the service can set: environment variables named MARGINALIA_*."""
+"""What an operator can set: environment variables named MARGINALIA_*."""
 
 import difflib
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, ValidationError
 from pydantic_core import PydanticCustomError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from export.bundle.manifest import Precision, Provider
 from export.runtime import cpu
@@ -18,8 +18,8 @@ PREFIX = "MARGINALIA_"
 # MARGINALIA_SERVICE_PORT[_<name>], MARGINALIA_PORT=tcp://..., MARGINALIA_PORT_3000_TCP[_ADDR|_PORT|_PROTO].
 _KUBERNETES = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _KUBERNETES_PORT = re.compile(r"(\w+_)?PORT")
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+_KIB = 1 << 10
+_MIB = 1 << 20
 
 
 class SettingsError(ValueError):
@@ -35,124 +35,201 @@ def _sendable(token: SecretStr) -> SecretStr:
     return SecretStr(plain)
 
 
-class Settings(BaseModel):
-    """Each field is the variable MARGINALIA_<FIELD>.
+class Settings(BaseSettings):
+    """Each field is the variable MARGINALIA_<FIELD>, and its docstring is its description. An argument goes before it."""
 
-    `bundle` pins one folder; without it the service follows `champions`, the pointer file that the gate moves, looking
-    every `poll_s` seconds. `provider` and `precision` name what must run; auto takes the fastest that parity admitted.
-    `concurrency` requests are at work at once, `queue` more may wait, the rest get 503; so do those whose pixels or
-    bytes would be more than `max_pixels_at_once` or `max_bodies_mb` under way. `max_batch` images of one size run
-    together where they wait together; unset, that depends on the device.
-    A body has `body_timeout_s`, the work after it `timeout_s`; bodies and answers go at `min_rate_kb` KiB a second at
-    least. Of `max_connections`, those between two requests make room; a request's head has `head_timeout_s`.
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    A candidate may be `max_slowdown` times as slow as the model it replaces, and have other classes only with
-    `allow_class_change`; POST /v1/models/load takes one from below `bundles` (default: the folder that holds
-    `champions/`) and gives up after `load_timeout_s`. `shadow`, a bundle below that folder, is run beside the champion on
-    a `shadow_share` of the images. `statistics` is a folder for prediction statistics, written every `statistics_every_s`.
-    Above `large_pixels`, and for resolution=full, an image is read, run and encoded in bands
-    (`serving.http.large_images`) within
-    `large_timeout_s`; up to `max_pixels`, but `max_whole_pixels` for kinds that must be decoded whole. Its body may have
-    `max_large_body_mb`; what is over `max_body_mb` lies in a temporary file.
-    A call of many images takes `many_images` of them and a body of `many_mb`; `many_calls` may be
-    answered at a time, each within `many_timeout_s`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # What is served, and with what
 
     bundle: Path | None = None
+    """Folder of one bundle to serve; unset, the service follows `champions`."""
+
     champions: Path = Path("champions/champion.json")
-    poll_s: Seconds = 2.0
+    """The pointer file that the gate moves to each new champion."""
+
+    poll_s: PositiveFloat = 2.0
+    """Seconds between two looks at the pointer file."""
+
     provider: Provider = "auto"
+    """Where the model runs: cpu, cuda, openvino or tensorrt; auto takes the fastest that parity admitted."""
+
     precision: Precision = "auto"
-    threads: Positive | None = None
-    concurrency: Positive = Field(default_factory=lambda: cpu.cores() + 2)
-    queue: Annotated[int, Field(ge=0)] = 32
-    max_batch: Positive | None = None
-    max_pixels_at_once: Positive = 100_000_000
-    max_bodies_mb: Annotated[float, Field(gt=0)] = 256.0
-    max_body_mb: Annotated[float, Field(gt=0)] = 32.0
-    max_pixels: Positive = 250_000_000
-    max_whole_pixels: Positive = 50_000_000
-    large_pixels: Positive = 16_000_000
-    max_large_body_mb: Annotated[float, Field(gt=0)] = 512.0
-    large_timeout_s: Seconds = 300.0
+    """Its arithmetic: fp32, bf16, fp16 or int8; auto takes the fastest that parity admitted."""
+
+    threads: PositiveInt | None = None
+    """Threads of one run of the model; unset, the physical cores."""
+
+    # How much is under way at once; what would be more gets 503
+
+    concurrency: PositiveInt = Field(default_factory=lambda: cpu.cores() + 2)
+    """Requests at work at once; unset, two more than the physical cores."""
+
+    queue: NonNegativeInt = 32
+    """Requests that may wait for a place among those at work."""
+
+    max_batch: PositiveInt | None = None
+    """Images of one size that run together if they wait together; unset, 8 on a GPU and 1 on the CPU."""
+
+    max_pixels_at_once: PositiveInt = 100_000_000
+    """Pixels of all images under way."""
+
+    max_bodies_mb: PositiveFloat = 256.0
+    """MiB of all request bodies under way."""
+
+    # One image
+
+    max_body_mb: PositiveFloat = 32.0
+    """MiB of the body of an ordinary image. More than 8 MiB lie in a temporary file."""
+
+    max_pixels: PositiveInt = 250_000_000
+    """Pixels of an image, and of an answer."""
+
+    max_whole_pixels: PositiveInt = 50_000_000
+    """Pixels of an image of a kind that must be decoded as a whole."""
+
     max_aspect: Annotated[float, Field(ge=1)] = 100.0
-    many_images: Positive = 256
-    many_mb: Annotated[float, Field(gt=0)] = 64.0
-    many_calls: Positive = 2
-    many_timeout_s: Seconds = 600.0
-    body_timeout_s: Seconds = 15.0
-    timeout_s: Seconds = 15.0
-    min_rate_kb: Annotated[float, Field(gt=0)] = 16.0
-    max_connections: Positive = 512
-    head_timeout_s: Seconds = 10.0
-    idle_timeout_s: Seconds = 75.0
+    """How many times as long as the shorter side the longer one may be."""
+
+    large_pixels: PositiveInt = 16_000_000
+    """Pixels from which an image is read, run and encoded in bands."""
+
+    max_large_body_mb: PositiveFloat = 512.0
+    """MiB of the body of an image that is read in bands."""
+
+    # Many images in one call
+
+    many_images: PositiveInt = 256
+    """Images of one call."""
+
+    many_mb: PositiveFloat = 64.0
+    """MiB of the body of one call."""
+
+    many_calls: PositiveInt = 2
+    """Calls that are answered at a time."""
+
+    many_timeout_s: PositiveFloat = 600.0
+    """Seconds in which one call must be answered."""
+
+    # How long requests and connections may take
+
+    body_timeout_s: PositiveFloat = 15.0
+    """Seconds in which a body must arrive."""
+
+    timeout_s: PositiveFloat = 15.0
+    """Seconds of work after the body."""
+
+    large_timeout_s: PositiveFloat = 300.0
+    """Seconds of work on an image that is read in bands."""
+
+    min_rate_kb: PositiveFloat = 16.0
+    """KiB a second at which bodies must come and answers must be taken."""
+
+    max_connections: PositiveInt = 512
+    """Connections at once; the one that has been idle longest makes room for a new one."""
+
+    head_timeout_s: PositiveFloat = 10.0
+    """Seconds in which the head of a request must arrive."""
+
+    idle_timeout_s: PositiveFloat = 75.0
+    """Seconds for which a connection may lie idle between two requests."""
+
+    # Changing the model
+
     bundles: Path | None = None
-    load_timeout_s: Seconds = 20.0
+    """Folder below which a request may name bundles; unset, the one that holds `champions/`."""
+
+    load_timeout_s: PositiveFloat = 20.0
+    """Seconds in which a bundle named in a request must be loaded and checked."""
+
     allow_class_change: bool = False
+    """Whether a candidate may have other classes than the model that it replaces."""
+
     max_slowdown: Annotated[float, Field(ge=1)] = 3.0
+    """How many times as slow as the model that it replaces a candidate may be."""
+
     shadow: str | None = None
+    """A bundle below `bundles` to compare with the champion from the start; it answers nobody."""
+
     shadow_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of the images, 0 to 1, that the shadow sees."""
+
+    # What is written down, and who may ask
+
     statistics: Path | None = None
-    statistics_every_s: Seconds = 60.0
+    """Folder for files of prediction statistics; unset, none are written."""
+
+    statistics_every_s: PositiveFloat = 60.0
+    """Seconds between two writes of the statistics."""
+
     token: Annotated[SecretStr, AfterValidator(_sendable)] | None = None
+    """Bearer token of every request for an answer or about models; unset, nobody may change the model."""
 
     @property
     def max_body(self) -> int:
         """Largest request body in bytes."""
-        return int(self.max_body_mb * (1 << 20))
+        return int(self.max_body_mb * _MIB)
 
     @property
     def min_rate(self) -> float:
         """Slowest body or answer in bytes a second."""
-        return self.min_rate_kb * (1 << 10)
+        return self.min_rate_kb * _KIB
 
     @property
     def max_large_body(self) -> int:
         """Largest body of an image that is read in bands, in bytes."""
-        return max(int(self.max_large_body_mb * (1 << 20)), self.max_body)
+        return max(int(self.max_large_body_mb * _MIB), self.max_body)
 
     @property
     def max_bodies(self) -> int:
         """Largest sum of the bodies under way in bytes; one body of the largest size always has room beside another."""
-        return max(
-            int(self.max_bodies_mb * (1 << 20)), 2 * self.max_body, self.max_body + int(self.many_mb * (1 << 20))
-        )
+        largest_call = int(self.many_mb * _MIB)
+        return max(int(self.max_bodies_mb * _MIB), 2 * self.max_body, self.max_body + largest_call)
 
 
-def ignored(environment: Mapping[str, str] | None = None) -> list[str]:
+def _variables() -> list[str]:
+    """The names of all MARGINALIA_* variables, sorted."""
+    return sorted(name for name in os.environ if name.startswith(PREFIX))
+
+
+def ignored() -> list[str]:
     """MARGINALIA_* variables that are no settings but Kubernetes' links to services, sorted."""
-    source = os.environ if environment is None else environment
-    names = [(name, name.removeprefix(PREFIX)) for name in source if name.startswith(PREFIX)]
-    return sorted(
-        name
-        for name, rest in names
-        if _KUBERNETES.fullmatch(rest)
-        or (_KUBERNETES_PORT.fullmatch(rest) and source[name].startswith(("tcp://", "udp://", "sctp://")))
-    )
+    return [name for name in _variables() if _is_service_link(name)]
 
 
-def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
+def _is_service_link(variable: str) -> bool:
+    rest = variable.removeprefix(PREFIX)
+    if _KUBERNETES.fullmatch(rest):
+        return True
+    is_url = os.environ[variable].startswith(("tcp://", "udp://", "sctp://"))
+    return is_url and _KUBERNETES_PORT.fullmatch(rest) is not None
+
+
+def from_environment() -> Settings:
     """Settings from MARGINALIA_* variables, without the `ignored` ones.
 
     Raises:
         SettingsError: a variable is unknown (the nearest one is suggested) or its value is wrong (never repeated).
     """
-    source = os.environ if environment is None else environment
-    others = ignored(source)
-    given = {
-        name.removeprefix(PREFIX).lower(): value
-        for name, value in source.items()
-        if name.startswith(PREFIX) and name not in others
-    }
-    for name in sorted(given.keys() - Settings.model_fields.keys()):
-        near = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.5)
-        known = ", ".join(PREFIX + field.upper() for field in Settings.model_fields)
-        hint = f"did you mean {PREFIX}{near[0].upper()}?" if near else f"known are {known}"
-        raise SettingsError(f"{PREFIX}{name.upper()} is no setting; {hint}")
+    links = ignored()
+    for variable in _variables():
+        if variable not in links:
+            _check_known(variable)
+
     try:
-        return Settings.model_validate(given)
+        return Settings()
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         raise SettingsError(f"{PREFIX}{str(first['loc'][0]).upper()}: {first['msg']}; change or unset it") from error
+
+
+def _check_known(variable: str) -> None:
+    """Raises SettingsError where no setting has that name."""
+    fields = Settings.model_fields
+    name = variable.removeprefix(PREFIX).lower()
+    if name in fields:
+        return
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    known = ", ".join(PREFIX + field.upper() for field in fields)
+    hint = f"did you mean {PREFIX}{near[0].upper()}?" if near else f"known are {known}"
+    raise SettingsError(f"{PREFIX}{name.upper()} is no setting; {hint}")

@@ -1,7 +1,9 @@
 """deploy/: no container engine runs here, so what the files say is held against the service and against each other."""
 
+import contextlib
 import fnmatch
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -144,6 +147,11 @@ def test_grafana_finds_its_source_and_its_dashboard() -> None:
         taken |= cells
 
 
+def environment(variables: dict[str, str]) -> contextlib.AbstractContextManager[object]:
+    """The variables of a container, and no others."""
+    return mock.patch.dict(os.environ, variables, clear=True)
+
+
 def mounts(service: str) -> list[dict[str, Any]]:
     return [volume for volume in SERVICES[service]["volumes"] if isinstance(volume, dict)]
 
@@ -170,7 +178,8 @@ def test_the_service_in_compose_and_its_scrape() -> None:
     assert (DEPLOY / service["build"]["context"]).resolve() == ROOT
     assert ROOT / service["build"]["dockerfile"] == DEPLOY / "Dockerfile"
     assert service["build"]["target"] in stages()
-    settings.from_environment({k: v for k, v in service["environment"].items() if v is not None})
+    with environment({k: v for k, v in service["environment"].items() if v is not None}):
+        settings.from_environment()
     exposed = dict(stages()["service"])["EXPOSE"]
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     (scrape,) = config["scrape_configs"]
@@ -311,6 +320,9 @@ def test_the_settings_bear_what_kubernetes_adds_for_this_service() -> None:
         links |= {f"{name}_PORT_{number}_TCP_PORT": str(number)}
         if not i:
             links |= {f"{name}_SERVICE_PORT": str(number), f"{name}_PORT": url}
-    assert settings.from_environment(given | links) == settings.from_environment(given)
-    assert settings.ignored(given | links) == sorted(links)
+    with environment(given):
+        without_links = settings.from_environment()
+    with environment(given | links):
+        assert settings.from_environment() == without_links
+        assert settings.ignored() == sorted(links)
     assert KUBERNETES["Deployment"]["spec"]["template"]["spec"]["enableServiceLinks"] is False

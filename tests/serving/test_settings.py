@@ -1,10 +1,51 @@
 """serving.settings: MARGINALIA_* variables, refused when unknown or wrong, never repeated back."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from serving.settings import SettingsError, from_environment, ignored
+from serving.settings import PREFIX, Settings, SettingsError, ignored
+from serving.settings import from_environment as read_settings
+
+
+def from_environment(variables: Mapping[str, str]) -> Settings:
+    """The settings of a process that has these variables only."""
+    with mock.patch.dict(os.environ, variables, clear=True):
+        return read_settings()
+
+
+def ignored_of(variables: Mapping[str, str]) -> list[str]:
+    with mock.patch.dict(os.environ, variables, clear=True):
+        return ignored()
+
+
+def test_every_setting_has_a_description() -> None:
+    lacking = [name for name, field in Settings.model_fields.items() if not (field.description or "").strip()]
+    assert lacking == []
+
+
+def test_every_setting_is_read_from_its_variable() -> None:
+    """Written as text, as an operator would."""
+    plain = from_environment({})
+    other: dict[str, object] = {"provider": "cpu", "precision": "fp32", "shadow": "x", "threads": 3, "max_batch": 4}
+    other |= {name: Path("x") for name in ("bundle", "champions", "bundles", "statistics")}
+    for name in Settings.model_fields.keys() - other.keys() - {"token"}:
+        default = getattr(plain, name)
+        other[name] = not default if isinstance(default, bool) else 2 * default
+    for name, value in other.items():
+        read = getattr(from_environment({PREFIX + name.upper(): str(value)}), name)
+        assert (read, type(read)) == (value, type(value)), name
+
+
+def test_a_wrong_value_is_reported_with_the_reason_and_what_to_do() -> None:
+    with pytest.raises(SettingsError) as caught:
+        from_environment({"MARGINALIA_QUEUE": "many"})
+    assert str(caught.value) == (
+        "MARGINALIA_QUEUE: Input should be a valid integer, unable to parse string as an integer; change or unset it"
+    )
 
 
 def test_defaults_and_values() -> None:
@@ -31,7 +72,7 @@ def test_defaults_and_values() -> None:
         ("MARGINALIA_TOKEN", "", "MARGINALIA_TOKEN"),
         ("MARGINALIA_TOKEN", " \n", "MARGINALIA_TOKEN: is empty or"),
         ("MARGINALIA_TOKEN", "hush-hüsch", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
-        ("MARGINALIA_TOKEN", "hush\x00hush", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
+        ("MARGINALIA_TOKEN", "hush\x01hush", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
         ("MARGINALIA_TOKEN", "hush\nhush", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
         ("MARGINALIA_MAX_SLOWDOWN", "0.9", "MARGINALIA_MAX_SLOWDOWN"),
         ("MARGINALIA_SHADOW_SHARE", "1.1", "MARGINALIA_SHADOW_SHARE"),
@@ -62,7 +103,7 @@ def test_what_kubernetes_sets_for_a_service_of_this_name_is_no_setting() -> None
         "MARGINALIA_PORT_3000_TCP_ADDR": "10.0.0.7",
     }
     assert from_environment(links | {"MARGINALIA_QUEUE": "5"}).queue == 5
-    assert ignored(links | {"MARGINALIA_QUEUE": "5", "PORT": "tcp://x"}) == sorted(links)
+    assert ignored_of(links | {"MARGINALIA_QUEUE": "5", "PORT": "tcp://x"}) == sorted(links)
     for name, value in (
         ("PORT", "3000"),
         ("SERVICE", "x"),
