@@ -37,7 +37,16 @@ REPORTS = Path("reports/train")
 # They look at weights and cannot change a run's: editing them must not cost a half-finished run. One that is missing here
 # costs no more than that.
 ONLOOKERS = frozenset(
-    {"compare", "confident_learning", "evaluate", "predict", "reports/curves", "reports/evaluation", "suspects"}
+    {
+        "compare",
+        "confident_learning",
+        "evaluate",
+        "gains",
+        "predict",
+        "reports/curves",
+        "reports/evaluation",
+        "suspects",
+    }
 )
 
 
