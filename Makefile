@@ -38,7 +38,7 @@ export GIT_COMMITTER_NAME ?= $(GIT_AUTHOR_NAME)
 export GIT_COMMITTER_EMAIL ?= $(GIT_AUTHOR_EMAIL)
 
 test: setup
-	$(BIN)/python tests/lanes.py
+	$(BIN)/python tests/run_suite.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -59,15 +59,15 @@ compare: setup
 
 # Ratios of one run on this machine; run it when the machine is otherwise idle.
 bench: setup
-	for name in r03_mask_png r10_metric_share r11_metric_speed r12_noop r13_ingest step_time tail_latency; do \
-	  $(BIN)/python tests/ratios/$$name.py --out benchmarks/results/$$name.json || exit 1; done
-	for name in r02_in_process request_latency r14_overload r15_swap r20_cold_start; do \
-	  $(BIN)/python tests/ratios/$$name.py $(SERVED) --out benchmarks/results/$$name.json || exit 1; done
+	for name in ratios/mask_png ratios/metric_share ratios/metric_speed ratios/repro_noop ratios/ingest ratios/step_time serving/tail_latency; do \
+	  $(BIN)/python benchmarks/$$name.py --out benchmarks/results/$$name.json || exit 1; done
+	for name in in_process request_latency overload swap cold_start; do \
+	  $(BIN)/python benchmarks/serving/$$name.py $(SERVED) --out benchmarks/results/serving/$$name.json || exit 1; done
 
-# The served ratios take the bundle of the last run, where there is one.
+# The benchmarks of the server take the bundle of the last run, where there is one.
 SERVED = $$(test -d bundle && echo --bundle bundle)
 MINUTES ?= 30
 
 # Mixed load with faults and swaps: what was sent, answered, turned away and failed, and the memory at start and end.
 soak: setup
-	$(BIN)/python tests/ratios/soak.py --minutes $(MINUTES) $(SERVED) --out benchmarks/results/soak.json
+	$(BIN)/python benchmarks/serving/soak.py --minutes $(MINUTES) $(SERVED) --out benchmarks/results/serving/soak.json

@@ -29,7 +29,7 @@ from pipeline.imaging.decode import Image_HWC, Refused
 
 # A JPEG is scaled by its decoder to no less than so many times the wanted size, the larger where that is at most
 # _SPARE_PIXELS; the resize does the rest. Against decoding all of it, on 81 photographs in one of 4320 x 3240 reduced to
-# 512 (tests/ratios/draft_difference.py): 0.23 grey levels in the mean and at most 7 with 4; 0.69 and 11 with 2; 2.4 and 47
+# 512 (benchmarks/ratios/draft_difference.py): 0.23 grey levels in the mean and at most 7 with 4; 0.69 and 11 with 2; 2.4 and 47
 # with 1.
 _SPARE, _SPARE_PIXELS = (4, 2), 8_000_000
 _COLUMNS = 64

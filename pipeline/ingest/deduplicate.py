@@ -9,7 +9,7 @@ Of images that look alike and have no mask, `ingest.near_duplicate_cap` stay. A 
 a listed one, never does: a model may be scored on that image, now or under another split.
 
 All rows are looked at anew at every run, so that the manifest depends on the archives alone and not on which of them
-came to this machine first; 100,000 take about a second (tests/ratios/r13_ingest.py).
+came to this machine first; 100,000 take about a second (benchmarks/ratios/ingest.py).
 """
 
 import argparse

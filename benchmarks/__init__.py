@@ -1,0 +1,1 @@
+"""Everything that measures; each file is a program, its results lie in results/."""

@@ -1,0 +1,1 @@
+"""The server under load: latency, overload, swaps, memory, a soak."""
