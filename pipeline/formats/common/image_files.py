@@ -1,0 +1,64 @@
+"""Which files of a folder are images: the content decides; labels, world files and other companions never count.
+
+What a system or camera leaves beside pictures must neither take a picture's name (`x.json` beside `x.png`) nor stop the rest.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from pipeline.formats.common.skipped import Skipped
+from pipeline.imaging import decode
+from pipeline.storage import archives
+
+# Files of the system: never anybody's data.
+_SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store", "icon\r"})
+_SYSTEM_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information"})
+# The camera's own format beside its JPEG. Many begin like a TIFF, and none is read here.
+_RAW = frozenset({".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw", ".x3f", ".3fr"})
+
+
+class Found(NamedTuple):
+    """`images`: name -> path, in order. `skipped`: the other files, each with its kind."""
+
+    images: dict[str, Path]
+    skipped: list[Skipped]
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a path is one that an operating system made: hidden, `Thumbs.db`, below `__MACOSX`, macOS's `._x`."""
+    folders = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") for part in folders)
+    return hidden or folders[-1].casefold() in _SYSTEM_FILES or any(f.casefold() in _SYSTEM_FOLDERS for f in folders)
+
+
+def images_among(files: Mapping[str, Path]) -> Found:
+    """Tell images from what lies beside them.
+
+    A file counts as an image when its extension is an image's (what is wrong with it is said when it is decoded) or its
+    content is; never when the system or the camera made it for itself.
+    """
+    found = Found({}, [])
+    for name, path in files.items():
+        if (kind := _other(name, path)) is None:
+            found.images[name] = path
+        else:
+            found.skipped.append((kind, name))
+    return found
+
+
+def _other(name: str, path: Path) -> str | None:
+    """What a file is that is no image; None for an image."""
+    extension = PurePosixPath(name).suffix.casefold()
+    if is_system_file(name):
+        return "the system's own file"
+    if extension in _RAW:
+        return "camera raw; export it as JPEG, PNG or TIFF"
+    if extension in archives.EXTENSIONS:
+        return None
+    try:
+        with path.open("rb") as file:
+            decode.sniff(file.read(256))
+    except decode.Refused:
+        return f"no image ({extension or 'no extension'})"
+    return None

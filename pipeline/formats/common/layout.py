@@ -1,0 +1,93 @@
+"""Words in paths that carry meaning: which split a folder, list or label file belongs to, and which folders are only layout.
+
+A folder named `train` states a split, `images` or `JPEGImages` only that images lie there; neither is a place whose images
+belong together. What is left of a path is its group.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from pipeline.formats.common.source import name_id
+
+Part = Literal["train", "val", "test"]
+
+_PARTS: dict[str, Part] = {
+    "train": "train", "training": "train", "trn": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test", "tst": "test",
+}  # fmt: skip
+_YEAR = re.compile(r"(?<=[a-z])(19|20)\d\d$")  # train2017
+_SEPARATORS = re.compile(r"[^A-Za-z0-9]+")
+
+# Folders that tools create whatever is in the images. `default` is CVAT's name for "no subset".
+LAYOUT = frozenset(
+    {
+        "images", "image", "imgs", "img", "jpegimages", "pngimages", "leftimg8bit", "default", "data", "dataset",
+        "masks", "mask", "labels", "label", "annotations", "annotation", "segmentationclass", "segmentationclasspng",
+        "segmentationclassraw", "segmentationobject", "gtfine", "upload", "media",
+    }
+)  # fmt: skip
+
+
+def split_word(word: str) -> Part | None:
+    """The split that one word states, in any case, with or without a year: `Valid` -> val, `train2017` -> train."""
+    return _PARTS.get(_YEAR.sub("", word.strip().casefold()))
+
+
+def split_in_name(stem: str) -> Part | None:
+    """The split that a list's or label file's name states among its words: `instances_Test` -> test.
+
+    None where no word or more than one split is stated (`train_val`, `trainval`).
+    """
+    stated = {part for word in _SEPARATORS.split(stem) if (part := split_word(word))}
+    return stated.pop() if len(stated) == 1 else None
+
+
+def split_in_path(path: str) -> Part | None:
+    """The split that the folders of an image's path state: `images/Training/cam0/x.png` -> train.
+
+    None where none or more than one is stated; the file's own name never counts.
+    """
+    folders = path.replace("\\", "/").split("/")[:-1]
+    stated = {part for folder in folders if (part := split_word(folder))}
+    return stated.pop() if len(stated) == 1 else None
+
+
+def is_layout(folder: str) -> bool:
+    """Whether a folder's name says only what lies there, or which split it is; neither makes a group."""
+    return folder.casefold() in LAYOUT or split_word(folder) is not None
+
+
+def group_in_path(path: str) -> str:
+    """The folders of an image's path that are neither layout nor a split, joined: `images/val/cam0/x.png` -> `cam0`.
+
+    "" where nothing is left.
+    """
+    folders = path.replace("\\", "/").split("/")[:-1]
+    return "/".join(folder for folder in folders if folder and not is_layout(folder))
+
+
+def groups(paths: Iterable[str]) -> dict[str, str] | None:
+    """Name id -> group by the images' folders; an image in no such folder is a group of its own.
+
+    Args:
+        paths: every image's path, with its extension.
+
+    Returns:
+        None where the folders tell fewer than two groups apart: one folder around everything says nothing about what
+        belongs together, and as a group it would leave val and test empty.
+    """
+    found = {name_id(path): group_in_path(path) for path in paths}
+    if len(set(found.values())) < 2:
+        return None
+    return {key: group or key for key, group in found.items()}
+
+
+def parts(paths: Sequence[str]) -> dict[Part, list[str]]:
+    """The name ids of the images whose folders state a split, by split, in the order given."""
+    found: dict[Part, list[str]] = {}
+    for path in paths:
+        if part := split_in_path(path):
+            found.setdefault(part, []).append(name_id(path))
+    return found

@@ -1,0 +1,187 @@
+"""Which image a label's, mask's or list's name means: exactly first, then by rules that forgive what tools do to names.
+
+Each rule forgives one more thing than the one before. A name is looked up by the first rule under which any image answers;
+where several answer, nobody can tell which is meant, and it is refused by name. Of several names that mean one image, those
+by the strictest rule have it; if those are several, none has it.
+"""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from pipeline.formats.common.source import name_id
+
+EXACT, SAME_NAME = "exact", "same name"  # neither forgives anything
+SHOWN = 4  # names in a reason
+
+# What tools and people append to a mask's name, and put in front of an uploaded file's (Label Studio: 8 hex digits).
+_SUFFIX = re.compile(
+    r"[ ._-](mask|masks|label|labels|labelids|labeltrainids|gt|seg|segmentation|semantic|annotation|target|l|json)$"
+)
+_PREFIX = re.compile(r"^[0-9a-f]{8}-(?=.)")
+_EXTENSION = re.compile(r"\.(png|jpe?g|webp|bmp|tiff?|gif|jp2|json|xml)$", re.IGNORECASE)
+_LAYOUT = re.compile(r"^(images|masks|jpegimages|segmentationclass|labels|annotations)/")
+
+
+class Match(NamedTuple):
+    """`image`: the image that is meant, None where `candidates` are several or none. `rule`: what had to be forgiven."""
+
+    image: str | None
+    rule: str
+    candidates: tuple[str, ...] = ()
+
+
+def _same_name(name: str) -> str:
+    return _EXTENSION.sub("", name)
+
+
+def _slashes(name: str) -> str:
+    path = re.sub(r"/+", "/", name.replace("\\", "/"))
+    return path.removeprefix("./").lstrip("/")
+
+
+def _form(name: str) -> str:
+    return unicodedata.normalize("NFC", _slashes(name))
+
+
+def _case(name: str) -> str:
+    return unicodedata.normalize("NFC", _form(name).casefold())
+
+
+def _extension(name: str) -> str:
+    """Without any image extension, however many: `x.jpg.png` and `x` are one name."""
+    path = _LAYOUT.sub("", _case(name))
+    while (shorter := _EXTENSION.sub("", path)) != path and not shorter.endswith("/") and shorter:
+        path = shorter
+    return path
+
+
+def _suffix(name: str) -> str:
+    path = _extension(name)
+    shorter = _extension(_SUFFIX.sub("", path))
+    return shorter if shorter and not shorter.endswith("/") else path
+
+
+def _prefix(name: str) -> str:
+    folder, slash, file = _suffix(name).rpartition("/")
+    return f"{folder}{slash}{_PREFIX.sub('', file)}"
+
+
+# What each rule calls itself in a report, strictest first.
+RULES: dict[str, Callable[[str], str]] = {
+    EXACT: lambda name: name,
+    SAME_NAME: _same_name,
+    "slashes": _slashes,
+    "Unicode form": _form,
+    "upper and lower case": _case,
+    "extension": _extension,
+    "suffix such as _mask": _suffix,
+    "prefix of a tool": _prefix,
+}
+LAST = "folders"  # the last rule: one is the end of the other, and no other image has that last part
+
+
+class Index:
+    """The images of a source, ready to be asked which one a name means."""
+
+    def __init__(self, images: Iterable[str]) -> None:
+        """`images`: every image's path with its extension, below the source or its images folder."""
+        self.images = list(images)
+        self._keys: dict[str, Mapping[str, Sequence[str]]] = {}
+
+    def find(self, name: str) -> Match:
+        """The image that `name` means: a path with or without folders and extension, as a tool wrote it."""
+        for rule in RULES:
+            if answers := self._by(rule).get(RULES[rule](name), ()):
+                return _one(answers, rule)
+        wanted = _prefix(name)
+        answers = self._by_last().get(wanted.rpartition("/")[2], ())
+        if len(answers) != 1:
+            return Match(None, LAST, tuple(answers))
+        # cam2/001.png is not cam1/001.png, although no other image has that last part
+        image = _prefix(answers[0])
+        same = f"/{wanted}".endswith(f"/{image}") or f"/{image}".endswith(f"/{wanted}")
+        return Match(answers[0], LAST) if same else Match(None, LAST)
+
+    def _by(self, rule: str) -> Mapping[str, Sequence[str]]:
+        if rule not in self._keys:
+            found = defaultdict(list)
+            for image in self.images:
+                found[RULES[rule](image)].append(image)
+            self._keys[rule] = dict(found)
+        return self._keys[rule]
+
+    def _by_last(self) -> Mapping[str, Sequence[str]]:
+        if LAST not in self._keys:
+            found = defaultdict(list)
+            for image in self.images:
+                found[_prefix(image).rpartition("/")[2]].append(image)
+            self._keys[LAST] = dict(found)
+        return self._keys[LAST]
+
+
+def _one(answers: Sequence[str], rule: str) -> Match:
+    return Match(answers[0], rule) if len(answers) == 1 else Match(None, rule, tuple(answers))
+
+
+class Matched(NamedTuple):
+    """`images`: name -> image. `refused`: name -> reason. `forgiven`: (what, first name -> image) lines for the table."""
+
+    images: dict[str, str]
+    refused: dict[str, str]
+    forgiven: list[tuple[str, str]]
+
+
+def match(names: Sequence[str], images: Iterable[str]) -> Matched:
+    """Pair names with images, each image at most once.
+
+    Args:
+        names: as labels, masks or lists state them; equal names count once.
+        images: every image's path with its extension.
+    """
+    index = Index(images)
+    found = {name: index.find(name) for name in dict.fromkeys(names)}
+    order = [*RULES, LAST]
+    claims: dict[str, list[str]] = defaultdict(list)
+    for name, match_ in found.items():
+        if match_.image is not None:
+            claims[match_.image].append(name)
+
+    paired: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    for name, match_ in found.items():
+        if match_.image is None:
+            refused[name] = _unclear(match_.candidates)
+            continue
+        others = claims[match_.image]
+        best = min(order.index(found[other].rule) for other in others)
+        owners = [other for other in others if order.index(found[other].rule) == best]
+        if owners == [name]:
+            paired[name] = match_.image
+        elif name in owners:
+            refused[name] = f"{match_.image} could be each of {listed(others)}; keep one, or rename them"
+        else:
+            refused[name] = f"{match_.image} is meant by {listed(owners)} already; keep one, or rename this one"
+
+    count = Counter(found[name].rule for name in paired)
+    firsts = {found[name].rule: f"{name} is {image}" for name, image in reversed(paired.items())}
+    forgiven = [(rule, f"{count[rule]}, the first: {firsts[rule]}") for rule in order[2:] if count[rule]]
+    return Matched(paired, refused, forgiven)
+
+
+def _unclear(candidates: Sequence[str]) -> str:
+    if not candidates:
+        return "no image has this name"
+    return f"{listed(candidates)} could be meant; state the folder and the extension"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b, c, d and 3 more`."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def same_image(name: str, other: str) -> bool:
+    """Whether two names would mean one image under some rule but that of the folders."""
+    return _prefix(name) == _prefix(other) or name_id(name) == name_id(other)

@@ -1,0 +1,66 @@
+"""Words in paths: splits in any case and spelling, folders that are only layout, groups of what is left."""
+
+import pytest
+
+from pipeline.formats.common import layout
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("train", "train"), ("Training", "train"), ("TRAIN2017", "train"), ("val", "val"), ("Valid", "val"),
+        ("validation", "val"), ("Test", "test"), ("testing", "test"), ("test2012", "test"), (" val ", "val"),
+        ("trains", None), ("cam0", None), ("2017", None), ("contest", None), ("", None), ("trainval", None),
+    ],
+)  # fmt: skip
+def test_a_word_states_a_split_in_any_case_and_spelling(word, part):
+    assert layout.split_word(word) == part
+
+
+@pytest.mark.parametrize(
+    ("stem", "part"),
+    [
+        ("instances_val2017", "val"), ("instances_Test", "test"), ("training-labels", "train"), ("valid", "val"),
+        ("_annotations.coco", None), ("train_val", None), ("latest", None), ("test.labels", "test"),
+    ],
+)  # fmt: skip
+def test_a_file_name_states_a_split_among_its_words(stem, part):
+    assert layout.split_in_name(stem) == part
+
+
+@pytest.mark.parametrize(
+    ("path", "part", "group"),
+    [
+        ("images/train/cam0/x.png", "train", "cam0"),
+        ("Train/images/x.png", "train", ""),
+        ("images\\valid\\x.png", "val", ""),
+        ("cam0/night/x.png", None, "cam0/night"),
+        ("images/default/x.png", None, ""),
+        ("JPEGImages/x.jpg", None, ""),
+        ("train/test/x.png", None, ""),  # two splits: nobody can tell
+        ("test.png", None, ""),  # the file's own name never counts
+    ],
+)
+def test_folders_state_splits_and_groups(path, part, group):
+    assert layout.split_in_path(path) == part
+    assert layout.group_in_path(path) == group
+
+
+def test_one_folder_around_everything_is_no_group():
+    assert layout.groups(["cam0/1.png", "cam0/2.png"]) is None
+    assert layout.groups(["images/default/1.png", "images/default/2.png"]) is None
+    assert layout.groups([]) is None
+
+
+def test_two_folders_are_groups_and_an_image_in_none_is_its_own():
+    assert layout.groups(["train/cam0/1.png", "val/cam1/2.png", "3.png"]) == {
+        "train/cam0/1": "cam0",
+        "val/cam1/2": "cam1",
+        "3": "3",
+    }
+
+
+def test_images_are_listed_by_the_split_of_their_folder():
+    paths = ["train/b.png", "val/a.png", "train/a.png", "other/c.png"]
+
+    assert layout.parts(paths) == {"train": ["train/b", "train/a"], "val": ["val/a"]}

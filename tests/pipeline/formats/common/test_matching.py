@@ -1,0 +1,75 @@
+"""Which image a name means: exactly first, then uniquely; what is unclear is refused by name."""
+
+import unicodedata
+
+import pytest
+
+from pipeline.formats.common import matching
+
+UMLAUT = "gr\u00fcn.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "rule"),
+    [
+        ("cam0/x.png", "cam0/x.png", "exact"),
+        ("cam0\\x.png", "cam0/x.png", "slashes"),
+        ("./cam0/x.png", "cam0/x.png", "slashes"),
+        (unicodedata.normalize("NFD", UMLAUT), UMLAUT, "Unicode form"),
+        ("CAM0/X.PNG", "cam0/x.png", "upper and lower case"),
+        ("cam0/x", "cam0/x.png", "same name"),
+        ("cam0/x.jpg", "cam0/x.png", "same name"),
+        ("cam0/x.jpg.png", "cam0/x.png", "extension"),
+        ("images/cam0/x.png", "cam0/x.png", "extension"),
+        ("cam0/x_mask.png", "cam0/x.png", "suffix such as _mask"),
+        ("cam0/x-label.png", "cam0/x.png", "suffix such as _mask"),
+        ("cam0/x.mask.png", "cam0/x.png", "suffix such as _mask"),
+        ("cam0/1a2b3c4d-x.png", "cam0/x.png", "prefix of a tool"),
+        ("x.png", "cam0/x.png", "folders"),
+        ("upload/4/cam0/x.png", "cam0/x.png", "folders"),
+    ],
+)
+def test_a_name_means_the_one_image_that_answers(name, image, rule):
+    found = matching.Index(["cam0/x.png", "cam1/y.png", UMLAUT]).find(name)
+
+    assert (found.image, found.rule) == (image, rule)
+
+
+def test_an_image_stored_under_a_tools_prefix_is_the_tasks():
+    assert matching.Index(["24e3f2d0-i0.png", "99e3f2d0-i1.png"]).find("i0.png").image == "24e3f2d0-i0.png"
+
+
+def test_folders_that_differ_are_another_image():
+    assert matching.Index(["cam1/001.png"]).find("cam2/001.png") == matching.Match(None, "folders")
+
+
+def test_an_exact_name_beats_every_looser_one():
+    index = matching.Index(["x.png", "x.jpg", "X.png", "x_mask.png"])
+
+    assert [index.find(name).image for name in ("x.png", "x.jpg", "X.png", "x_mask.png")] == index.images
+
+
+def test_what_several_images_answer_is_refused_with_their_names():
+    matched = matching.match(["a", "sub.png"], ["a.png", "a.jpg", "1/sub.png", "2/sub.png"])
+
+    assert matched.images == {}
+    assert "a.png, a.jpg could be meant" in matched.refused["a"]
+    assert "1/sub.png, 2/sub.png could be meant" in matched.refused["sub.png"]
+
+
+def test_the_strictest_of_two_names_has_the_image_and_equals_have_none():
+    matched = matching.match(["x.png", "x_mask.png", "Y.PNG", "Y.png", "z_gt.png"], ["x.png", "y.png", "z.png"])
+
+    assert matched.images == {"x.png": "x.png", "z_gt.png": "z.png"}
+    assert "x.png already" in matched.refused["x_mask.png"]
+    assert matched.refused["Y.PNG"] == matched.refused["Y.png"]
+
+
+def test_what_was_forgiven_is_counted_with_the_first():
+    matched = matching.match(["a_mask.png", "b_mask.png", "c.png"], ["a.jpg", "b.jpg", "c.jpg"])
+
+    assert matched.forgiven == [("suffix such as _mask", "2, the first: a_mask.png is a.jpg")]
+
+
+def test_a_name_that_is_only_a_suffix_stays_itself():
+    assert matching.Index(["cam/x.png"]).find("cam/_mask.png").image is None
