@@ -19,6 +19,7 @@ from pipeline.imaging.mask_png import Colour as Colour
 from pipeline.imaging.mask_png import Ids as Ids
 from pipeline.imaging.mask_png import encode_png as encode_png
 
+MAX_RUN = 1 << 32  # pixels of one run length; no image is that large, and sums of these fit in 64 bits
 _LOSSY = ("JPEG", "WEBP")
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF 6.0 tags
 
@@ -197,38 +198,58 @@ def pack_counts(counts: list[int]) -> str:
     return characters[used].tobytes().decode("ascii")
 
 
-def _unpack_counts(text: str) -> list[int]:
-    counts: list[int] = []
-    value = shift = 0
-    for character in text.encode("ascii", "replace"):
-        five = character - 48
-        if not 0 <= five < 64 or shift > 60:
-            raise Refused("bad-rle", f"character {chr(character)!r} cannot stand in COCO run lengths")
-        value |= (five & 31) << shift
-        shift += 5
-        if five & 32:
-            continue
-        if five & 16:
-            value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value = shift = 0
-    if shift:
+def _unpack_counts(text: str) -> NDArray[np.int64]:
+    """The run lengths of COCO's text form, as `pack_counts` writes it."""
+    fives = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    wrong = np.flatnonzero((fives < 0) | (fives >= 64))
+    if wrong.size:
+        raise Refused("bad-rle", f"character {text[wrong[0]]!r} cannot stand in COCO run lengths")
+    ends = np.flatnonzero(fives < 32)
+    if not fives.size:
+        return fives
+    if fives[-1] >= 32:
         raise Refused("bad-rle", "the COCO run lengths end inside a number")
-    return counts
+
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    length = ends - starts + 1
+    if length.max() > 12:
+        raise Refused("bad-rle", f"a number of {length.max()} characters cannot stand in COCO run lengths")
+    shift = 5 * (np.arange(len(fives)) - np.repeat(starts, length))
+    values = np.add.reduceat((fives & 31) << shift, starts)
+    values -= np.where(fives[ends] & 16, 1 << 5 * length, 0)
+    if np.abs(values).max() > MAX_RUN:
+        raise Refused("bad-rle", f"a run of {values[np.abs(values).argmax()]} pixels cannot stand in COCO run lengths")
+
+    # From the fourth on each is the difference to the one two before.
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def _listed_counts(counts: Sequence[Any]) -> NDArray[np.int64]:
+    """Run lengths as a list; also of strings or floats, which some tools write."""
+    values = np.array(counts)
+    return values if values.dtype == np.int64 and values.ndim == 1 else np.array([int(n) for n in counts], np.int64)
 
 
 def from_rle(rle: Mapping[str, Any], *, max_pixels: int = 1 << 28) -> NDArray[np.bool_]:
     """COCO run lengths, list or text form -> boolean H x W. Raises Refused("bad-rle" | "too-many-pixels")."""
     try:
         height, width = (int(side) for side in rle["size"])
-        counts = _unpack_counts(rle["counts"]) if isinstance(rle["counts"], str) else [int(n) for n in rle["counts"]]
+        counts = _unpack_counts(rle["counts"]) if isinstance(rle["counts"], str) else _listed_counts(rle["counts"])
     except Refused:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Refused("bad-rle", f"run lengths need 'size': [h, w] and 'counts': {error!r}") from error
     if height < 1 or width < 1 or height * width > max_pixels:
         raise Refused("too-many-pixels", f"run lengths of {height} x {width} pixels; the limit is {max_pixels}")
-    if min(counts, default=0) < 0 or sum(counts) != height * width:
-        raise Refused("bad-rle", f"run lengths sum to {sum(counts)}, not {height} x {width}, or one is negative")
-    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-    return flat.reshape(width, height).T.copy()
+
+    size = height * width
+    fits = counts.size and counts.min() >= 0 and counts.max() <= size  # so the sum cannot overflow
+    if not fits or counts.sum() != size:
+        total = sum(counts.tolist())
+        raise Refused("bad-rle", f"run lengths sum to {total}, not {height} x {width}, or one is negative")
+
+    inside = np.arange(len(counts)) % 2 == 1
+    mask_WH = np.repeat(inside, counts).reshape(width, height)
+    return np.ascontiguousarray(mask_WH.T)

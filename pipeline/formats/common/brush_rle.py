@@ -26,34 +26,61 @@ def decode(rle: Sequence[int], height: int, width: int) -> NDArray[np.bool_]:
         data = bytes(rle)
     except (TypeError, ValueError) as error:
         raise Refused("bad-rle", "brush run lengths must be a list of bytes, 0 to 255; export again") from error
-    bits = np.unpackbits(np.frombuffer(data, np.uint8))
-    padded = data + bytes(8)
 
-    def read(at: int, count: int) -> int:
-        word = int.from_bytes(padded[at >> 3 : (at >> 3) + 6], "big")  # 48 bits hold 32 from any bit on
-        return word >> (48 - (at & 7) - count) & (1 << count) - 1
-
-    total, word = read(0, 32), read(32, 5) + 1
+    head = int.from_bytes((data + bytes(7))[:7], "big")  # 53 of these 56 bits
+    total = head >> 24
+    word = (head >> 19 & 31) + 1
+    length_bits = [(head >> 15 - 4 * kind & 15) + 1 for kind in range(4)]
     if total != 4 * height * width or word > 8:
         raise Refused(
             "bad-rle", f"brush run lengths of {total} values of {word} bits; {width} x {height} pixels have 4 of 8 each"
         )
-    kinds = [read(37 + 4 * kind, 4) + 1 for kind in range(4)]
-    values, done, at = np.zeros(total, np.uint8), 0, 53
-    weights = 1 << np.arange(word)[::-1]
-    while done < total:
-        size = kinds[read(at + 1, 2)]
-        count = read(at + 3, size) + 1
-        wide = word if read(at, 1) else word * count
-        place, after = at + 3 + size, at + 3 + size + wide
-        if after > len(bits) or done + count > total:
-            raise Refused("bad-rle", f"brush run lengths end at value {done} of {total}; export again")
-        if wide == word:
-            values[done : done + count] = read(place, word)
-        else:
-            values[done : done + count] = bits[place:after].reshape(count, word) @ weights
-        done, at = done + count, after
+
+    place_R, length_R, repeats_R = _runs(data, total, word, length_bits)
+
+    # A run is one value that repeats, or as many values as it is long, one behind the other.
+    stored_R = np.where(repeats_R, 1, length_R)
+    offset_V = np.arange(stored_R.sum()) - np.repeat(np.cumsum(stored_R) - stored_R, stored_R)
+    value_V = _read_values(data, np.repeat(place_R, stored_R) + word * offset_V, word)
+    values = np.repeat(value_V, np.repeat(np.where(repeats_R, length_R, 1), stored_R))
     return values.reshape(height, width, 4)[..., 3] >= _PAINTED
+
+
+def _runs(
+    data: bytes, total: int, word: int, length_bits: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Of each run: the bit at which its values begin, its length, and whether one value repeats.
+
+    Where a run begins is known only when the one before is read, so this is a loop over runs.
+    """
+    padded = data + bytes(4)
+    bits = 8 * len(data)
+    places, lengths, repeats = [], [], []
+    done = 0
+    at = 53
+    while done < total:
+        byte = at >> 3
+        window = int.from_bytes(padded[byte : byte + 4], "big") << (at & 7) & 0xFFFFFFFF  # 25 bits or more from `at`
+        size = length_bits[window >> 29 & 3]
+        length = ((window & 0x1FFFFFFF) >> 29 - size) + 1
+        repeating = window >> 31
+        at += 3 + size
+        places.append(at)
+        lengths.append(length)
+        repeats.append(repeating)
+        at += word if repeating else word * length
+        done += length
+        if at > bits or done > total:
+            raise Refused("bad-rle", f"brush run lengths end at value {done - length} of {total}; export again")
+    return np.array(places, np.int64), np.array(lengths, np.int64), np.array(repeats, np.bool_)
+
+
+def _read_values(data: bytes, place_V: NDArray[np.int64], word: int) -> NDArray[np.uint8]:
+    """The values of `word` bits, 8 at most, that begin at these bits."""
+    table = np.frombuffer(data + b"\0", np.uint8).astype(np.uint16)
+    pairs = table[:-1] << 8 | table[1:]
+    value_V: NDArray[np.uint8] = (pairs[place_V >> 3] >> (16 - word - (place_V & 7)).astype(np.uint16)).astype(np.uint8)
+    return value_V & np.uint8((1 << word) - 1)
 
 
 def encode(mask_HW: NDArray[np.bool_]) -> list[int]:

@@ -46,6 +46,46 @@ def test_values_in_turn_and_runs_beyond_the_longest() -> None:
     assert brush_rle.decode(packed, 1, 2).tolist() == [[True, False]]
 
 
+def slow_brush(rle: list[int], total: int) -> list[int]:
+    """All values, bit by bit as the format is described."""
+    bits = "".join(f"{byte:08b}" for byte in rle)
+    at = 0
+
+    def number(count: int) -> int:
+        nonlocal at
+        at += count
+        return int(bits[at - count : at], 2)
+
+    assert number(32) == total
+    word = number(5) + 1
+    sizes = [number(4) + 1 for _ in range(4)]
+    values: list[int] = []
+    while len(values) < total:
+        repeats = number(1)
+        count = number(sizes[number(2)]) + 1
+        values += [number(word)] * count if repeats else [number(word) for _ in range(count)]
+    return values
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_brush_is_read_as_a_slow_loop_reads_it(seed: int) -> None:
+    """Runs of every kind, in words of 1 to 8 bits and lengths of other bits than Label Studio's own."""
+    rng = np.random.default_rng(seed)
+    height, width, word = int(rng.integers(1, 30)), int(rng.integers(1, 30)), int(rng.integers(1, 9))
+    sizes = rng.integers(1, 17, 4).tolist()
+    total = done = 4 * height * width
+    bits = f"{total:032b}{word - 1:05b}" + "".join(f"{size - 1:04b}" for size in sizes)
+    while done:
+        repeats, kind = int(rng.integers(2)), int(rng.integers(4))
+        count = int(rng.integers(1, min(done, 1 << sizes[kind], 60) + 1))
+        values = rng.integers(1 << word, size=1 if repeats else count)
+        bits += f"{repeats}{kind:02b}{count - 1:0{sizes[kind]}b}" + "".join(f"{v:0{word}b}" for v in values)
+        done -= count
+    rle = [int(bits[i : i + 8].ljust(8, "0"), 2) for i in range(0, len(bits), 8)]
+    want = np.array(slow_brush(rle, total)).reshape(height, width, 4)[..., 3] >= 128
+    np.testing.assert_array_equal(brush_rle.decode(rle, height, width), want)
+
+
 @pytest.mark.parametrize(
     "bad", [[], [0] * 4, [1, 2, 300], ["a"], None, BRUSH["rle"]["sky"][:40], BRUSH["rle"]["noise"]]
 )

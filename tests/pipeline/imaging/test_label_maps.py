@@ -167,6 +167,69 @@ def test_run_lengths_against_a_slow_loop(label: np.ndarray) -> None:
         np.testing.assert_array_equal(label_maps.from_rle(packed), mask)
 
 
+def slow_unpack(text: str) -> list[int] | None:
+    """COCO's text form read character by character; None where it is damaged."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        five = ord(character) - 48
+        if not 0 <= five < 64 or shift > 55:
+            return None
+        value |= (five & 31) << shift
+        shift += 5
+        if five & 32:
+            continue
+        if five & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    return None if shift else counts
+
+
+numbers = st.text([chr(48 + five) for five in range(64)], min_size=0, max_size=14)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=60) | st.lists(st.integers(0, 1 << 20), min_size=1, max_size=9)
+)
+def test_the_text_form_is_read_as_a_slow_loop_reads_it(counts: list[int]) -> None:
+    text = label_maps.pack_counts(counts)
+    assert slow_unpack(text) == counts
+    if 0 < sum(counts) < LIMIT:
+        mask_HW = label_maps.from_rle({"size": [1, sum(counts)], "counts": text})
+        np.testing.assert_array_equal(mask_HW[0], np.repeat(np.arange(len(counts)) % 2 == 1, counts))
+
+
+@settings(max_examples=400, deadline=None)
+@given(numbers | st.text(max_size=5))
+def test_a_damaged_text_form_is_refused_wherever_the_slow_loop_refuses_it(text: str) -> None:
+    counts = slow_unpack(text)
+    good = bool(counts) and min(counts) >= 0 and 0 < sum(counts) < LIMIT
+    size = [1, sum(counts)] if counts and good else [1, 7]
+    if good:
+        assert label_maps.from_rle({"size": size, "counts": text}).sum() == sum(counts[1::2])
+        return
+    with pytest.raises(Refused) as caught:
+        label_maps.from_rle({"size": size, "counts": text})
+    assert caught.value.code == "bad-rle"
+
+
+def test_run_lengths_that_overflow_64_bits_are_refused() -> None:
+    largest = "o" * 11 + "?"  # 12 characters of 5 bits, the sign left out
+    for text in (largest * 3, largest * 40, "o" * 12 + "?", "P" * 12 + "@"):
+        with pytest.raises(Refused) as caught:
+            label_maps.from_rle({"size": [1, 7], "counts": text})
+        assert caught.value.code == "bad-rle"
+    with pytest.raises(Refused):
+        label_maps.from_rle({"size": [1, 2], "counts": [1 << 62] * 4 + [2]})
+
+
+def test_listed_run_lengths_may_be_floats_or_strings() -> None:
+    for counts in ([1, 2, 1], [1.0, 2.0, 1.0], ["1", "2", "1"]):
+        assert label_maps.from_rle({"size": [2, 2], "counts": counts}).tolist() == [[False, True], [True, False]]
+
+
 def test_text_form_is_what_pycocotools_writes() -> None:
     """Strings made once with pycocotools 2.0 `encode`."""
     box = np.zeros((7, 5), bool)
