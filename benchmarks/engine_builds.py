@@ -46,7 +46,7 @@ def forms(params: config.Params) -> dict[str, bytes]:
     return {
         "fp32": plain,
         "fp16": onnx.trace(copy.deepcopy(model).half(), stride, {}).data,
-        "int8": quantize.static(plain, images, "tensorrt"),
+        "int8": quantize.quantize(plain, images, "tensorrt"),
     }
 
 

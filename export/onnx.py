@@ -201,9 +201,11 @@ def others(
     said: dict[str, str] = {}
     wanted: dict[str, Any] = {}
 
-    def int8(name: str, form: quantize.Form) -> bytes:
-        found = quantize.careful(graph.data, images, form, params.parity.int8.agreement)
-        said[name] = f"{found.first} first layers in float, {found.agreement:.4f} of the labels as fp32 in calibration"
+    def int8(name: str, form: quantize.Target) -> bytes:
+        found = quantize.quantize_to_agreement(graph.data, images, form, params.parity.int8.agreement)
+        said[name] = (
+            f"{found.float_layers} first layers in float, {found.agreement:.4f} of the labels as fp32 in calibration"
+        )
         return found.model
 
     if params.export.int8:

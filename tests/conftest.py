@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import it before `export`
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests import onnxruntime themselves
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import httpx

@@ -63,7 +63,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.bundle or tiny_onnx.write(Path(temporary) / "bundle", long_side=512).folder
         seen: list[dict[str, float]] = []
-        imports = [sys.executable, "-c", "import export, bentoml, onnxruntime"]
+        program = "from export.runtime import telemetry; telemetry.turn_off(); import bentoml, onnxruntime"
+        imports = [sys.executable, "-c", program]
         works = {
             "server": lambda: seen.append(start(folder, temporary)),
             "imports": lambda: subprocess.run(imports, check=True),

@@ -7,14 +7,13 @@ and lists providers that the machine lacks, so the answer is read from the finis
 import importlib.metadata
 import importlib.util
 import threading
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from export.bundle.manifest import INPUT, OUTPUTS, Option
+from export.runtime import telemetry
 
 Answer = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 _FIRST = threading.Lock()
@@ -67,6 +66,13 @@ class OnnxRuntime:
     """ONNX Runtime on the CPU or a CUDA card."""
 
     def __init__(self, model: bytes, device: str, threads: int) -> None:
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise ProviderError(
+                "onnxruntime is not installed: `pip install 'marginalia[cpu]'`, or [gpu] for a CUDA card"
+            )
+        telemetry.turn_off()
+        import onnxruntime as ort
+
         providers: list[Any] = [_CPU]
         if device == "cuda":
             if _CUDA not in ort.get_available_providers():
@@ -74,24 +80,22 @@ class OnnxRuntime:
             ort.preload_dlls()  # finds the CUDA libraries that pip put into the virtual environment
             # TensorFloat-32 is on by default: 10 bits of mantissa where fp32 was promised.
             providers = [(_CUDA, {"use_tf32": "0"}), _CPU]
-        self._session = self._create(model, providers, threads)
-        if device == "cuda" and self._session.get_providers()[0] != _CUDA:
-            raise ProviderError(_no_cuda())
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        facts = tuple([(node.name, node.type, len(node.shape)) for node in side] for side in (inputs, outputs))
-        _same((facts[0], facts[1]), "tensor(uint8)")
 
-    @staticmethod
-    def _create(model: bytes, providers: Sequence[Any], threads: int) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # sizes differ from image to image; planned memory would be kept for each
         options.log_severity_level = 4  # fatal only: failures come back as exceptions
+
         # ONNX Runtime's Python class answers a failed call on the CPU from then on, with a line on stdout: not here.
-        session = ort.InferenceSession(model, sess_options=options, providers=list(providers), enable_fallback=0)
-        session.disable_fallback()
-        return session
+        self._session = ort.InferenceSession(model, sess_options=options, providers=providers, enable_fallback=0)
+        self._session.disable_fallback()
+        if device == "cuda" and self._session.get_providers()[0] != _CUDA:
+            raise ProviderError(_no_cuda())
+
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        facts = tuple([(node.name, node.type, len(node.shape)) for node in side] for side in (inputs, outputs))
+        _same((facts[0], facts[1]), "tensor(uint8)")
 
     def run(self, images_NHWC: NDArray[np.uint8]) -> Answer:
         label_NHW, confidence_NHW = self._session.run(list(OUTPUTS), {INPUT: images_NHWC})
@@ -111,6 +115,7 @@ class OpenVino:
     def __init__(self, model: bytes, precision: str, threads: int) -> None:
         if importlib.util.find_spec("openvino") is None:
             raise ProviderError("openvino is not installed: `pip install 'marginalia[openvino]'`; or ask for 'cpu'")
+        telemetry.turn_off()
         import openvino as ov
 
         with _FIRST:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from export.bundle import bundle
+from export.runtime import telemetry
 from export.tensorrt import builder, cudart
 from export.tensorrt.builder import EngineError, Profile
 from export.tensorrt.cache import HERE, Cache, default_folder
@@ -44,6 +45,7 @@ def _p50(session: EngineSession, images_NHWC: NDArray[np.uint8], runs: int) -> f
 
 def measure(model: bytes, session: EngineSession, *, runs: int = 50) -> dict[str, Any]:
     """Agreement with ONNX Runtime's CPU and p50 in both ways, on noise of the profile's usual shape."""
+    telemetry.turn_off()
     import onnxruntime
 
     shape = (*session.profile.opt_NHW, 3)

@@ -23,7 +23,7 @@ def scenes(count: int = 6) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module", params=["cpu", "tensorrt"])
 def made(request: pytest.FixtureRequest, fp32: bytes) -> tuple[str, bytes]:
-    return request.param, quantize.static(fp32, scenes(), request.param)
+    return request.param, quantize.quantize(fp32, scenes(), request.param)
 
 
 def test_weights_become_bytes_per_channel_and_the_last_layer_stays(fp32: bytes, made: tuple[str, bytes]) -> None:
@@ -70,17 +70,17 @@ def test_it_answers_much_as_before_and_is_a_quarter_of_the_size(fp32: bytes, mad
 
 def test_ranges_come_from_the_images(fp32: bytes) -> None:
     dark = [np.zeros((1, 64, 96, 3), np.uint8)]
-    assert quantize.static(fp32, dark, "cpu") != quantize.static(fp32, scenes(), "cpu")
-    assert quantize.static(fp32, scenes(2), "cpu") == quantize.static(fp32, scenes(2), "cpu")
+    assert quantize.quantize(fp32, dark, "cpu") != quantize.quantize(fp32, scenes(), "cpu")
+    assert quantize.quantize(fp32, scenes(2), "cpu") == quantize.quantize(fp32, scenes(2), "cpu")
 
 
 def test_what_cannot_be_quantised_is_said(fp32: bytes) -> None:
     with pytest.raises(quantize.QuantizeError, match="no training image"):
-        quantize.static(fp32, [], "cpu")
+        quantize.quantize(fp32, [], "cpu")
     with pytest.raises(quantize.QuantizeError, match="nothing to quantise before its last"):
-        quantize.static(tiny_onnx.model(), scenes(1), "cpu")
+        quantize.quantize(tiny_onnx.model(), scenes(1), "cpu")
     with pytest.raises(quantize.QuantizeError, match="the quantiser refuses this graph"):
-        quantize.static(b"no graph", scenes(1), "cpu")
+        quantize.quantize(b"no graph", scenes(1), "cpu")
 
 
 def test_float_nodes_of_a_chain() -> None:
@@ -99,7 +99,7 @@ def test_float_nodes_of_a_chain() -> None:
         [helper.make_tensor_value_info("e", TensorProto.FLOAT, None)],
     )  # fmt: skip
     assert quantize.float_nodes(graph) == ["last", "scale", "shape", "soft"]
-    assert quantize.float_nodes(graph, first=1) == ["first", "last", "scale", "shape", "soft"]
+    assert quantize.float_nodes(graph, float_layers=1) == ["first", "last", "scale", "shape", "soft"]
 
 
 def chain(layers: int = 10) -> bytes:
@@ -133,8 +133,8 @@ def weights(model: bytes) -> list[np.ndarray]:
 
 
 def test_weights_for_the_cpu_cannot_overflow_sums_of_two_products() -> None:
-    assert max(np.abs(w).max() for w in weights(quantize.static(chain(), scenes(2), "cpu"))) == 64
-    assert max(np.abs(w).max() for w in weights(quantize.static(chain(), scenes(2), "tensorrt"))) == 127
+    assert max(np.abs(w).max() for w in weights(quantize.quantize(chain(), scenes(2), "cpu"))) == 64
+    assert max(np.abs(w).max() for w in weights(quantize.quantize(chain(), scenes(2), "tensorrt"))) == 127
 
 
 @pytest.mark.parametrize(
@@ -157,32 +157,32 @@ def test_as_few_layers_stay_in_float_as_the_labels_need(
         wrong = 0 if len(asked) == 1 else round(1000 * (1 - agrees[len(asked) - 2]))
         return [np.where(np.arange(1000).reshape(1, 10, 100) < wrong, 1, plain)]
 
-    monkeypatch.setattr(quantize, "_labels", labels)
-    made = quantize.careful(chain(), scenes(1), "cpu", 0.99)
-    assert (made.first, len(weights(made.model))) == (first, 9 - first)  # the last one is never quantised
+    monkeypatch.setattr(quantize, "labels", labels)
+    made = quantize.quantize_to_agreement(chain(), scenes(1), "cpu", 0.99)
+    assert (made.float_layers, len(weights(made.model))) == (first, 9 - first)  # the last one is never quantised
     assert made.agreement == pytest.approx(agrees[first // 4])
     assert asked == [0, 9, 5, 1][: len(asked)]
 
 
 def test_the_graph_is_prepared_once_for_all_numbers_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, runs, images, graph = quantize.quant_pre_process, list[str](), scenes(2), chain()
+    real, runs, images, graph = quantize.prepare, list[bytes](), scenes(2), chain()
 
-    def watch(source: str, target: str, **options: bool) -> None:
-        runs.append(source)
-        real(source, target, **options)
+    def watch(model: bytes) -> bytes:
+        runs.append(model)
+        return real(model)
 
-    monkeypatch.setattr(quantize, "quant_pre_process", watch)
-    monkeypatch.setattr(quantize, "FIRST", (0, 2, 4))
-    made = quantize.careful(graph, images, "cpu", 1.01)  # out of reach: every number is tried
+    monkeypatch.setattr(quantize, "prepare", watch)
+    monkeypatch.setattr(quantize, "FLOAT_LAYERS", (0, 2, 4))
+    made = quantize.quantize_to_agreement(graph, images, "cpu", 1.01)  # out of reach: every number is tried
     assert len(runs) == 1
-    assert made.model == quantize.static(graph, images, "cpu", first=made.first)
+    assert made.model == quantize.quantize(graph, images, "cpu", float_layers=made.float_layers)
     assert len(runs) == 2
 
 
 def test_agreement_is_that_of_the_two_graphs_labels() -> None:
     images, graph = scenes(3), chain()
-    made = quantize.careful(graph, images, "cpu", 0.0)
-    assert made.model == quantize.static(graph, images, "cpu")
+    made = quantize.quantize_to_agreement(graph, images, "cpu", 0.0)
+    assert made.model == quantize.quantize(graph, images, "cpu")
     answers = [
         onnxruntime.InferenceSession(m, providers=["CPUExecutionProvider"]).run(
             ["label"], {"image": np.concatenate(images)}
