@@ -133,9 +133,10 @@ class Input(Section):
 
 
 class Train(Section):
-    method: Literal["supervised", "fixmatch", "unimatch", "s4mc", "s4mc+unimatch", "corrmatch", "s4mc+corrmatch"] = (
-        "s4mc"
-    )
+    # ceiling: labels alone, those of the unlabelled images too where they are only hidden; what methods are held against.
+    method: Literal[
+        "supervised", "ceiling", "fixmatch", "unimatch", "s4mc", "s4mc+unimatch", "corrmatch", "s4mc+corrmatch"
+    ] = "s4mc"
     preset: Literal["paper", "ref_a", "ref_b"] = "paper"  # of s4mc
     streams: Literal["v1", "v2"] = "v2"  # of unimatch
     corrmatch: Literal["mended", "reference"] = "mended"
@@ -182,11 +183,16 @@ class Train(Section):
     collapse_steps: Positive = 1000  # so many steps with nothing kept, or one class alone, stop the run
     collapse_share: Annotated[float, Field(gt=0, le=1)] = 0.99
 
+    @property
+    def labels_only(self) -> bool:
+        """Whether unlabelled images play no part."""
+        return self.method in ("supervised", "ceiling")
+
     @model_validator(mode="after")
     def _makes_sense(self) -> "Train":
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale {list(self.scale)}: give the smaller factor first, both above 0")
-        if self.method != "supervised" and self.warmup_steps >= self.steps:
+        if not self.labels_only and self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} leaves no step of {self.steps} for the unlabelled images; lower it, "
                 "or say method: supervised"
@@ -208,14 +214,14 @@ class Train(Section):
         by_student = "corrmatch" in self.method or self.teacher == "self" or (
             "unimatch" in self.method and self.streams == "v1"
         )  # fmt: skip
-        if self.accumulate > 1 and self.method != "supervised" and by_student:
+        if self.accumulate > 1 and not self.labels_only and by_student:
             raise ValueError(
                 f"accumulate {self.accumulate}: {self.method} takes pseudo-labels from the student's own pass, which "
                 "cannot be cut up exactly; set accumulate: 1 (or teacher: ema, streams: v2 with unimatch)"
             )
         published = "corrmatch" in self.method or ("unimatch" in self.method and self.streams == "v1")
         by_itself = self.teacher == "self" or (self.teacher == "auto" and published)
-        if self.teacher_view == "whole" and self.method != "supervised" and by_itself:
+        if self.teacher_view == "whole" and not self.labels_only and by_itself:
             raise ValueError(
                 f"teacher_view whole: {self.method} is its own teacher here and sees the weak view only; set teacher_view: "
                 "crop, or teacher: ema"

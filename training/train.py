@@ -75,6 +75,17 @@ class Data:
             summary.get("label_hash"), frozenset(row.id for row in rows if row.split in ("val", "test")),
         )  # fmt: skip
 
+    def with_hidden_labels(self) -> "Data":
+        """The unlabelled images that have a mask all the same are labelled; raises ValueError where none has one."""
+        hidden = [row for row in self.unlabelled if row.mask_shard is not None]
+        if not hidden:
+            raise ValueError(
+                "method ceiling trains on the hidden labels of unlabelled images, and none has a mask; list some of the "
+                "labelled images under data.lists.unlabelled, or choose another method"
+            )
+        bare = [row for row in self.unlabelled if row.mask_shard is None]
+        return replace(self, labelled=[*self.labelled, *hidden], unlabelled=bare)
+
 
 def validator(
     images: Images,
@@ -139,6 +150,8 @@ class Prepared:
 def prepare(params: Params, data: Data, start_at: Path | None, us: distributed.Ranks = distributed.ALONE) -> Prepared:
     """Networks, samples and method for `data`; wires, decides nothing but what measures the pseudo-labels."""
     settings, n_classes = params.train, len(data.classes)
+    if settings.method == "ceiling":
+        data = data.with_hidden_labels()
 
     def read(rows: Sequence[Row]) -> Images:
         return Images(rows, params.input, ignore=data.ignore, max_pixels=params.ingest.max_pixels)
@@ -200,7 +213,7 @@ def describe(
         "method": params.train.method, "preset": params.train.preset, "steps": params.train.steps,
         "seed": params.train.seed, "best_step": result.best_step, "val_miou": _number(last.get("val_miou")),
         "kept": _number(last.get("kept")), "precision": _number(last.get("precision")), "precision_on": ready.precision_on,
-        "labelled": len(data.labelled), "unlabelled": len(data.unlabelled), "offline": ready.offline,
+        "labelled": len(ready.batches.labelled), "unlabelled": len(data.unlabelled), "offline": ready.offline,
         "seconds": round(seconds, 1), "warm_start": str(start_at) if start_at else None,
         "torch": torch.__version__, "machine": platform.machine(),
         "device": str(trainer.pick_device()), "split_hash": data.split_hash, "data_hash": data.data_hash,

@@ -87,6 +87,24 @@ def test_precision_is_measured_on_hidden_labels_where_there_are_any(project):
     assert any((ready.batches.unlabelled[i].label_HW != 255).any() for i in range(6))
 
 
+def test_the_ceiling_trains_on_the_hidden_labels_of_unlabelled_images_and_on_no_others(project):
+    params, rows = project
+    ceiling = params.model_copy(update={"train": params.train.model_copy(update={"method": "ceiling"})})
+    with pytest.raises(ValueError, match="none has a mask"):
+        train.prepare(ceiling, data_of(rows), None)
+    own = next(r for r in rows if r.split == "labelled")
+    mask = {"mask_shard": own.mask_shard, "mask_offset": own.mask_offset, "mask_length": own.mask_length}
+    with_mask, *without = [r for r in rows if r.split == "unlabelled"]
+    rows = [replace(r, **mask) if r is with_mask else r for r in rows]
+    assert without
+    ready = train.prepare(ceiling, data_of(rows), None)
+    expected = [r.id for r in rows if r.split == "labelled"] + [with_mask.id]
+    assert [row.id for row in ready.batches.labelled.rows] == expected
+    assert ready.method.threshold is None
+    assert ready.seen == train.prepare(params, data_of(rows), None).seen
+    assert ready.identity != train.prepare(params, data_of(rows), None).identity
+
+
 def test_labels_and_code_are_part_of_a_runs_identity(project, monkeypatch):
     params, rows = project
     one, two = (train.prepare(params, data_of(rows, label_hash=h), None).identity for h in ("x", "y"))

@@ -1,7 +1,8 @@
 """Every method as data: which hooks of `step.step` it uses, with which values. Sources stand beside each.
 
-supervised; FixMatch with an EMA teacher and in-batch CutMix (the base of all others); UniMatch V1 and V2 (Yang et al.,
-CVPR 2023 and TPAMI 2025); S4MC (Kimhi et al., TMLR 2024); CorrMatch (Sun et al., CVPR 2024); and their combinations.
+supervised, and ceiling, which differs in its labelled images alone; FixMatch with an EMA teacher and in-batch CutMix (the
+base of all others); UniMatch V1 and V2 (Yang et al., CVPR 2023 and TPAMI 2025); S4MC (Kimhi et al., TMLR 2024); CorrMatch
+(Sun et al., CVPR 2024); and their combinations.
 """
 
 from dataclasses import dataclass, field, replace
@@ -101,7 +102,7 @@ def build(config: Train, *, n_classes: int, total: int, epoch_steps: int, table_
         table_K: class table for presets with joint = table, measured on the labelled split.
     """
     name = config.method
-    method = Method(threshold=None if name == "supervised" else Fixed(config.threshold))
+    method = Method(threshold=None if config.labels_only else Fixed(config.threshold))
     if "unimatch" in name:
         method = _unimatch(method, config)
     if "corrmatch" in name:
