@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from pipeline.formats.common.skipped import Skipped
+from pipeline.formats.names.skipped import Skipped
 from pipeline.imaging import decode
 from pipeline.storage import archives
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.formats.common import image_files, skipped
+from pipeline.formats.names import image_files, skipped
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
 

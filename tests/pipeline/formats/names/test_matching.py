@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from pipeline.formats.common import matching
+from pipeline.formats.names import matching
 
 UMLAUT = "gr\u00fcn.png"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.formats.common import layout
+from pipeline.formats.names import layout
 
 
 @pytest.mark.parametrize(
