@@ -2,6 +2,10 @@
 
 `make compare`, or `python -m training.compare --methods fixmatch s4mc --seeds 0 1 2 -S train.steps=400`. Each run is an
 experiment (`dvc exp show` lists them) in a copy of the workspace; those that exist already are not run again.
+
+`ceiling` among the methods trains on the hidden labels of the unlabelled images: what a method gains is then also shown as
+the share that it closes of the headroom between labels alone and the ceiling. It is run by default where the split has
+hidden labels.
 """
 
 import argparse
@@ -22,12 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import console
-from pipeline.storage import atomic
+from pipeline.storage import atomic, manifest
+from training import gains
 from training.reports import evaluation
 
 OUT = Path("reports/compare")
+MEANS = ("kept", "precision", "seconds_per_step")
 SCORES, TRAINED = "reports/scores.json", "reports/train/train.json"
-METHODS = ("supervised", "fixmatch", "unimatch", "s4mc", "corrmatch", "s4mc+corrmatch")
+MANIFEST = Path("data/split/manifest.parquet")
+METHODS = ("supervised", "ceiling", "fixmatch", "unimatch", "s4mc", "corrmatch", "s4mc+corrmatch")
 
 
 class CompareError(RuntimeError):
@@ -85,25 +92,29 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def summarise(runs: Sequence[Run], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a method: mean and standard deviation over seeds, gain over the first method, and what was kept."""
-    rows: list[dict[str, Any]] = []
+def hidden_labels(path: Path = MANIFEST) -> bool:
+    """Whether some unlabelled image of the split, if there is one yet, has a mask all the same."""
+    if not path.exists():
+        return False
+    return any(row.split == "unlabelled" and row.mask_shard is not None for row in manifest.read(path))
+
+
+def hold_together(runs: Sequence[Run], methods: Sequence[str]) -> gains.Comparison:
+    """Gains over labels alone, or over the first of `methods` where labels alone were not run."""
+    scores: dict[str, dict[int, float]] = {}
     for method in methods:
-        of = [run for run in runs if run.method == method]
-        if not of:
-            continue
-        values = [run.miou for run in of]
-        mean = statistics.mean(values)
-        rows.append(
-            {
-                "method": method, "seeds": len(of), "miou": mean,
-                "scatter": statistics.stdev(values) if len(values) > 1 else math.nan,
-                "gain": mean - (rows[0]["miou"] if rows else mean),
-                "kept": statistics.mean(run.kept for run in of),
-                "precision": statistics.mean(run.precision for run in of),
-                "seconds_per_step": statistics.mean(run.seconds_per_step for run in of),
-            }
-        )  # fmt: skip
+        if of := {run.seed: run.miou for run in runs if run.method == method}:
+            scores[method] = of
+    return gains.compare(scores, gains.BASELINE if gains.BASELINE in scores else next(iter(scores)))
+
+
+def summarise(runs: Sequence[Run], comparison: gains.Comparison) -> list[dict[str, Any]]:
+    """One row a method: its gain, and the means over seeds of what was kept and how long a step took."""
+    rows = []
+    for gain in comparison.rows:
+        of = [run for run in runs if run.method == gain.method]
+        means = {key: statistics.mean(getattr(run, key) for run in of) for key in MEANS}
+        rows.append(gain.model_dump() | means)
     return rows
 
 
@@ -111,6 +122,12 @@ def draw(runs: Sequence[Run], rows: Sequence[dict[str, Any]], path: Path) -> Non
     """Left: each seed as a dot, the mean as a bar. Right: share of pixels kept against their precision, at the end."""
     figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
+
+    # What there is to gain: from labels alone to the ceiling.
+    means = {row["method"]: row["miou"] for row in rows}
+    if gains.BASELINE in means and gains.CEILING in means:
+        left.axhspan(means[gains.BASELINE], means[gains.CEILING], color="0.93", zorder=0)
+
     for i, row in enumerate(rows):
         values = [run.miou for run in runs if run.method == row["method"]]
         left.hlines(row["miou"], i - 0.3, i + 0.3, color=f"C{i}", linewidth=3)
@@ -128,9 +145,9 @@ def draw(runs: Sequence[Run], rows: Sequence[dict[str, Any]], path: Path) -> Non
     evaluation.save(figure, path)
 
 
-def write(runs: Sequence[Run], methods: Sequence[str], out: Path = OUT) -> list[dict[str, Any]]:
+def write(runs: Sequence[Run], comparison: gains.Comparison, out: Path = OUT) -> list[dict[str, Any]]:
     """table.csv, runs.csv and compare.png under `out`; returns the table's rows."""
-    rows = summarise(runs, methods)
+    rows = summarise(runs, comparison)
     out.mkdir(parents=True, exist_ok=True)
     for name, lines in (("table.csv", rows), ("runs.csv", [vars(run) for run in runs])):
         text = io.StringIO()
@@ -142,29 +159,50 @@ def write(runs: Sequence[Run], methods: Sequence[str], out: Path = OUT) -> list[
     return rows
 
 
-def show(rows: Sequence[dict[str, Any]], out: Path) -> None:
+# Column of the table -> key of a row, digits, factor.
+COLUMNS = {
+    "mIoU": ("miou", 2, 1),
+    "scatter": ("scatter", 2, 1),
+    "gain": ("gain", 2, 1),
+    "gain / scatter": ("gain_to_scatter", 1, 1),
+    "headroom closed %": ("share", 0, 100),
+    "kept": ("kept", 3, 1),
+    "precision": ("precision", 3, 1),
+    "s / step": ("seconds_per_step", 3, 1),
+}
+
+
+def show(rows: Sequence[dict[str, Any]], comparison: gains.Comparison, out: Path) -> None:
     table = Table(title="test mIoU (%), teacher, last step; kept and precision at the end of training")
-    for column in ("method", "seeds", "mIoU", "scatter", "gain", "kept", "precision", "s / step"):
+    for column in ("method", "seeds", *COLUMNS):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
-        numbers = [("miou", 2), ("scatter", 2), ("gain", 2), ("kept", 3), ("precision", 3), ("seconds_per_step", 3)]
-        cells = ["-" if math.isnan(row[k]) else f"{row[k]:.{digits}f}" for k, digits in numbers]
+        cells = [_cell(row[key], digits, factor) for key, digits, factor in COLUMNS.values()]
         table.add_row(row["method"], str(row["seeds"]), *cells)
-    table.caption = f"gain over {rows[0]['method']}; {out}/compare.png, runs.csv, table.csv" if rows else "no runs"
+    table.caption = f"gain over {comparison.baseline}; {comparison.verdict}; {out}/compare.png, runs.csv, table.csv"
     Console().print(table)
+
+
+def _cell(value: float | None, digits: int, factor: float) -> str:
+    return "-" if value is None or math.isnan(value) else f"{factor * value:.{digits}f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", help=f"default: {' '.join(METHODS)}, the ceiling where it can be had")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "-S", "--set", action="append", default=[], help="another setting for every run, as DVC takes it"
     )
     given = parser.parse_args(arguments)
-    params = Path("params.yaml").read_bytes()
-    grid = {name_of(m, s, given.set, params): (m, s) for s in given.seeds for m in given.methods}
     problems = Console(stderr=True)
+    methods = given.methods
+    if methods is None:
+        methods = list(METHODS) if hidden_labels() else [method for method in METHODS if method != gains.CEILING]
+        if gains.CEILING not in methods:
+            problems.print("compare: without the ceiling: data/split shows no hidden labels of unlabelled images")
+    params = Path("params.yaml").read_bytes()
+    grid = {name_of(m, s, given.set, params): (m, s) for s in given.seeds for m in methods}
     try:
         there = set(dvc("exp", "list", "--name-only").split())
         with console.bar("compare", len(grid)) as bar:
@@ -180,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CompareError as error:
         problems.print(f"compare: {error}", style="red", markup=False, soft_wrap=True)
         return 1
-    show(write(runs, given.methods), OUT)
+    comparison = hold_together(runs, methods)
+    show(write(runs, comparison), comparison, OUT)
     return 0
 
 
