@@ -13,6 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from export.bundle.bundle import open_bundle
+from serving.bento import usage
 
 ROOT = Path(__file__).absolute().parents[2]
 ROOMS = ("serving", "export", "pipeline")
@@ -68,6 +69,7 @@ def build(bundle: Path) -> tuple[str, Path]:
         BundleError: the bundle does not verify.
         BentoError: BentoML refuses, or would have to install something first.
     """
+    usage.turn_off_tracking()
     if shutil.which("uv") is None and importlib.util.find_spec("uv") is None:  # BentoML would fetch it unasked
         raise BentoError("BentoML builds with uv, which is not installed here; run pip install uv")
     import bentoml

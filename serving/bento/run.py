@@ -9,6 +9,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from serving.bento import usage
+
 if TYPE_CHECKING:
     from serving.settings import Settings
 
@@ -82,6 +84,7 @@ def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) 
     Raises:
         StartError: as `prepare`.
     """
+    usage.turn_off_tracking()
     settings = prepared(bundle)
     from serving.settings import PREFIX
 

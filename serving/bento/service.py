@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import bentoml
 
 from serving import settings
+from serving.bento import usage
 
 if TYPE_CHECKING:
     from serving.bento.worker import Worker
 
+usage.turn_off_tracking()  # here for a user who types `bentoml serve`, which imports this module first of ours
 _settings = settings.from_environment()
 # BentoML imports this module in the process that watches the workers, too; what only they need is not imported there.
 _in_worker = getattr(sys.modules["__main__"].__spec__, "name", "") == "_bentoml_impl.worker.service"
