@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-ROOMS = ("end_to_end", "training", "faults", "export", "serving", "pipeline", "benchmarks")  # the longest first
+ROOMS = ("end_to_end", "training", "export", "serving", "pipeline", "benchmarks")  # the longest first
 NO_TESTS = 5  # pytest's exit code when -k or -m left nothing
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|error|xfailed|xpassed)")
 

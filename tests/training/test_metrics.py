@@ -1,4 +1,4 @@
-"""Counts against slow oracles: sets, loops, closed forms (ALGORITHMS X5; fault F13's rule for absent classes)."""
+"""Counts against slow oracles: sets, loops, closed forms; absent classes have no score."""
 
 import numpy as np
 import pytest

@@ -49,7 +49,7 @@ def fit(params, data, work, start_at=None):
 
 
 @pytest.mark.parametrize(("labelled", "unlabelled"), [(1, 0), (3, 1)])
-def test_f29_few_images_or_none_unlabelled_still_train(project, tmp_path, labelled, unlabelled):
+def test_few_images_or_none_unlabelled_still_train(project, tmp_path, labelled, unlabelled):
     params, rows = project
     use = {"labelled": labelled, "unlabelled": unlabelled}
     kept = [
@@ -62,7 +62,7 @@ def test_f29_few_images_or_none_unlabelled_still_train(project, tmp_path, labell
     assert 0 <= result.history[-1]["kept"] <= 1
 
 
-def test_f29_no_labelled_image_is_an_error_that_says_what_to_do(project):
+def test_no_labelled_image_is_an_error_that_says_what_to_do(project):
     params, rows = project
     with pytest.raises(ValueError, match=r"data\.lists\.labelled"):
         train.prepare(params, data_of([r for r in rows if r.split != "labelled"]), None)
@@ -231,7 +231,7 @@ def test_a_warm_start_with_other_classes_or_without_its_file_is_refused(project,
         warm_start.champion()
 
 
-def test_f27_a_full_card_is_one_message_with_what_to_change(project, monkeypatch, capsys):
+def test_a_full_card_is_one_message_with_what_to_change(project, monkeypatch, capsys):
     def full(params):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -243,7 +243,7 @@ def test_f27_a_full_card_is_one_message_with_what_to_change(project, monkeypatch
     assert "train.accumulate: 2" in said
 
 
-def test_f15_a_changed_image_stops_training_with_its_name(project):
+def test_a_changed_image_stops_training_with_its_name(project):
     params, rows = project
     first, second = [r for r in rows if r.split == "labelled"][:2]
     swapped = [replace(r, offset=second.offset, length=second.length) if r is first else r for r in rows]

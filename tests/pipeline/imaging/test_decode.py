@@ -1,4 +1,4 @@
-"""pipeline.imaging.decode: exact decoding, limits on the header, thousands of damaged files. (Colour rules: faults, F11.)"""
+"""pipeline.imaging.decode: exact decoding, header limits, thousands of damaged files. Colours: test_decode_kinds.py."""
 
 import io
 import pickle

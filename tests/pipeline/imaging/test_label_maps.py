@@ -271,7 +271,7 @@ def test_text_form_is_what_pycocotools_writes() -> None:
         {"size": [0, 4], "counts": [0]},
     ],
 )
-def test_f18_bad_run_lengths_are_refused(wrong: dict[str, object]) -> None:
+def test_bad_run_lengths_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(Refused):
         label_maps.from_rle(wrong)
 

@@ -114,7 +114,7 @@ def test_a_name_of_the_lists_in_a_later_dump_is_another_image() -> None:
     assert parts(rows, NO_LISTS | {"labelled": ["a"]}) == {"base/a": "labelled", "d/a": "unlabelled"}
 
 
-def test_x6_sizes_and_hashes_of_a_whole_project(tmp_path: Path) -> None:
+def test_sizes_and_hashes_of_a_whole_project(tmp_path: Path) -> None:
     source, root = tmp_path / "source", tmp_path / "project"
     ids = tiny_source.write_source(source, {"a": 6, "b": 4, "c": 3, "d": 5}, masked={"a", "b", "c"})
     files = {"labelled": ids[:4], "val": ids[6:10], "test": ids[10:13]}

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent (F21), written beside the training, and never a mixture of two steps."""
+"""Checkpoints: whole or absent, written beside the training, and never a mixture of two steps."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""The order of samples, batches read ahead, and a reader that dies (F28)."""
+"""The order of samples, batches read ahead, and a reader that dies."""
 
 import contextlib
 import threading
@@ -46,7 +46,7 @@ def project(tmp_path, monkeypatch):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error"), KeyError("what")], ids=repr)
-def test_f28_a_reader_that_dies_stops_training_with_the_images_name(project, monkeypatch, capsys, error):
+def test_a_reader_that_dies_stops_training_with_the_images_name(project, monkeypatch, capsys, error):
     """The first batch is read by the trainer itself; what the reader meets in the next one must reach it."""
     real, blamed = manifest.open_image, []
 
@@ -67,7 +67,7 @@ def test_f28_a_reader_that_dies_stops_training_with_the_images_name(project, mon
     assert (work / "checkpoint.pt").exists()
 
 
-def test_f28_an_error_is_told_again_when_the_image_is_asked_for_again(project, monkeypatch):
+def test_an_error_is_told_again_when_the_image_is_asked_for_again(project, monkeypatch):
     """Nothing half-read is kept, and the next step is read anew by whoever asks."""
     (labelled, pool) = (Images([r for r in project if r.split == s], tiny_project.INPUT, ignore=255, max_pixels=10**6)
                         for s in ("labelled", "unlabelled"))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Several processes find what one would (T6, T7, F31): two gloo processes under torchrun against the same code alone."""
+"""Several processes find what one would: two gloo processes under torchrun against the same code alone."""
 
 import os
 import subprocess
@@ -31,17 +31,17 @@ def both(tmp_path_factory):
     return torch.load(folder / "two.pt", weights_only=True), two_ranks.together(distributed.SINGLE, folder)
 
 
-def test_t6_the_quantile_over_ranks_is_that_of_the_whole_batch(both):
+def test_the_quantile_over_ranks_is_that_of_the_whole_batch(both):
     two, one = both
     assert two["quantile"] == one["quantile"]
 
 
-def test_t7_class_maxima_over_ranks_are_those_of_the_whole_batch(both):
+def test_class_maxima_over_ranks_are_those_of_the_whole_batch(both):
     two, one = both
     assert two["class_max"] == one["class_max"]
 
 
-def test_f31_validation_over_ranks_counts_every_image_once(both):
+def test_validation_over_ranks_counts_every_image_once(both):
     two, one = both
     assert two["miou"] == one["miou"]
 
@@ -62,7 +62,7 @@ def test_ranks_stay_one_model(both):
     assert 0 <= two["kept"] <= 1
 
 
-def test_f22_a_notice_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_from_there(both):
+def test_a_notice_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_from_there(both):
     two, _ = both
     assert "told to stop at step 4; the state is in" in two["told"]
     assert two["resumed_alike"]

@@ -1,4 +1,4 @@
-"""EMA (X3), resume (X7), guards."""
+"""EMA, resume, guards."""
 
 import math
 import os
@@ -52,13 +52,13 @@ def train_(config, work, *, validate=None, on_log=lambda _: None, model=None, lo
 train = train_
 
 
-def test_x3_decay_schedule_and_start():
+def test_decay_schedule_and_start():
     assert ema.decay_at(0, 0.99) == 0.0
     assert ema.decay_at(1, 0.99) == 0.5
     assert ema.decay_at(10_000, 0.99) == 0.99
 
 
-def test_x3_average_over_n_steps_equals_the_closed_form_and_integers_are_copied():
+def test_average_over_n_steps_equals_the_closed_form_and_integers_are_copied():
     student = Tiny().double()
     teacher = ema.teacher_of(student)
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -98,7 +98,7 @@ METHODS = ("supervised", "fixmatch", "s4mc", "unimatch", "s4mc+unimatch", "corrm
     ("method", "at"),
     [*((m, 8) for m in METHODS), ("s4mc", 3), ("corrmatch-reference", 8), ("corrmatch", 3), ("unimatch-v1", 8)],
 )
-def test_x7_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, method, at):
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, method, at):
     """Every method, through its warm-up (a death at 3 precedes the first pseudo-label), with its threshold's state."""
     name, _, kind = method.partition("-")
     extra = {"reference": {"corrmatch": "reference"}, "v1": {"streams": "v1"}}.get(kind, {})
@@ -135,7 +135,7 @@ def test_bf16_trains_and_keeps_its_weights_in_fp32(tmp_path):
     assert str(result.history) != str(train(settings(), tmp_path / "other").history)
 
 
-def test_f26_a_collapse_is_counted_across_interruptions(tmp_path):
+def test_a_collapse_is_counted_across_interruptions(tmp_path):
     config = settings(method="fixmatch", threshold=1.0, steps=40, collapse_steps=10, warmup_steps=0)
 
     def notice(event):
@@ -148,7 +148,7 @@ def test_f26_a_collapse_is_counted_across_interruptions(tmp_path):
         train(config, tmp_path)
 
 
-def test_f26_nothing_kept_for_long_stops_with_the_reason_and_the_weights(tmp_path):
+def test_nothing_kept_for_long_stops_with_the_reason_and_the_weights(tmp_path):
     config = settings(method="fixmatch", threshold=1.0, steps=40, collapse_steps=10, warmup_steps=0)
     with pytest.raises(guards.TrainingStopped, match=r"step 10: no unlabelled pixel was kept for 10 steps.*s4mc"):
         train(config, tmp_path)
@@ -163,7 +163,7 @@ class Sure(Tiny):
 
 
 @pytest.mark.parametrize("share", [0.99, 1.0])
-def test_f26_one_class_that_takes_over_stops_with_the_reason(tmp_path, share):
+def test_one_class_that_takes_over_stops_with_the_reason(tmp_path, share):
     config = settings(method="fixmatch", steps=14, collapse_steps=10, warmup_steps=0, collapse_share=share)
     if share == 1.0:  # the user says that the data is so
         assert train(config, tmp_path, model=Sure()).history[-1]["top_class"] == 1.0

@@ -1,4 +1,4 @@
-"""Views and CutMix (X1, X2): exact copies, boxes shared by everything, padding that never counts."""
+"""Views and CutMix: exact copies, boxes shared by everything, padding that never counts."""
 
 import colorsys
 
@@ -118,7 +118,7 @@ def test_blur_equals_a_plain_gaussian_loop():
         assert np.abs(out[b].numpy() - expected).max() < 1e-9
 
 
-def test_x1_mix_identity_partner_and_the_same_box_for_everything():
+def test_mix_identity_partner_and_the_same_box_for_everything():
     image = torch.rand(3, 3, 6, 6, generator=generator())
     label = torch.randint(0, 5, (3, 6, 6), generator=generator())
     nothing, everything = torch.zeros(3, 6, 6, dtype=torch.bool), torch.ones(3, 6, 6, dtype=torch.bool)
@@ -135,7 +135,7 @@ def test_x1_mix_identity_partner_and_the_same_box_for_everything():
                 assert mixed_keep[b, y, x] == (label[source, y, x] > 2)
 
 
-def test_x1_a_batch_of_one_is_detected():
+def test_a_batch_of_one_is_detected():
     with pytest.raises(ValueError, match="batch_unlabelled"):
         augment.mix(torch.zeros(1, 3, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool))
 
@@ -156,7 +156,7 @@ def test_boxes_are_rectangles_of_the_stated_area_and_frequency():
     assert covered.min() > 0  # every pixel, corners too, can be inside
 
 
-def test_x2_padding_never_counts():
+def test_padding_never_counts():
     """Whatever stands in the padding of image and teacher output, bar, selection and loss stay the same."""
     from pipeline.config import Train
 

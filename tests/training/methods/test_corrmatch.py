@@ -1,4 +1,4 @@
-"""Invariants Q1 to Q8 and Q10 of CorrMatch's correlation maps, and J3, against plain loops in float64."""
+"""Invariants of CorrMatch's correlation maps and of correlated neighbours, against plain loops in float64."""
 
 import math
 
@@ -38,7 +38,7 @@ def spread(one, two, value, normalise="source"):
 # Pixel propagation
 
 
-def test_q1_rows_are_distributions_of_the_map():
+def test_rows_are_distributions_of_the_map():
     one, two, _ = embeddings()
     index = torch.tensor([3, 0, 10, 3])
     got = rows(one.requires_grad_(), two, index)
@@ -69,7 +69,7 @@ def test_unknown_normalisation():
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_q2_the_mass_of_every_class_is_conserved(dense):
+def test_the_mass_of_every_class_is_conserved(dense):
     one, two, value = embeddings(n=23)
     difference = propagate(one, two, value, block=5, dense=dense).sum(-1) - value.sum(-1)
     assert difference.abs().max() <= 1e-12
@@ -79,7 +79,7 @@ def test_q2_the_mass_of_every_class_is_conserved(dense):
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("normalise", ["source", "target"])
-def test_q3_without_either_embedding_everything_gets_the_mean(normalise, dense):
+def test_without_either_embedding_everything_gets_the_mean(normalise, dense):
     one, two, value = embeddings()
     for pair in ((one * 0, two), (one, two * 0)):
         got = propagate(*pair, value, normalise=normalise, dense=dense, block=4)
@@ -87,7 +87,7 @@ def test_q3_without_either_embedding_everything_gets_the_mean(normalise, dense):
 
 
 @pytest.mark.parametrize("normalise", ["source", "target"])
-def test_q4_a_peaked_map_returns_the_value(normalise):
+def test_a_peaked_map_returns_the_value(normalise):
     peak = 40 * torch.eye(9, dtype=torch.float64)[None]
     value = embeddings(1, 9, 9)[2]
     assert (propagate(peak, peak, value, normalise=normalise, block=4) - value).abs().max() <= 1e-12
@@ -97,7 +97,7 @@ def test_q4_a_peaked_map_returns_the_value(normalise):
 
 
 @pytest.mark.parametrize("normalise", ["source", "target"])
-def test_q5_no_position_enters(normalise):
+def test_no_position_enters(normalise):
     inputs = embeddings()
     order = torch.randperm(11, generator=generator(1))
     expected = propagate(*inputs, normalise=normalise, block=4)[..., order]
@@ -107,7 +107,7 @@ def test_q5_no_position_enters(normalise):
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("normalise", ["source", "target"])
-def test_q6_gradients_reach_the_embeddings_and_not_the_value(normalise, dense):
+def test_gradients_reach_the_embeddings_and_not_the_value(normalise, dense):
     torch.manual_seed(0)
     head = Head(5, 3, width=8).double().train()
     feature = torch.randn(2, 5, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -147,7 +147,7 @@ def test_head_shapes_layers_and_shared_dropout():
 
 @pytest.mark.parametrize("normalise", ["source", "target"])
 @pytest.mark.parametrize("block", [1, 7, 32, 96, 97, 1000])
-def test_q7_streamed_equals_dense(normalise, block):
+def test_streamed_equals_dense(normalise, block):
     results = []
     for dense in (True, False):
         one, two, value = embeddings(k=5, n=97, dtype=torch.float32)
@@ -163,7 +163,7 @@ def test_q7_streamed_equals_dense(normalise, block):
 
 
 @pytest.mark.parametrize("normalise", ["source", "target"])
-def test_q7_gradients_are_the_derivative(normalise):
+def test_gradients_of_the_streamed_form_are_the_derivative(normalise):
     one, two, value = embeddings(n=7)
 
     def function(a, b):
@@ -172,7 +172,7 @@ def test_q7_gradients_are_the_derivative(normalise):
     assert torch.autograd.gradcheck(function, (one.requires_grad_(), two.requires_grad_()), atol=1e-7, rtol=1e-6)
 
 
-def test_q7_is_the_same_every_time():
+def test_the_streamed_form_is_the_same_every_time():
     def once():
         one, two, value = embeddings(n=50, dtype=torch.float32)
         out = propagate(one.requires_grad_(), two.requires_grad_(), value, block=16)
@@ -183,7 +183,7 @@ def test_q7_is_the_same_every_time():
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_q8_only_the_target_form_keeps_constants(dense):
+def test_only_the_target_form_keeps_constants(dense):
     one, two, value = embeddings()
     constant = value[..., :1].expand(-1, -1, 11)
     kept = propagate(one, two, constant, normalise="target", dense=dense, block=4)
@@ -216,7 +216,7 @@ def test_autocast_changes_nothing_but_the_head():
     assert torch.equal(near, nearest(*wide, 3))
 
 
-def test_q10_indices():
+def test_indices_of_the_drawn_positions():
     n = 6
     every = sample(n, 4000, generator())
     assert every.shape == (4000,)
@@ -261,7 +261,7 @@ def test_nearest_needs_that_many_others(k):
 
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("size", [(9, 7), (3, 4), (2, 9)])
-def test_j3_equals_the_plain_loop(k, size):
+def test_correlated_neighbours_equal_the_plain_loop(k, size):
     one, two, _ = embeddings(n=12)
     prob = torch.rand(2, 3, *size, generator=generator(), dtype=torch.float64).mul(4).softmax(1)
     kept = prob.clone()
@@ -282,7 +282,7 @@ def test_j3_equals_the_plain_loop(k, size):
     assert got.max() <= 1
 
 
-def test_j3_range_and_narrow_input():
+def test_correlated_neighbours_range_and_narrow_input():
     one, two, _ = embeddings(n=20, dtype=torch.float32)
     prob = torch.nn.functional.one_hot(torch.randint(3, (2, 17, 11), generator=generator())).movedim(-1, 1)
     got = nonlocal_union(prob.bfloat16(), one.bfloat16(), two.bfloat16(), (4, 5))

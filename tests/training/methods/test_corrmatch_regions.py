@@ -1,4 +1,4 @@
-"""Invariants Q9 and Q11: CorrMatch's region masks and region propagation against plain loops."""
+"""CorrMatch's region masks and region propagation against plain loops."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def mask_of(row, grid, size):
 
 
 @pytest.mark.parametrize(("grid", "size"), [((3, 4), (13, 11)), ((4, 3), (4, 3)), ((5, 6), (4, 9)), ((1, 5), (6, 10))])
-def test_q9_masks_equal_the_plain_loop(grid, size):
+def test_masks_equal_the_plain_loop(grid, size):
     row = torch.rand(2, 7, grid[0] * grid[1], generator=generator(), dtype=torch.float64)
     got = corrmatch_regions.masks(row, grid, size, chunk=3)
     assert got.dtype == torch.bool
@@ -30,12 +30,12 @@ def test_q9_masks_equal_the_plain_loop(grid, size):
     assert 0.1 < got.double().mean() < 0.9
 
 
-def test_q9_the_bound_is_strict_and_halfway():
+def test_the_bound_is_strict_and_halfway():
     row = torch.tensor([[[0.0, 0.5, 1.0, 0.25, 0.75, 0.5]]])
     assert corrmatch_regions.masks(row, (1, 6), (1, 6)).flatten().tolist() == [False, False, True, False, True, False]
 
 
-def test_q9_masks_know_neither_scale_nor_offset():
+def test_masks_know_neither_scale_nor_offset():
     row = torch.rand(1, 9, 20, generator=generator(), dtype=torch.float64)
     expected = corrmatch_regions.masks(row, (4, 5), (15, 18))
     for a, b in ((3.0, 0.0), (0.01, 0.0), (1.0, 7.0), (2.5, -1.0)):
@@ -44,7 +44,7 @@ def test_q9_masks_know_neither_scale_nor_offset():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", [0.0, 1 / 3, 1 / 1681, 0.1, 77.7])
-def test_q9_a_constant_row_has_no_region(dtype, level):
+def test_a_constant_row_has_no_region(dtype, level):
     row = torch.full((2, 3, 41 * 3), level, dtype=dtype)
     row[0, 1, 5] += 0.5 + level
     got = corrmatch_regions.masks(row, (41, 3), (321, 17))
@@ -52,7 +52,7 @@ def test_q9_a_constant_row_has_no_region(dtype, level):
     assert not corrmatch_regions.masks(row[..., :1], (1, 1), (5, 5)).any()
 
 
-def test_q9_the_highest_cell_is_inside():
+def test_the_highest_cell_is_inside():
     row = torch.rand(3, 8, 20, generator=generator(2))
     got = corrmatch_regions.masks(row, (4, 5), (10, 13))  # 3 pixels to a cell: cell (y, x) lies on pixel (3 y, 3 x)
     for b, m in np.ndindex(3, 8):
@@ -128,7 +128,7 @@ def scene(seed=0, batch=2, size=(12, 15), n_masks=2 * corrmatch_regions.CHUNK + 
 
 @MODES
 @pytest.mark.parametrize("seed", range(6))
-def test_q11_equals_the_plain_loop(mode, seed):
+def test_propagation_equals_the_plain_loop(mode, seed):
     label, confident, mask = scene(seed)
     label[0, :2] = 255  # no class
     inputs = [t.clone() for t in (label, confident, mask)]
@@ -145,7 +145,7 @@ def test_q11_equals_the_plain_loop(mode, seed):
 
 
 @MODES
-def test_q11_bounds_as_tensors_and_labels_of_any_width(mode):
+def test_bounds_as_tensors_and_labels_of_any_width(mode):
     label, confident, mask = scene(8)
     expected = corrmatch_regions.propagate(label, confident, mask, 0.7, 0.6, mode=mode, n_classes=4)
     bounds = [torch.tensor(v, dtype=torch.float64) for v in (0.7, 0.6)]
@@ -158,7 +158,7 @@ def test_q11_bounds_as_tensors_and_labels_of_any_width(mode):
 
 
 @MODES
-def test_q11_images_are_independent(mode):
+def test_images_are_independent(mode):
     inputs = scene(3)
     both = corrmatch_regions.propagate(*inputs, 0.6, 0.6, mode=mode, n_classes=4)
     for b in range(2):
@@ -168,7 +168,7 @@ def test_q11_images_are_independent(mode):
 
 @MODES
 @pytest.mark.parametrize("seed", range(3))
-def test_q11_cleared_pixels_are_never_touched(mode, seed):
+def test_cleared_pixels_are_never_touched(mode, seed):
     label, confident, mask = scene(seed)
     box = torch.zeros_like(confident)
     box[:, 3:9, 4:11] = True
@@ -184,7 +184,7 @@ def test_q11_cleared_pixels_are_never_touched(mode, seed):
 
 @MODES
 @pytest.mark.parametrize("seed", range(3))
-def test_q11_only_accepted_masks_change_labels_and_selection_grows(mode, seed):
+def test_only_accepted_masks_change_labels_and_selection_grows(mode, seed):
     label, confident, mask = scene(seed)
     got, keep = corrmatch_regions.propagate(label, confident, mask, 0.7, 0.7, mode=mode, n_classes=4)
     union = torch.zeros_like(confident)
@@ -196,7 +196,7 @@ def test_q11_only_accepted_masks_change_labels_and_selection_grows(mode, seed):
 
 
 @MODES
-def test_q11_a_purity_bound_of_one_accepts_nothing(mode):
+def test_a_purity_bound_of_one_accepts_nothing(mode):
     label, _, mask = scene()
     sure = torch.ones_like(label, dtype=torch.bool)
     label[1] = 2
@@ -206,7 +206,7 @@ def test_q11_a_purity_bound_of_one_accepts_nothing(mode):
 
 
 @MODES
-def test_q11_bounds_overlap_may_be_met_purity_must_be_passed(mode):
+def test_bounds_overlap_may_be_met_purity_must_be_passed(mode):
     def accepted(confident_pixels, top_pixels, bar=0.85, purity=0.5):
         label = torch.ones(1, 4, 5, dtype=torch.int64)
         label.view(-1)[:top_pixels] = 3
@@ -229,7 +229,7 @@ def test_q11_bounds_overlap_may_be_met_purity_must_be_passed(mode):
 
 
 @MODES
-def test_q11_a_uniform_confident_region_stays(mode):
+def test_a_uniform_confident_region_stays(mode):
     label, _, mask = scene()
     label[:] = 1
     sure = torch.zeros_like(label, dtype=torch.bool)
@@ -242,7 +242,7 @@ def test_q11_a_uniform_confident_region_stays(mode):
 
 @MODES
 @pytest.mark.parametrize("n_masks", [0, 3])
-def test_q11_empty_masks_are_safe(mode, n_masks):
+def test_empty_masks_are_safe(mode, n_masks):
     label, confident, _ = scene()
     mask = torch.zeros(2, n_masks, 12, 15, dtype=torch.bool)
     got, keep = corrmatch_regions.propagate(label, confident, mask, 0.0, 0.0, mode=mode, n_classes=4)
@@ -250,7 +250,7 @@ def test_q11_empty_masks_are_safe(mode, n_masks):
     assert torch.equal(keep, confident)
 
 
-def test_q11_a_contested_pixel_goes_to_the_larger_share_then_the_lower_index():
+def test_a_contested_pixel_goes_to_the_larger_share_then_the_lower_index():
     label = torch.tensor([[[0, 0, 0, 1, 1, 1, 1, 0, 2, 2]]])
     sure = torch.ones_like(label, dtype=torch.bool)
     mask = torch.zeros(1, 3, 1, 10, dtype=torch.bool)
@@ -277,7 +277,7 @@ def test_q11_a_contested_pixel_goes_to_the_larger_share_then_the_lower_index():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_q11_both_rules_agree_on_disjoint_masks(seed):
+def test_both_rules_agree_on_disjoint_masks(seed):
     label, confident, _ = scene(seed)
     cells = torch.zeros(2, 20, 12, 15, dtype=torch.bool)
     for m in range(20):
@@ -291,7 +291,7 @@ def test_q11_both_rules_agree_on_disjoint_masks(seed):
     assert 0 < (parallel[1] & ~confident).sum() < (~confident).sum()
 
 
-def test_q11_both_rules_agree_on_masks_of_one_class():
+def test_both_rules_agree_on_masks_of_one_class():
     label, confident, mask = scene(flips=0.0)
     label[:] = torch.tensor([1, 3])[:, None, None]
     parallel, sequential = (
@@ -302,7 +302,7 @@ def test_q11_both_rules_agree_on_masks_of_one_class():
 
 
 @MODES
-def test_q11_counts_are_exact_under_autocast(mode):
+def test_counts_are_exact_under_autocast(mode):
     label = torch.zeros(1, 20, 20, dtype=torch.int64)
     sure = (torch.arange(400) < 339).view(1, 20, 20)  # 0.8475: bfloat16 would count 340, which meets the bar
     with torch.autocast("cpu", torch.bfloat16):

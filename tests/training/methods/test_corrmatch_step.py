@@ -1,4 +1,4 @@
-"""CorrMatch's step against plain loops over the text of ALGORITHMS.md 3.3 to 3.5 (Q12), and its unions with S4MC (J1, J2)."""
+"""CorrMatch's step against plain loops over the text of the method, and its unions with S4MC."""
 
 import math
 from dataclasses import replace
@@ -42,7 +42,7 @@ def ce(logits, label):
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_q12_corrmatch_terms_equal_plain_loops(reference):
+def test_corrmatch_terms_equal_plain_loops(reference):
     out = given()
     labelled, unlabelled = view(B, 1, (H, W)), view(B, 2, (H, W))
     method = build(method="corrmatch", corrmatch="reference" if reference else "mended", corrmatch_start=0.55)
@@ -105,7 +105,7 @@ def test_q12_corrmatch_terms_equal_plain_loops(reference):
     assert float(done.loss) == pytest.approx(sum(weights[n] * v for n, v in expected.items()), rel=1e-5)
 
 
-def test_q12_divergence_is_zero_for_equal_inputs_and_positive_otherwise():
+def test_divergence_is_zero_for_equal_inputs_and_positive_otherwise():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, 3, 3, generator=g)
     keep = torch.ones(2, 3, 3, dtype=torch.bool)
@@ -115,15 +115,15 @@ def test_q12_divergence_is_zero_for_equal_inputs_and_positive_otherwise():
     assert losses.divergence(logits, other, ~keep, keep).mean() == 0
 
 
-def test_q12_divergence_is_divided_by_the_valid_pixels_whatever_the_normaliser():
+def test_divergence_is_divided_by_the_valid_pixels_whatever_the_normaliser():
     plain = build(method="corrmatch", corrmatch_start=0.45)
     one, two = (run(method)[0].losses for method in (plain, replace(plain, normaliser="kept")))
     assert two["divergence"].count == one["divergence"].count
     assert 0 < two["corr_weak"].count < one["corr_weak"].count
 
 
-def test_q12_a_box_swapped_between_two_images_swaps_what_they_contribute():
-    """With the target mixed like the image (K1 mended), pasting a's box into b moves a's divergence there."""
+def test_a_box_swapped_between_two_images_swaps_what_they_contribute():
+    """With the target mixed like the image (the published form does not), pasting a's box into b moves a's divergence there."""
     g = torch.Generator().manual_seed(1)
     target, logits = torch.randn(2, K, H, W, generator=g).softmax(1), torch.randn(2, K, H, W, generator=g)
     box = torch.zeros(2, H, W, dtype=torch.bool)
@@ -138,7 +138,7 @@ def test_q12_a_box_swapped_between_two_images_swaps_what_they_contribute():
     assert not torch.isclose(inside(augment.mix(logits, box), target, 1), inside(logits, target, 0))  # as published
 
 
-def test_j1_feeds_raw_scores_to_the_slow_bar_and_j2_gives_regions_their_own():
+def test_feeds_raw_scores_to_the_slow_bar_and_j2_gives_regions_their_own():
     j1, j2 = (build(method="s4mc+corrmatch", combine=c) for c in (["j1"], ["j1", "j2"]))
     logits = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(2, 6, 6, dtype=torch.bool)

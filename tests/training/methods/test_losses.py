@@ -1,4 +1,4 @@
-"""Loss terms against pixel loops, and their sums and counts over micro-batches (X4)."""
+"""Loss terms against pixel loops, and their sums and counts over micro-batches."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from training.methods import losses
 
 
 @pytest.mark.parametrize("normaliser", ["valid", "kept"])
-def test_x4_sums_and_counts_accumulate_exactly_over_micro_batches(normaliser):
+def test_sums_and_counts_accumulate_exactly_over_micro_batches(normaliser):
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(4, 3, 5, 5, generator=g, dtype=torch.float64, requires_grad=True)
     label = torch.randint(0, 3, (4, 5, 5), generator=g)

@@ -1,4 +1,4 @@
-"""Invariants R1 to R10 of the S4MC refinement, against plain loops in float64."""
+"""Invariants of the S4MC refinement, against plain loops in float64."""
 
 import math
 
@@ -39,7 +39,7 @@ def oracle(prob, neighbourhood, k, beta, table=None):
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("beta", [1.0, 0.5, "decay"])
 @pytest.mark.parametrize("size", [(5, 6), (1, 6), (5, 1)])
-def test_r1_equals_the_plain_loop(neighbourhood, k, beta, size):
+def test_scores_equal_the_plain_loop(neighbourhood, k, beta, size):
     prob = field((2, 3, *size))
     expected = oracle(prob, neighbourhood, k, beta)
     assert (refine(prob, neighbourhood=neighbourhood, k=k, beta=beta) - expected).abs().max() <= 1e-12
@@ -52,7 +52,7 @@ def best_neighbour(prob, neighbourhood=8):
 
 
 @pytest.mark.parametrize("beta", [0.3, math.exp(-0.5), 1.0])
-def test_r2_bounds(beta):
+def test_bounds_of_the_refined_scores(beta):
     prob = field(seed=1)
     n = best_neighbour(prob)
     refined = refine(prob, beta=beta)
@@ -64,7 +64,7 @@ def test_r2_bounds(beta):
 
 
 @pytest.mark.parametrize(("neighbourhood", "k"), [(4, 1), (8, 2), (24, 3)])
-def test_r3_raising_any_probability_lowers_nothing(neighbourhood, k):
+def test_raising_any_probability_lowers_nothing(neighbourhood, k):
     prob = field(seed=2)
     before = refine(prob, neighbourhood=neighbourhood, k=k, beta=0.7)
     for index in [(0, 0, 0, 0), (0, 1, 3, 3), (1, 2, 5, 6)]:
@@ -75,13 +75,13 @@ def test_r3_raising_any_probability_lowers_nothing(neighbourhood, k):
         assert after[index] > before[index]
 
 
-def test_r4_beta_zero_is_the_identity():
+def test_beta_zero_is_the_identity():
     prob = field(seed=3)
     assert torch.equal(refine(prob, beta=0.0, k=3), prob)
 
 
 @pytest.mark.parametrize("beta", [0.4, 1.0])
-def test_r5_noisy_or_closed_form(beta):
+def test_noisy_or_closed_form(beta):
     prob = field((1, 2, 4, 4), seed=4)
     padded = torch.nn.functional.pad(prob, (1, 1, 1, 1))
     product = 1 - prob
@@ -90,7 +90,7 @@ def test_r5_noisy_or_closed_form(beta):
     assert (refine(prob, k=8, beta=beta) - (1 - product)).abs().max() <= 1e-12
 
 
-def test_r6_constant_fields():
+def test_constant_fields():
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).view(1, 3, 1, 1).expand(1, 3, 4, 5)
     for beta in (0.6, 1.0):
         expected = p + beta * p * (1 - p)
@@ -102,7 +102,7 @@ def test_r6_constant_fields():
     assert (corner - (1 - (1 - p[0, :, 0, 0]) ** 3)).abs().max() <= 1e-12
 
 
-def test_r7_margin_of_constant_fields():
+def test_margin_of_constant_fields():
     two = torch.tensor([0.8, 0.2], dtype=torch.float64).view(1, 2, 1, 1).expand(1, 2, 3, 3)
     assert (margin(refine(two)) - margin(two)).abs().max() <= 1e-12
     a, b, beta = 0.5, 0.3, 0.7
@@ -113,7 +113,7 @@ def test_r7_margin_of_constant_fields():
 
 @pytest.mark.parametrize("beta", [1.0, "decay"])
 @pytest.mark.parametrize("neighbourhood", [4, 8, 24])
-def test_r8_equivariances(neighbourhood, beta):
+def test_equivariances(neighbourhood, beta):
     def f(p):
         return refine(p, neighbourhood=neighbourhood, k=2, beta=beta)
 
@@ -133,7 +133,7 @@ def test_r8_equivariances(neighbourhood, beta):
     assert torch.equal(together, torch.cat([f(prob), f(other)]))
 
 
-def test_r9_table_mode():
+def test_table_mode():
     prob = field(seed=7)
     zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     beta = math.exp(-0.5)
@@ -148,7 +148,7 @@ def test_r9_table_mode():
     assert (refined < prob - 1e-6).any()  # the reference's smoothing may lower a class
 
 
-def test_r10_no_gradient_no_side_effect_finite_and_isolated():
+def test_no_gradient_no_side_effect_finite_and_isolated():
     prob = field(seed=8).requires_grad_()
     before = prob.detach().clone()
     refined = refine(prob)

@@ -1,4 +1,4 @@
-"""Methods as one step: equivalences (X8), exact micro-batches (X4), nothing awaited (R8), dropped channels."""
+"""Methods as one step: equivalences, exact micro-batches, nothing awaited, dropped channels."""
 
 from dataclasses import replace
 
@@ -49,7 +49,7 @@ def assert_same(a, b, names=None):
         assert torch.equal(one[name], two[name]), name
 
 
-def test_x8_s4mc_that_refines_nothing_under_a_fixed_bar_is_fixmatch():
+def test_s4mc_that_refines_nothing_under_a_fixed_bar_is_fixmatch():
     plain = build(method="fixmatch")
     inert = replace(
         build(method="s4mc"), refinement=Refinement(beta=0.0, score="max"), strict=False, normaliser="valid",
@@ -58,7 +58,7 @@ def test_x8_s4mc_that_refines_nothing_under_a_fixed_bar_is_fixmatch():
     assert_same(inert, plain)
 
 
-def test_x8_corrmatch_without_its_terms_under_a_fixed_bar_is_fixmatch():
+def test_corrmatch_without_its_terms_under_a_fixed_bar_is_fixmatch():
     plain = build(method="fixmatch", teacher="self")
     corr = build(method="corrmatch")
     bare = replace(
@@ -69,13 +69,13 @@ def test_x8_corrmatch_without_its_terms_under_a_fixed_bar_is_fixmatch():
 
 
 @pytest.mark.parametrize(("streams", "teacher"), [("v1", "self"), ("v2", "ema")])
-def test_x8_unimatch_with_one_stream_and_no_dropped_channels_is_fixmatch(streams, teacher):
+def test_unimatch_with_one_stream_and_no_dropped_channels_is_fixmatch(streams, teacher):
     plain = build(method="fixmatch", teacher=teacher)
     uni = replace(build(method="unimatch", streams=streams), streams=1, weights=plain.weights)
     assert_same(replace(uni, dropout="none") if streams == "v2" else uni, plain)
 
 
-def test_x8_the_equivalences_can_fail():
+def test_the_equivalences_can_fail():
     with pytest.raises(AssertionError):
         assert_same(build(method="s4mc"), build(method="fixmatch"))
     with pytest.raises(AssertionError):
@@ -87,7 +87,7 @@ CUTTABLE = ({"method": "supervised"}, {"method": "fixmatch"}, {"method": "s4mc"}
 
 @pytest.mark.parametrize("changes", CUTTABLE, ids=str)
 @pytest.mark.parametrize("chunks", [2, 4])
-def test_x4_micro_batches_have_the_gradient_of_the_whole_batch(changes, chunks):
+def test_micro_batches_have_the_gradient_of_the_whole_batch(changes, chunks):
     """Counts differ between the chunks (ignored corners, an empty selection); no BatchNorm, which sees its batch only."""
     views = view(4, 1), view(4, 2)
     views[0].label_BHW[2] = 255
@@ -169,7 +169,7 @@ def test_the_watch_sees_waits(wait):
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_r8_a_step_never_asks_for_a_value(changes, monkeypatch):
+def test_a_step_never_asks_for_a_value(changes, monkeypatch):
     method = build(**changes)
     forbidden = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 
@@ -194,7 +194,7 @@ def _refuse(name):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card: torch's own synchronisation alarm")
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_r8_no_synchronisation_on_a_card(changes):
+def test_no_synchronisation_on_a_card(changes):
     method = build(**changes)
     model = Featured().cuda()
     trained, teacher = trainer.student_of(model, method, 3).cuda().train(), ema.teacher_of(model)
@@ -232,7 +232,7 @@ def test_a_network_of_logits_runs_every_method_that_needs_no_features(changes):
         assert run(method, model=Plain())[0].loss.isfinite()
 
 
-def test_v2_masks_are_complementary_and_half_of_the_samples_keep_everything():
+def test_masks_are_complementary_and_half_of_the_samples_keep_everything():
     torch.manual_seed(0)
     rows = student.Rows(2, 0, 6, 2)
     features = [torch.ones(14, 40, 3, 3), torch.ones(14, 8, 2, 2)]
@@ -252,7 +252,7 @@ def test_v2_masks_are_complementary_and_half_of_the_samples_keep_everything():
     assert torch.equal(*whole_per_level)
 
 
-def test_v2_spares_half_of_the_batch_however_it_falls_into_micro_batches(monkeypatch):
+def test_spares_half_of_the_batch_however_it_falls_into_micro_batches(monkeypatch):
     """Half of every micro-batch, as drawn within it, is another rule: four images in pairs never spare one pair whole."""
     real, seen, shares = student.complementary, [], set()
 
@@ -273,7 +273,7 @@ def test_v2_spares_half_of_the_batch_however_it_falls_into_micro_batches(monkeyp
     assert shares != {1}
 
 
-def test_v1_drops_channels_of_the_weak_views_alone_and_decodes_everything_once():
+def test_drops_channels_of_the_weak_views_alone_and_decodes_everything_once():
     calls = []
 
     class Spy(Featured):

@@ -1,4 +1,4 @@
-"""Invariants T1 to T7: schedule, quantile, selection."""
+"""The threshold's schedule, its quantile, the selection."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from training.methods.s4mc import Refinement, margin, max_probability, refine
 from training.methods.threshold import ClassMax, Fixed, Partition, alpha, quantile
 
 
-def test_t1_alpha_is_linear_from_start_to_zero_and_needs_only_the_step():
+def test_alpha_is_linear_from_start_to_zero_and_needs_only_the_step():
     assert alpha(0, 100) == 0.4
     assert alpha(100, 100) == 0.0
     assert alpha(25, 100) == pytest.approx(0.3)
@@ -25,7 +25,7 @@ def test_t1_alpha_is_linear_from_start_to_zero_and_needs_only_the_step():
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.37, 0.4, 0.999, 1.0])
 @pytest.mark.parametrize("n", [1, 7, 1000])
-def test_t2_kept_share_validity_and_permutation(share, n):
+def test_kept_share_validity_and_permutation(share, n):
     generator = torch.Generator().manual_seed(n)
     score = torch.rand(n, generator=generator, dtype=torch.float64)
     valid = torch.ones(n, dtype=torch.bool)
@@ -40,13 +40,13 @@ def test_t2_kept_share_validity_and_permutation(share, n):
     assert quantile(mixed[order], ok[order], share) == bar
 
 
-def test_t2_exact_order_statistic():
+def test_the_threshold_is_the_exact_order_statistic():
     score = torch.arange(10.0).flip(0)
     for below in range(1, 11):
         assert quantile(score, torch.ones(10, dtype=torch.bool), below / 10) == below - 1
 
 
-def test_t3_maximum_keeps_a_superset_margin_does_not():
+def test_maximum_keeps_a_superset_margin_does_not():
     generator = torch.Generator().manual_seed(0)
     prob = (3 * torch.rand(4, 5, 12, 12, generator=generator, dtype=torch.float64)).softmax(1)
     refined = refine(prob)
@@ -62,7 +62,7 @@ def test_t3_maximum_keeps_a_superset_margin_does_not():
 
 
 @pytest.mark.parametrize("case", ["saturated", "nothing valid"])
-def test_t4_zero_kept_gives_zero_loss_and_zero_gradient(case):
+def test_zero_kept_gives_zero_loss_and_zero_gradient(case):
     method = registry.Method(Refinement(), Partition(0.4, 0.0, 100), "kept", strict=True)
     logits = torch.zeros(2, 3, 4, 4)
     logits[:, 1] = 200.0 if case == "saturated" else 1.0
@@ -81,7 +81,7 @@ def test_t4_zero_kept_gives_zero_loss_and_zero_gradient(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("low", [0.0, -0.5])
-def test_t5_the_quantile_by_histograms_is_the_sorted_one(dtype, low):
+def test_the_quantile_by_histograms_is_the_sorted_one(dtype, low):
     """Bit for bit: with ties, tiny and negative scores, and crowds near 1 that equal bins would not tell apart."""
     generator = torch.Generator().manual_seed(3)
     score = torch.rand(50_000, generator=generator, dtype=dtype) ** 3 + low
@@ -96,7 +96,7 @@ def test_t5_the_quantile_by_histograms_is_the_sorted_one(dtype, low):
     assert quantile(score, valid, 0.0) == -torch.inf
 
 
-def test_t6_ranks_that_add_up_their_counts_find_the_quantile_of_all():
+def test_ranks_that_add_up_their_counts_find_the_quantile_of_all():
     score = torch.rand(9_000, generator=torch.Generator().manual_seed(5))
     valid = torch.rand(9_000, generator=torch.Generator().manual_seed(6)) < 0.7
     sizes = [1_000, 3_500, 4_500]
@@ -205,7 +205,7 @@ def test_presets_differ_as_specified():
     assert [ours.threshold.alpha(t) for t in (0, 50, 100)] == pytest.approx([0.5, 0.35, 0.2])
 
 
-def test_t7_class_maxima_bar_follows_the_loop_and_stays_in_its_range():
+def test_class_maxima_bar_follows_the_loop_and_stays_in_its_range():
     g = torch.Generator().manual_seed(2)
     bar, tau = ClassMax(4, start=0.6, momentum=0.9), 0.6
     for _ in range(8):

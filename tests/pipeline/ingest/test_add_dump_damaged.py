@@ -1,4 +1,4 @@
-"""F5, F6, F7: damaged, repeated and overlapping deliveries leave nothing half done and bring in only what is new."""
+"""Damaged, repeated and overlapping deliveries leave nothing half done and bring in only what is new."""
 
 import bz2
 import gzip
@@ -61,7 +61,7 @@ def refused(root: Path, delivery: Path) -> str:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_f05_truncated_anywhere(tmp_path: Path, root: Path, form: str) -> None:
+def test_truncated_anywhere(tmp_path: Path, root: Path, form: str) -> None:
     whole = FORMS[form](PICTURES)
     content = len(tar(PICTURES).rstrip(b"\0")) if form == "a.tar" else len(whole) - 12
     for share in (0.02, 0.3, 0.5, 0.77, 0.98, 1.0):
@@ -69,7 +69,7 @@ def test_f05_truncated_anywhere(tmp_path: Path, root: Path, form: str) -> None:
         refused(root, tmp_path / form)
 
 
-def test_f05_tar_cut_exactly_between_two_members(tmp_path: Path, root: Path) -> None:
+def test_tar_cut_exactly_between_two_members(tmp_path: Path, root: Path) -> None:
     whole = tar(PICTURES)
     with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
         edge = archive.getmembers()[5].offset
@@ -78,7 +78,7 @@ def test_f05_tar_cut_exactly_between_two_members(tmp_path: Path, root: Path) -> 
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "a.tar"])
-def test_f05_flipped_bits_fail_the_checksum(tmp_path: Path, root: Path, form: str) -> None:
+def test_flipped_bits_fail_the_checksum(tmp_path: Path, root: Path, form: str) -> None:
     whole = FORMS[form](PICTURES)
     for share in (0.1, 0.4, 0.6):
         broken = bytearray(whole)
@@ -87,7 +87,7 @@ def test_f05_flipped_bits_fail_the_checksum(tmp_path: Path, root: Path, form: st
         refused(root, tmp_path / form)
 
 
-def test_f05_encrypted_zip_and_nonsense(tmp_path: Path, root: Path) -> None:
+def test_encrypted_zip_and_nonsense(tmp_path: Path, root: Path) -> None:
     whole = bytearray(zipped(PICTURES))
     whole[whole.rindex(b"PK\x01\x02") + 8] |= 1
     (tmp_path / "a.zip").write_bytes(whole)
@@ -97,7 +97,7 @@ def test_f05_encrypted_zip_and_nonsense(tmp_path: Path, root: Path) -> None:
         assert "not a folder, zip or tar" in refused(root, tmp_path / "b.zip")
 
 
-def test_f05_killed_half_way_and_then_repeated(tmp_path: Path, root: Path) -> None:
+def test_killed_half_way_and_then_repeated(tmp_path: Path, root: Path) -> None:
     """kill -9 while the delivery is read: the registry is as before, and the same call then succeeds."""
     pipe = tmp_path / "slow.tar"
     (tmp_path / "whole.tar").write_bytes(tar(PICTURES))
@@ -123,7 +123,7 @@ def test_f05_killed_half_way_and_then_repeated(tmp_path: Path, root: Path) -> No
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_f06_the_same_files_again_change_nothing(tmp_path: Path, root: Path, form: str) -> None:
+def test_the_same_files_again_change_nothing(tmp_path: Path, root: Path, form: str) -> None:
     (tmp_path / "first.tar").write_bytes(tar(PICTURES))
     first = add_dump.add(tmp_path / "first.tar", root=root, params=config.Params())
     before = (root / "dumps.yaml").read_bytes(), atomic.sha256(root / "data/dumps/first.tar")
@@ -141,7 +141,7 @@ def test_f06_the_same_files_again_change_nothing(tmp_path: Path, root: Path, for
     assert add_dump.add(tmp_path / form, name="fewer", root=root, params=config.Params()).same_as is None
 
 
-def test_f07_only_the_new_images_enter(tmp_path: Path) -> None:
+def test_only_the_new_images_enter(tmp_path: Path) -> None:
     source, root = tmp_path / "source", tmp_path / "project"
     tiny_source.write_source(source, {"a": 10, "b": 5, "c": 5})
     tiny_source.write_project(root, source)

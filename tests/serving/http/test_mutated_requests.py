@@ -1,4 +1,4 @@
-"""F43: valid requests with a few bytes changed, anywhere: no 5xx, no restart, no growing memory.
+"""Valid requests with a few bytes changed, anywhere: no 5xx, no restart, no growing memory.
 
 400 of them here; MARGINALIA_MUTATIONS=10000 for the full number.
 """
@@ -74,7 +74,7 @@ def ask(server: Server, request: bytes) -> bytes:
         return answer
 
 
-def test_f43_mutated_requests(server: Server, http: httpx.Client) -> None:
+def test_mutated_requests(server: Server, http: httpx.Client) -> None:
     def one(seed: int) -> int:
         rng = random.Random(seed)
         head, body = valid(rng)

@@ -1,4 +1,4 @@
-"""F18: COCO run lengths with a wrong total, polygons with NaN or two points, 10 MB of JSON nesting: the record is
+"""COCO run lengths with a wrong total, polygons with NaN or two points, 10 MB of JSON nesting: the record is
 quarantined, the parser is bounded, and the good labels beside it are used."""
 
 import json
@@ -50,7 +50,7 @@ def tree(root: Path, annotations: list[Any]) -> Path:
 
 
 @pytest.mark.parametrize("what", sorted(BROKEN))
-def test_f18_a_broken_record_costs_its_own_mask(tmp_path: Path, what: str) -> None:
+def test_a_broken_record_costs_its_own_mask(tmp_path: Path, what: str) -> None:
     """A half painted mask would be a wrong label, so the good annotation of the same image goes too."""
     segmentation, code = BROKEN[what]
     bad = [GOOD | {"image_id": 2}, {"id": 77, "image_id": 2, "category_id": 1, "segmentation": segmentation}]
@@ -65,7 +65,7 @@ def test_f18_a_broken_record_costs_its_own_mask(tmp_path: Path, what: str) -> No
     assert rows["bad"].mask_shard is None
 
 
-def test_f18_a_zigzag_is_refused_before_it_fills_the_memory() -> None:
+def test_a_zigzag_is_refused_before_it_fills_the_memory() -> None:
     """300 kB of text that cross 20,000 rows 30,000 times."""
     zigzag = np.array([(n % 64, 20_000 * (n % 2)) for n in range(30_000)], float)
     tracemalloc.start()
@@ -76,14 +76,14 @@ def test_f18_a_zigzag_is_refused_before_it_fills_the_memory() -> None:
     assert peak < 16 << 20
 
 
-def test_f18_annotations_beyond_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_annotations_beyond_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coco, "MAX_HELD", 5 * 30 * 20)
     root = tree(tmp_path, [GOOD | {"image_id": n} for n in (1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2)])
     assert tiny_labels.refusals(tiny_labels.read(coco.read, root, "coco")) == {"masks/bad.png": "label-file"}
 
 
 @pytest.mark.parametrize("annotation", [7, None, {}, {"image_id": 99}, {"image_id": [1]}, {"image_id": True}, []])
-def test_f18_an_annotation_of_no_image_is_listed(tmp_path: Path, annotation: Any) -> None:
+def test_an_annotation_of_no_image_is_listed(tmp_path: Path, annotation: Any) -> None:
     source = tiny_labels.read(coco.read, tree(tmp_path, [GOOD | {"image_id": 1}, annotation]), "coco")
     assert [code for _, code, _ in source.refused] == ["label-without-image"]
     assert "annotations[1]" in source.refused[0][0]
@@ -91,7 +91,7 @@ def test_f18_an_annotation_of_no_image_is_listed(tmp_path: Path, annotation: Any
 
 
 @pytest.mark.parametrize("annotation", [{"category_id": 9}, {"category_id": {}}, {"category_id": "1"}, {}])
-def test_f18_an_unknown_category_refuses_the_mask(tmp_path: Path, annotation: dict[str, Any]) -> None:
+def test_an_unknown_category_refuses_the_mask(tmp_path: Path, annotation: dict[str, Any]) -> None:
     root = tree(tmp_path, [GOOD | {"image_id": 1}, {"image_id": 2, "segmentation": [BOX]} | annotation])
     assert tiny_labels.refusals(tiny_labels.read(coco.read, root, "coco")) == {"masks/bad.png": "label-file"}
 
@@ -99,7 +99,7 @@ def test_f18_an_unknown_category_refuses_the_mask(tmp_path: Path, annotation: di
 @pytest.mark.parametrize(
     "size", [(0, 5), (-4, 5), (10**6, 10**6), ("a", 5), (float("nan"), 5), (2.5, 4), (None, None), (10**400, 5)]
 )
-def test_f18_a_stated_size_is_checked_before_memory_is_taken(tmp_path: Path, size: tuple[Any, Any]) -> None:
+def test_a_stated_size_is_checked_before_memory_is_taken(tmp_path: Path, size: tuple[Any, Any]) -> None:
     root = tree(tmp_path, [GOOD | {"image_id": 1}])
     document = json.loads((root / "annotations/labels.json").read_text())
     document["images"][0] |= {"height": size[0], "width": size[1]}
@@ -123,7 +123,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("what", sorted(NESTED))
-def test_f18_deep_nesting_is_a_named_error(tmp_path: Path, what: str) -> None:
+def test_deep_nesting_is_a_named_error(tmp_path: Path, what: str) -> None:
     path = tiny_source.put(tmp_path, "annotations/labels.json", NESTED[what])
     with pytest.raises(SourceError, match=r"labels\.json: JSON nested deeper than 64 levels"):
         parsing.read_json(path)
@@ -132,18 +132,18 @@ def test_f18_deep_nesting_is_a_named_error(tmp_path: Path, what: str) -> None:
         tiny_labels.read(coco.read, tmp_path, "coco")
 
 
-def test_f18_what_is_no_deeper_is_read(tmp_path: Path) -> None:
+def test_what_is_no_deeper_is_read(tmp_path: Path) -> None:
     path = tiny_source.put(tmp_path, "x.json", b"[" * 64 + b"]" * 64)
     assert parsing.read_json(path)
 
 
-def test_f18_a_file_over_its_cap_is_not_opened(tmp_path: Path) -> None:
+def test_a_file_over_its_cap_is_not_opened(tmp_path: Path) -> None:
     path = tiny_source.put(tmp_path, "x.json", b"[1, 2, 3]")
     with pytest.raises(SourceError, match=r"9 bytes of JSON, over the limit of 8"):
         parsing.read_json(path, max_bytes=8)
 
 
-def test_f18_one_bad_labelme_file_costs_its_own_mask(tmp_path: Path) -> None:
+def test_one_bad_labelme_file_costs_its_own_mask(tmp_path: Path) -> None:
     triangle = {"label": "cat", "points": [[0, 0], [9, 0], [9, 9]]}
     documents_by_name = {
         "good": json.dumps({"shapes": [triangle], "imageHeight": 9, "imageWidth": 9}).encode(),

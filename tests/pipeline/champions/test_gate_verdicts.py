@@ -1,4 +1,4 @@
-"""F57 to F59: a worse class, a tie, another test set."""
+"""A worse class, a tie, another test set."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.support.tiny_gate import WRONG, counts, scored, write_run
 GATE = config.Gate(bootstrap=400, class_floor=5.0)
 
 
-def test_f57_better_in_the_mean_worse_in_one_class_is_kept() -> None:
+def test_better_in_the_mean_worse_in_one_class_is_kept() -> None:
     new, old = counts((0.95, 0.95, 0.70)), counts((0.75, 0.75, 0.80))
     verdict = gate.judge(scored("b", new), scored("a", old), GATE)
     assert verdict.delta is not None
@@ -29,7 +29,7 @@ def test_f57_better_in_the_mean_worse_in_one_class_is_kept() -> None:
     )
 
 
-def test_f57_a_guarded_class_blocks_a_smaller_fall() -> None:
+def test_a_guarded_class_blocks_a_smaller_fall() -> None:
     new, old = counts((0.95, 0.95, 0.775)), counts((0.75, 0.75, 0.80))
     unguarded = gate.judge(scored("b", new), scored("a", old), GATE.model_copy(update={"class_floor": 20.0}))
     assert unguarded.verdict == "promoted"
@@ -46,7 +46,7 @@ def test_f57_a_guarded_class_blocks_a_smaller_fall() -> None:
     assert calm.verdict == "promoted"  # guarding a class that gains changes nothing
 
 
-def test_f58_a_tie_within_the_interval_keeps_the_champion() -> None:
+def test_a_tie_within_the_interval_keeps_the_champion() -> None:
     rng = np.random.default_rng(1)
     old = counts((0.8, 0.8, 0.7))
     new = old.copy()
@@ -63,7 +63,7 @@ def test_f58_a_tie_within_the_interval_keeps_the_champion() -> None:
     assert (same.verdict, same.delta, same.ci) == ("kept", 0.0, [0.0, 0.0])
 
 
-def test_f59_another_test_hash_is_refused_with_the_way_out(
+def test_another_test_hash_is_refused_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -79,7 +79,7 @@ def test_f59_another_test_hash_is_refused_with_the_way_out(
     assert atomic.read_json(Path("champions/champion.json"))["id"] == first
 
 
-def test_f59_other_images_or_classes_under_the_same_hash_are_refused_too() -> None:
+def test_other_images_or_classes_under_the_same_hash_are_refused_too() -> None:
     new, old = scored("b", counts((0.9, 0.9, 0.9))), scored("a", counts((0.8, 0.8, 0.7)))
     fewer = scored("a", old.confusion_NKK[:29])
     assert gate.judge(new, fewer, GATE).verdict == "refused"

@@ -1,4 +1,4 @@
-"""F31: several processes, uneven shares, spatially padded inputs: exactly the one-process result."""
+"""Several processes, uneven shares, spatially padded inputs: exactly the one-process result."""
 
 import multiprocessing
 from functools import reduce
@@ -30,7 +30,7 @@ def part(root: str, rank: int, world: int, size: int) -> list[tuple[str, metrics
     return [(row.id, tally) for row, tally in zip(result.rows, result.tallies, strict=True)]
 
 
-def test_f31_any_number_of_processes_gives_the_same_counts(tmp_path: Path) -> None:
+def test_any_number_of_processes_gives_the_same_counts(tmp_path: Path) -> None:
     tiny_project.write(tmp_path)
     shares_of = [(2, 3), (5, 8)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -51,7 +51,7 @@ def test_f31_any_number_of_processes_gives_the_same_counts(tmp_path: Path) -> No
         assert metrics.summary(one) == metrics.summary(many)
 
 
-def test_f31_padding_is_never_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_never_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted pixels are the known pixels of the masks at their own size, though inputs are padded to the stride."""
     tiny_project.write_data(tmp_path, [("test", "base", "a", 4)], size=(50, 70))
     tiny_project.write_student(tmp_path, tiny_project.trained())

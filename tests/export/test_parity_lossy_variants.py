@@ -1,4 +1,4 @@
-"""F35: an int8 form under the accuracy bar, or not faster, is not written into the bundle; the report says why."""
+"""An int8 form under the accuracy bar, or not faster, is not written into the bundle; the report says why."""
 
 import shutil
 from pathlib import Path
@@ -35,7 +35,7 @@ def measured(wrong: int) -> parity_metrics.Measured:
         (900, 0.5, "'lamp' loses 18.00 points of IoU, more than parity.int8.class_drop 2"),
     ],
 )
-def test_f35_slow_or_wrong_forms_stay_out(
+def test_slow_or_wrong_forms_stay_out(
     monkeypatch: pytest.MonkeyPatch, wrong: int, seconds: float, said: str | None
 ) -> None:
     bars = config.Parity(int8=config.Int8Bars(agreement=0.99, class_agreement=0.5, miou_drop=10, class_drop=2))
@@ -61,7 +61,7 @@ def spoilt(model: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("good", [True, False])
-def test_f35_through_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: bool) -> None:
+def test_through_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: bool) -> None:
     """fp32 passes either way and makes a bundle; the int8 file is in it only if it was admitted."""
     shutil.copytree(tiny_project.exported(), tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")

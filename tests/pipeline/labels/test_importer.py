@@ -1,4 +1,4 @@
-"""F19: labels that come back twice, for unknown images, of a wrong size, of unknown classes; and the whole way round."""
+"""Labels that come back twice, for unknown images, of a wrong size, of unknown classes; and the whole way round."""
 
 import io
 import json
@@ -106,7 +106,7 @@ def snapshot() -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in [labels.FILE, *sorted(Path("data/labels").glob("*"))] if p.is_file()}
 
 
-def test_f19_out_to_cvat_corrected_back_and_into_training(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_to_cvat_corrected_back_and_into_training(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert label_next.main() == 0
     chosen = set(json.loads(Path("reports/label_next/names.json").read_text()))
     assert len(chosen) == 3
@@ -145,7 +145,7 @@ def test_f19_out_to_cvat_corrected_back_and_into_training(root: Path, capsys: py
     assert snapshot() == stood
 
 
-def test_f19_a_pre_label_of_an_earlier_model_is_no_label(root: Path) -> None:
+def test_a_pre_label_of_an_earlier_model_is_no_label(root: Path) -> None:
     """The task came back untouched after a retraining: nobody looked, though the pool has other pre-labels by now."""
     assert label_next.main() == 0
     shutil.copytree("reports/label_next", "task")
@@ -160,7 +160,7 @@ def test_f19_a_pre_label_of_an_earlier_model_is_no_label(root: Path) -> None:
     assert add(Path("task"), accept_unchanged=True).taken == len(result.refused) == 3
 
 
-def test_f19_what_cannot_be_used_is_named_and_stops_nothing(root: Path) -> None:
+def test_what_cannot_be_used_is_named_and_stops_nothing(root: Path) -> None:
     before = tiny_source.rows(root)
     path = zipped(
         Path("a.zip"), ("base/u/00", NEW), ("base/u/01", NEW[:, :60]), ("base/v/00", NEW), ("base/t/00", NEW),
@@ -178,14 +178,14 @@ def test_f19_what_cannot_be_used_is_named_and_stops_nothing(root: Path) -> None:
     }
 
 
-def test_f19_unknown_classes_are_named_with_the_nearest(root: Path) -> None:
+def test_unknown_classes_are_named_with_the_nearest(root: Path) -> None:
     wrong = [{**c, "name": c["name"].replace("floor", "flor")} for c in CLASSES]
     result = add(zipped(Path("a.zip"), ("base/u/00", NEW), ("base/u/01", NEW % 2), classes=wrong))
     assert (result.taken, codes(result)) == (1, {"base_u_00.png": "unknown-class"})
     assert "'flor' (did you mean 'floor'?)" in result.refused[0].reason
 
 
-def test_f19_nothing_usable_is_an_error_that_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_usable_is_an_error_that_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot()
     assert importer.main([str(zipped(Path("a.zip"), ("nobody.png", NEW)))]) == 1
     assert "nobody.png: unknown-image" in capsys.readouterr().out
@@ -200,7 +200,7 @@ def test_f19_nothing_usable_is_an_error_that_changes_nothing(root: Path, capsys:
     assert snapshot() == before
 
 
-def test_f19_a_later_import_wins_and_the_first_may_come_back(root: Path) -> None:
+def test_a_later_import_wins_and_the_first_may_come_back(root: Path) -> None:
     one, two = zipped(Path("one.zip"), ("base/u/00", NEW)), zipped(Path("two.zip"), ("base/u/00", NEW[::-1, ::-1]))
     assert [add(path).name for path in (one, two, two, one, one)] == ["one", "two", None, "one-2", None]
     Path("three.zip").write_bytes(one.read_bytes())
@@ -213,7 +213,7 @@ def test_f19_a_later_import_wins_and_the_first_may_come_back(root: Path) -> None
     assert (after["base/u/00"].mask_import, after["base/u/01"].mask_import) == ("two-2", "both")
 
 
-def test_f19_any_dump_hidden_labels_and_labels_that_were_wrong(root: Path) -> None:
+def test_any_dump_hidden_labels_and_labels_that_were_wrong(root: Path) -> None:
     given = [(name, NEW) for name in ("d/m/1", "base/h/00", "base/a/01")]
     old = tiny_source.summary(root)
     assert add(zipped(Path("a.zip"), *given)).taken == 3

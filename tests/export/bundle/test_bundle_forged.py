@@ -1,4 +1,4 @@
-"""F32, F33: links, files outside, flipped bits, missing and extra files. The bundle is refused and the file named."""
+"""Links, files outside, flipped bits, missing and extra files. The bundle is refused and the file named."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def test_the_forger_can_seal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_f33_one_flipped_bit(tmp_path: Path, name: str) -> None:
+def test_one_flipped_bit(tmp_path: Path, name: str) -> None:
     folder = tiny_onnx.write(tmp_path / "b").folder
     whole = (folder / name).read_bytes()
     for at in range(0, len(whole), max(1, len(whole) // 60)):
@@ -57,21 +57,21 @@ def test_f33_one_flipped_bit(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_f33_missing(tmp_path: Path, name: str) -> None:
+def test_missing(tmp_path: Path, name: str) -> None:
     folder = tiny_onnx.write(tmp_path / "b").folder
     (folder / name).unlink()
     assert f"{name}: missing" in refused(folder)
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("x"), Path.mkdir, lambda p: p.symlink_to("model.onnx")])
-def test_f33_extra(tmp_path: Path, make: Callable[[Path], object]) -> None:
+def test_extra(tmp_path: Path, make: Callable[[Path], object]) -> None:
     folder = tiny_onnx.write(tmp_path / "b").folder
     make(folder / "weights.bin")
     assert "weights.bin: does not belong" in refused(folder)
 
 
 @pytest.mark.parametrize("change", [lambda s: s + "\n", lambda s: s + s.splitlines()[0] + "\n", lambda s: s[:-1]])
-def test_f33_sums_with_other_lines(tmp_path: Path, change: Callable[[str], str]) -> None:
+def test_sums_with_other_lines(tmp_path: Path, change: Callable[[str], str]) -> None:
     folder = tiny_onnx.write(tmp_path / "b").folder
     sums = folder / "SHA256SUMS"
     sums.write_text(change(sums.read_text()))
@@ -79,7 +79,7 @@ def test_f33_sums_with_other_lines(tmp_path: Path, change: Callable[[str], str])
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_f32_links(tmp_path: Path, name: str) -> None:
+def test_links(tmp_path: Path, name: str) -> None:
     folder = tiny_onnx.write(tmp_path / "b").folder
     outside = tmp_path / "secret"
     (folder / name).rename(outside)
@@ -166,7 +166,7 @@ def in_context_node(model: onnx.ModelProto) -> None:
         in_flag_only, in_context_node,
     ],
 )  # fmt: skip
-def test_f32_data_outside_the_file(tmp_path: Path, hide: Callable[[onnx.ModelProto], None]) -> None:
+def test_data_outside_the_file(tmp_path: Path, hide: Callable[[onnx.ModelProto], None]) -> None:
     """A bundle whose checksums are all right and whose model reads a file beside or above it."""
     folder = tiny_onnx.write(tmp_path / "b").folder
     model = onnx.load_model_from_string((folder / "model.onnx").read_bytes())
@@ -176,11 +176,11 @@ def test_f32_data_outside_the_file(tmp_path: Path, hide: Callable[[onnx.ModelPro
     assert "model.onnx: refers to other files" in refused(folder)
 
 
-def test_f32_honest_models_have_no_references() -> None:
+def test_honest_models_have_no_references() -> None:
     assert external_references(tiny_onnx.model()) == []
 
 
-def test_f33_an_id_that_is_not_the_models(tmp_path: Path) -> None:
+def test_an_id_that_is_not_the_models(tmp_path: Path) -> None:
     folder = tiny_onnx.write(tmp_path / "b").folder
     text = (folder / "bundle.json").read_text()
     (folder / "bundle.json").write_text(text.replace(json.loads(text)["id"], "0" * 16))
@@ -189,7 +189,7 @@ def test_f33_an_id_that_is_not_the_models(tmp_path: Path) -> None:
     assert "bundle.json: id 0000000000000000 is not that of this model" in refused(folder)
 
 
-def test_f33_truncated_and_random_models_end_in_a_refusal() -> None:
+def test_truncated_and_random_models_end_in_a_refusal() -> None:
     """The protobuf walk meets bytes of any kind: references found, none, or ValueError; nothing else."""
     whole = tiny_onnx.model()
     rng = np.random.default_rng(0)

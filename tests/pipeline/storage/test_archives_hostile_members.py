@@ -1,4 +1,4 @@
-"""F1, F2: member names that lead out, and members that are no files, refuse the whole dump; nothing is written."""
+"""Member names that lead out, and members that are no files, refuse the whole dump; nothing is written."""
 
 import io
 import os
@@ -46,7 +46,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("form", ["tar", "zip"])
-def test_f01_hostile_names(tmp_path: Path, name: str, form: str) -> None:
+def test_hostile_names(tmp_path: Path, name: str, form: str) -> None:
     delivery = tmp_path / f"bad.{form}"
     if form == "zip":
         with zipfile.ZipFile(delivery, "w") as archive:
@@ -61,7 +61,7 @@ def test_f01_hostile_names(tmp_path: Path, name: str, form: str) -> None:
     refused(tmp_path, delivery, HOSTILE[name], ascii(name[:20])[1:-1])
 
 
-def test_f01_nul_in_a_pax_name(tmp_path: Path) -> None:
+def test_nul_in_a_pax_name(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "bad.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("x.png")
         info.size, info.pax_headers = len(GOOD), {"path": "a\0/../../x.png"}
@@ -71,7 +71,7 @@ def test_f01_nul_in_a_pax_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["SYMTYPE", "LNKTYPE", "CHRTYPE", "BLKTYPE", "FIFOTYPE", "CONTTYPE"])
 @pytest.mark.parametrize("pack", ["w", "w:gz"])
-def test_f02_tar_members_that_are_no_files(tmp_path: Path, kind: str, pack: str) -> None:
+def test_tar_members_that_are_no_files(tmp_path: Path, kind: str, pack: str) -> None:
     delivery = tmp_path / "bad.tar"
     with tarfile.open(delivery, pack) as tar:  # type: ignore[call-overload]
         info = tarfile.TarInfo("good.png")
@@ -88,7 +88,7 @@ def test_f02_tar_members_that_are_no_files(tmp_path: Path, kind: str, pack: str)
         refused(tmp_path, delivery, "'odd.png'", "link" if kind in ("SYMTYPE", "LNKTYPE") else "device")
 
 
-def test_f02_sparse_members_are_no_files(tmp_path: Path) -> None:
+def test_sparse_members_are_no_files(tmp_path: Path) -> None:
     info = tarfile.TarInfo("hole.png")
     info.size, info.pax_headers = 0, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "hole.png"}
     info.pax_headers |= {"GNU.sparse.realsize": str(1 << 40)}
@@ -99,7 +99,7 @@ def test_f02_sparse_members_are_no_files(tmp_path: Path) -> None:
     refused(tmp_path, delivery, "'hole.png'", "sparse")
 
 
-def test_f02_links_in_a_zip(tmp_path: Path) -> None:
+def test_links_in_a_zip(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
         archive.writestr("good.png", GOOD)
         link = zipfile.ZipInfo("odd.png")
@@ -117,7 +117,7 @@ def folder_link(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [symlink, folder_link, os.mkfifo])
-def test_f02_links_and_pipes_in_a_folder(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_links_and_pipes_in_a_folder(tmp_path: Path, make: Callable[[Path], None]) -> None:
     delivery = tmp_path / "delivery"
     tiny_source.put(delivery, "good.png", GOOD)
     make(delivery / "odd.png")

@@ -1,4 +1,4 @@
-"""F7: near copies of val and test images never train, whichever of the two arrives first and whatever is split how."""
+"""Near copies of val and test images never train, whichever of the two arrives first and whatever is split how."""
 
 from contextlib import chdir
 from pathlib import Path
@@ -36,7 +36,7 @@ def settings(root: Path, *arguments: Any, **sections: Any) -> None:
 
 
 @pytest.mark.parametrize("cap", [1, 5])
-def test_f07_a_dump_of_near_copies_under_every_split(tmp_path: Path, cap: int) -> None:
+def test_a_dump_of_near_copies_under_every_split(tmp_path: Path, cap: int) -> None:
     """Groups a to f, each with masks; whichever of them the seed makes val and test, no copy of theirs trains."""
     source, root = tmp_path / "source", tmp_path / "project"
     tiny_source.write_source(source, dict.fromkeys("abcdef", 2))
@@ -56,7 +56,7 @@ def test_f07_a_dump_of_near_copies_under_every_split(tmp_path: Path, cap: int) -
 
 
 @pytest.mark.parametrize("cap", [1, 5])
-def test_f07_an_unlabelled_image_whose_near_copy_later_becomes_test(tmp_path: Path, cap: int) -> None:
+def test_an_unlabelled_image_whose_near_copy_later_becomes_test(tmp_path: Path, cap: int) -> None:
     """The copy is in a dump, and trains; then the source gets the original with a mask and lists it for test."""
     source, root = tmp_path / "source", tmp_path / "project"
     tiny_source.write_source(source, {"a": 3, "b": 2})
@@ -78,7 +78,7 @@ def test_f07_an_unlabelled_image_whose_near_copy_later_becomes_test(tmp_path: Pa
     assert not [key for key in rows if key.startswith("early/")]
 
 
-def test_f07_the_manifest_does_not_depend_on_when_dumps_were_indexed(tmp_path: Path) -> None:
+def test_the_manifest_does_not_depend_on_when_dumps_were_indexed(tmp_path: Path) -> None:
     """Week by week, or all at once: the same bytes."""
     source, root = tmp_path / "source", tmp_path / "project"
     tiny_source.write_source(source, {"a": 3, "b": 2})

@@ -1,4 +1,4 @@
-"""F20, F21: kill -9 at random moments, writes of the checkpoint among them (there is one after every step)."""
+"""Kill -9 at random moments, writes of the checkpoint among them (there is one after every step)."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "tests/support/training/killed_training.py"
 
 
@@ -22,7 +22,7 @@ def run(folder: Path, kills: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(900)
-def test_f20_f21_twenty_kills_leave_the_weights_and_the_curve_of_an_undisturbed_run(tmp_path: Path) -> None:
+def test_twenty_kills_leave_the_weights_and_the_curve_of_an_undisturbed_run(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
     whole, killed = run(tmp_path / "a", 0), run(tmp_path / "b", 20)

@@ -1,4 +1,4 @@
-"""F61: night images into a day set are flagged before training, and the policy decides."""
+"""Night images into a day set are flagged before training, and the policy decides."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ DAY = [("labelled", "base", "a", 8), *(("unlabelled", "base", g, 8) for g in "bc
 
 
 @pytest.mark.parametrize(("policy", "code"), [("warn", 0), ("hold", 1), ("train", 0)])
-def test_f61_night_dump_is_flagged_without_any_network(
+def test_night_dump_is_flagged_without_any_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], policy: str, code: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -49,7 +49,7 @@ def test_f61_night_dump_is_flagged_without_any_network(
         assert not passed.exists()
 
 
-def test_f61_the_students_features_see_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_students_features_see_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     parts = [*DAY, ("unlabelled", "more", "m", 12), ("unlabelled", "dusk", "n", 10)]
     tiny_project.write_data(tmp_path, parts, dark=["dusk"])

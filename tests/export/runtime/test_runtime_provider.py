@@ -1,4 +1,4 @@
-"""F37: the provider that was asked for by name runs, or nothing does; and only one ONNX Runtime may be installed."""
+"""The provider that was asked for by name runs, or nothing does; and only one ONNX Runtime may be installed."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def cuda_works(opened: runtime.Runtime) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_f37_cuda_by_name_runs_or_is_refused(tmp_path: Path) -> None:
+def test_cuda_by_name_runs_or_is_refused(tmp_path: Path) -> None:
     made = tiny_onnx.write(tmp_path / "b")
     opened = runtime.Runtime(made, provider="cpu")
     assert opened.provider == "cpu"
@@ -36,7 +36,7 @@ def test_f37_cuda_by_name_runs_or_is_refused(tmp_path: Path) -> None:
     assert runtime.Runtime(made, provider="auto").provider == "cpu"  # said, not hidden
 
 
-def test_f37_tensorrt_and_nonsense_are_refused(tmp_path: Path) -> None:
+def test_tensorrt_and_nonsense_are_refused(tmp_path: Path) -> None:
     made = tiny_onnx.write(tmp_path / "b")
     with pytest.raises(runtime.ProviderError, match="tensorrt"):
         runtime.Runtime(made, provider="tensorrt")
@@ -44,7 +44,7 @@ def test_f37_tensorrt_and_nonsense_are_refused(tmp_path: Path) -> None:
         runtime.Runtime(made, provider="npu")  # type: ignore[arg-type]
 
 
-def test_f37_the_service_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny_onnx.write(tmp_path / "b")
     monkeypatch.setenv("MARGINALIA_PROVIDER", "tensorrt")
     with pytest.raises(run.StartError, match="tensorrt"):
@@ -53,7 +53,7 @@ def test_f37_the_service_does_not_start(tmp_path: Path, monkeypatch: pytest.Monk
     assert run.prepare(made.folder).bundle == made.folder
 
 
-def test_f37_the_service_started_by_hand_does_not_start(tmp_path: Path) -> None:
+def test_the_service_started_by_hand_does_not_start(tmp_path: Path) -> None:
     """`bentoml serve` ends with the reason, instead of a server that is never ready or a worker that dies for ever."""
     made = tiny_onnx.write(tmp_path / "b")
     own = {k: v for k, v in os.environ.items() if not k.startswith(("MARGINALIA_", "BENTOML_"))}
@@ -70,7 +70,7 @@ def test_f37_the_service_started_by_hand_does_not_start(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_f37_two_onnxruntimes_are_refused(tmp_path: Path) -> None:
+def test_two_onnxruntimes_are_refused(tmp_path: Path) -> None:
     """Both distributions on the path, as pip leaves them; pip check says nothing."""
     for name in ("onnxruntime", "onnxruntime_gpu"):
         info = tmp_path / "site" / f"{name}-1.0.dist-info"

@@ -1,4 +1,4 @@
-"""F36: an engine of another card, driver or version, or a damaged one, is built anew; the old file is kept aside.
+"""An engine of another card, driver or version, or a damaged one, is built anew; the old file is kept aside.
 
 The cache does not know what an engine is, so here it is some bytes, and building it is a line in a file that says who
 built it. Processes are real.
@@ -18,7 +18,7 @@ from export.tensorrt import cache as engine_cache
 from export.tensorrt.builder import Built, EngineError, Profile
 from export.tensorrt.cache import Cache, Key
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROFILE = Profile.of(long_side=64, stride=16)
 KEY = Key("tensorrt", "11.4.0", "NVIDIA H100", "9.0", "580.65", "a" * 64, "fp32", PROFILE)
 CHANGES = {
@@ -53,7 +53,7 @@ def aside(folder: Path) -> list[str]:
     return sorted(p.suffix[1:] for p in folder.iterdir() if p.suffix in (".damaged", ".stale"))
 
 
-def test_f36_every_field_is_part_of_the_key(tmp_path: Path) -> None:
+def test_every_field_is_part_of_the_key(tmp_path: Path) -> None:
     assert set(CHANGES) == {field.name for field in dataclasses.fields(Key)}
     assert len({KEY.digest, *(other.digest for other in OTHERS)}) == len(OTHERS) + 1
     assert KEY.digest == dataclasses.replace(KEY).digest
@@ -65,7 +65,7 @@ def test_f36_every_field_is_part_of_the_key(tmp_path: Path) -> None:
     assert not aside(tmp_path)
 
 
-def test_f36_rebuild_replaces(tmp_path: Path) -> None:
+def test_rebuild_replaces(tmp_path: Path) -> None:
     builder = Builder()
     builder.obtain(tmp_path)
     builder.payload = b"newer"
@@ -92,7 +92,7 @@ def damages(path: Path) -> dict[str, bytes]:
     }
 
 
-def test_f36_damage_is_set_aside_and_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_set_aside_and_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     builder = Builder()
     builder.obtain(tmp_path)
     path = Cache(tmp_path).path(KEY)
@@ -110,9 +110,7 @@ def test_f36_damage_is_set_aside_and_rebuilt(tmp_path: Path, caplog: pytest.LogC
     assert aside(tmp_path) == ["damaged"] * engine_cache.KEPT_ASIDE  # bounded
 
 
-def test_f36_an_engine_of_another_card_or_version_under_this_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_engine_of_another_card_or_version_under_this_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Copied or renamed by hand: whole, but not what its name says."""
     builder, cache = Builder(), Cache(tmp_path)
     for other, field in zip(OTHERS, CHANGES, strict=True):
@@ -124,7 +122,7 @@ def test_f36_an_engine_of_another_card_or_version_under_this_name(
     assert aside(tmp_path) == ["stale"] * engine_cache.KEPT_ASIDE
 
 
-def test_f36_tensorrt_does_not_take_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensorrt_does_not_take_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     builder = Builder(b"of an odd driver")
     builder.obtain(tmp_path)
     builder.refused, builder.payload = {b"of an odd driver"}, PAYLOAD
@@ -136,7 +134,7 @@ def test_f36_tensorrt_does_not_take_it(tmp_path: Path, caplog: pytest.LogCapture
         builder.obtain(tmp_path)
 
 
-def test_f36_timings_are_kept_per_machine_and_checked(tmp_path: Path) -> None:
+def test_timings_are_kept_per_machine_and_checked(tmp_path: Path) -> None:
     builder = Builder()
     for changed in (KEY, OTHERS[6], OTHERS[2]):  # the same machine for another precision, then another card
         builder.obtain(tmp_path, changed)
@@ -148,7 +146,7 @@ def test_f36_timings_are_kept_per_machine_and_checked(tmp_path: Path) -> None:
     assert aside(tmp_path) == ["damaged"]
 
 
-def test_f36_a_full_or_read_only_disk_costs_only_time(
+def test_a_full_or_read_only_disk_costs_only_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -167,7 +165,7 @@ def test_f36_a_full_or_read_only_disk_costs_only_time(
     assert "No space left on device" in caplog.text
 
 
-def test_f36_old_engines_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_engines_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_cache, "KEPT", 3)
     builder = Builder()
     keys = [dataclasses.replace(KEY, driver=str(i)) for i in range(5)]
@@ -179,7 +177,7 @@ def test_f36_old_engines_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert left == {Cache(tmp_path).path(key) for key in (keys[0], keys[3], keys[4])}
 
 
-def test_f36_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert engine_cache.default_folder() == Path(".marginalia/engines")
     assert (tmp_path / ".marginalia/engines").is_dir()
@@ -196,7 +194,7 @@ def test_f36_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 BUILD = """
 import sys, time
 from pathlib import Path
-from tests.faults.test_f36_engine_cache import KEY, PAYLOAD
+from tests.export.tensorrt.test_cache import KEY, PAYLOAD
 from export.tensorrt.cache import Cache
 from export.tensorrt.builder import Built
 
@@ -231,7 +229,7 @@ def await_builder(folder: Path) -> None:
     assert builders(folder)
 
 
-def test_f36_the_second_process_waits_for_the_first(tmp_path: Path) -> None:
+def test_the_second_process_waits_for_the_first(tmp_path: Path) -> None:
     first = start(tmp_path, 1.5, "first")
     await_builder(tmp_path)
     builder = Builder()
@@ -241,7 +239,7 @@ def test_f36_the_second_process_waits_for_the_first(tmp_path: Path) -> None:
     assert builders(tmp_path) == ["first"]
 
 
-def test_f36_a_killed_builder_blocks_nobody(tmp_path: Path) -> None:
+def test_a_killed_builder_blocks_nobody(tmp_path: Path) -> None:
     killed = start(tmp_path, 600, "killed")
     await_builder(tmp_path)
     (tmp_path / f".{Cache(tmp_path).path(KEY).name}.x.part").write_bytes(b"half")
@@ -253,7 +251,7 @@ def test_f36_a_killed_builder_blocks_nobody(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_f36_a_builder_that_hangs_is_waited_for_only_so_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_builder_that_hangs_is_waited_for_only_so_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hanging = start(tmp_path, 600, "hanging")
     try:
         await_builder(tmp_path)

@@ -1,4 +1,4 @@
-"""F9, F10, F12: bad images and masks are named with a reason and a count; the good ones go on."""
+"""Bad images and masks are named with a reason and a count; the good ones go on."""
 
 import json
 import struct
@@ -48,7 +48,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("form", ["base", "dump"])
-def test_f09_bad_images_are_quarantined_and_the_good_go_on(tmp_path: Path, form: str) -> None:
+def test_bad_images_are_quarantined_and_the_good_go_on(tmp_path: Path, form: str) -> None:
     source, root = tmp_path / "source", tmp_path / "project"
     tiny_source.write_source(source, {"a": 4, "b": 3, "c": 3})
     folder = source if form == "base" else tmp_path / "delivery"
@@ -70,7 +70,7 @@ def test_f09_bad_images_are_quarantined_and_the_good_go_on(tmp_path: Path, form:
     assert rows[f"{names[-1]}/good"].split == "unlabelled"
 
 
-def test_f10_a_small_file_that_is_a_gigabyte(tmp_path: Path) -> None:
+def test_a_small_file_that_is_a_gigabyte(tmp_path: Path) -> None:
     data = bomb()
     assert len(data) < 400_000
     shards.write_tar(tmp_path / "data/pulled/base.tar", [("images/bomb.png", data), ("images/good.png", PNG)])
@@ -92,7 +92,7 @@ def test_f10_a_small_file_that_is_a_gigabyte(tmp_path: Path) -> None:
     assert "19000" in found["bomb"]["reason"]
 
 
-def test_f10_too_many_bytes(tmp_path: Path) -> None:
+def test_too_many_bytes(tmp_path: Path) -> None:
     source, root = tmp_path / "source", tmp_path / "project"
     tiny_source.write_source(source, {"a": 3, "b": 2, "c": 2})
     noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3)).astype(np.uint8)
@@ -118,7 +118,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("listed", ["labelled", "val", "test", "unlabelled", "none"])
-def test_f12_bad_masks(tmp_path: Path, listed: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_masks(tmp_path: Path, listed: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Listed where a mask is needed: the pair is refused. Elsewhere the image stays, unlabelled."""
     source, root = tmp_path / "source", tmp_path / "project"
     tiny_source.write_source(source, {"a": 4, "b": 3, "c": 3})
@@ -151,7 +151,7 @@ def test_f12_bad_masks(tmp_path: Path, listed: str, capsys: pytest.CaptureFixtur
         assert all(split[f"base/bad/{name}"].mask_shard is None for name in MASKS)
 
 
-def test_f12_a_listed_image_without_any_mask_is_refused(tmp_path: Path) -> None:
+def test_a_listed_image_without_any_mask_is_refused(tmp_path: Path) -> None:
     source, root = tmp_path / "source", tmp_path / "project"
     ids = tiny_source.write_source(source, {"a": 4, "b": 3, "c": 3}, masked={"a", "c"})
     (source / "val.txt").write_text("\n".join(i for i in ids if i[0] in "bc"))
@@ -161,7 +161,7 @@ def test_f12_a_listed_image_without_any_mask_is_refused(tmp_path: Path) -> None:
     assert codes == dict.fromkeys(("b/00", "b/01", "b/02"), "mask-missing")
 
 
-def test_f12_16_bit_masks_are_read_and_255_and_65535_are_ignored(tmp_path: Path) -> None:
+def test_16_bit_masks_are_read_and_255_and_65535_are_ignored(tmp_path: Path) -> None:
     source, root = tmp_path / "source", tmp_path / "project"
     tiny_source.write_source(source, {"a": 3, "b": 3, "c": 3})
     wide = GOOD.astype(np.uint16)

@@ -1,4 +1,4 @@
-"""F51, F52, F54: tokens, what may stand in the log, and the labels of the metrics; and a full house."""
+"""Tokens, what may stand in the log, and the labels of the metrics; and a full house."""
 
 import base64
 import contextlib
@@ -33,7 +33,7 @@ def server() -> Server:
     [None, "", "Bearer", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}", TOKEN,
      "Bearer " + "x" * 30_000, f"Bearer {TOKEN} {TOKEN}", "Bearer caf\xe9", f"Bearer {TOKEN.upper()}"],
 )  # fmt: skip
-def test_f51_wrong_tokens(http: httpx.Client, given: str | None) -> None:
+def test_wrong_tokens(http: httpx.Client, given: str | None) -> None:
     header = {} if given is None else {"Authorization": given.encode("latin-1")}
     for response in (
         http.post("/v1/segment", content=PICTURE, headers=RAW | header),
@@ -45,7 +45,7 @@ def test_f51_wrong_tokens(http: httpx.Client, given: str | None) -> None:
         assert TOKEN not in response.text
 
 
-def test_f51_the_token_opens(http: httpx.Client) -> None:
+def test_the_token_opens(http: httpx.Client) -> None:
     assert http.post("/v1/segment", content=PICTURE, headers=GOOD).status_code == 200
     assert http.get("/v1/model", headers={"Authorization": f"bearer {TOKEN}"}).status_code == 200
     assert http.get("/v1/openapi.json").json()["security"] == [{"token": []}]
@@ -73,7 +73,7 @@ def test_slow_bodies_keep_nobody_out_and_are_cut(server: Server, http: httpx.Cli
     assert http.post("/v1/segment", content=PICTURE, headers=GOOD).status_code == 200
 
 
-def test_f52_neither_token_nor_image_reaches_the_log(server: Server, http: httpx.Client) -> None:
+def test_neither_token_nor_image_reaches_the_log(server: Server, http: httpx.Client) -> None:
     http.post("/v1/segment", content=PICTURE, headers=GOOD | {"X-Request-Id": "last-one"})
     http.post("/v1/segment", content=MARK, headers=GOOD)
     http.post("/v1/segment", files={"image": (MARK.decode(), MARK)}, headers={"Authorization": f"Bearer {TOKEN}"})
@@ -88,7 +88,7 @@ def test_f52_neither_token_nor_image_reaches_the_log(server: Server, http: httpx
         assert secret not in log
 
 
-def test_f54_labels_come_from_fixed_sets(server: Server, http: httpx.Client) -> None:
+def test_labels_come_from_fixed_sets(server: Server, http: httpx.Client) -> None:
     for hostile in ('x"} 1\nforged{a="', "%22%7D%0A", "a" * 500, "né", "../.."):
         quoted = httpx.URL("/v1/").join(hostile.replace("\n", "%0a").replace('"', "%22"))
         http.get(str(quoted))

@@ -1,4 +1,4 @@
-"""F13, F14, F15: classes nobody shows, leaks between the splits, data that changed under the manifest."""
+"""Classes nobody shows, leaks between the splits, data that changed under the manifest."""
 
 from contextlib import chdir
 from dataclasses import replace
@@ -12,7 +12,7 @@ from pipeline.storage import manifest
 from tests.support import tiny_source
 
 
-def test_f13_missing_classes_are_warned_about_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_classes_are_warned_about_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, root = tmp_path / "source", tmp_path / "project"
     ids = tiny_source.write_source(source, {"a": 3, "b": 2, "c": 2})
     (source / "classes.txt").write_text("sky\nwall\nfloor\ncar\n")
@@ -40,7 +40,7 @@ def refused(root: Path, capsys: pytest.CaptureFixture[str], *texts: str) -> None
 @pytest.mark.parametrize(
     "pair", [("labelled", "unlabelled"), ("labelled", "test"), ("unlabelled", "val"), ("val", "test")]
 )
-def test_f14_an_image_in_two_lists(tmp_path: Path, pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_in_two_lists(tmp_path: Path, pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     source, root = tmp_path / "source", tmp_path / "project"
     ids = tiny_source.write_source(source, dict.fromkeys("abcd", 2))
     lists = dict(zip(("labelled", "unlabelled", "val", "test"), (ids[:2], ids[2:4], ids[4:6], ids[6:]), strict=True))
@@ -51,7 +51,7 @@ def test_f14_an_image_in_two_lists(tmp_path: Path, pair: tuple[str, str], capsys
     refused(root, capsys, repr(lists[pair[0]][0]), *pair, "remove it from one")
 
 
-def test_f14_a_group_across_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_group_across_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, root = tmp_path / "source", tmp_path / "project"
     ids = tiny_source.write_source(source, {"a": 4, "b": 2})
     for part, names in {"labelled": ids[:3], "test": ids[3:4]}.items():
@@ -60,7 +60,7 @@ def test_f14_a_group_across_splits(tmp_path: Path, capsys: pytest.CaptureFixture
     refused(root, capsys, "group 'a'", "labelled", "test", "a/03")
 
 
-def test_f14_labelled_and_unlabelled_of_one_group_are_fine(tmp_path: Path) -> None:
+def test_labelled_and_unlabelled_of_one_group_are_fine(tmp_path: Path) -> None:
     source, root = tmp_path / "source", tmp_path / "project"
     ids = tiny_source.write_source(source, {"a": 4, "b": 2, "c": 2})
     for part, names in {"labelled": ids[:2], "unlabelled": ids[2:4], "val": ids[4:6], "test": ids[6:]}.items():
@@ -86,12 +86,12 @@ OTHER = replace(ROW, id="2", name="b", group="h", split="test")
         ([ROW, replace(OTHER, mask_shard=None)], "base/b is in test but has no mask"),
     ],
 )
-def test_f14_the_check_itself(rows: list[manifest.Row], message: str) -> None:
+def test_the_check_itself(rows: list[manifest.Row], message: str) -> None:
     with pytest.raises(split.LeakError, match=message):
         split.verify(rows)
 
 
-def test_f14_the_check_lets_honest_splits_pass() -> None:
+def test_the_check_lets_honest_splits_pass() -> None:
     unused = replace(ROW, id="3", group="h", split="unused")
     split.verify([ROW, OTHER, unused, replace(ROW, id="4", split="unlabelled", mask_shard=None)])
 
@@ -107,7 +107,7 @@ def project(tmp_path: Path) -> Path:
     return root
 
 
-def test_f15_a_valid_picture_in_anothers_place(project: Path) -> None:
+def test_a_valid_picture_in_anothers_place(project: Path) -> None:
     rows = tiny_source.rows(project)
     one, two = rows["base/bmp0"], rows["base/bmp1"]
     np.testing.assert_array_equal(manifest.open_image(one, 10_000, project), tiny_source.picture(300))
@@ -120,7 +120,7 @@ def test_f15_a_valid_picture_in_anothers_place(project: Path) -> None:
     manifest.open_image(two, 10_000, project)
 
 
-def test_f15_one_flipped_bit_and_a_shortened_shard(project: Path) -> None:
+def test_one_flipped_bit_and_a_shortened_shard(project: Path) -> None:
     row = tiny_source.rows(project)["base/bmp1"]
     path = project / row.shard
     data = bytearray(path.read_bytes())
@@ -133,7 +133,7 @@ def test_f15_one_flipped_bit_and_a_shortened_shard(project: Path) -> None:
         manifest.open_image(row, 10_000, project)
 
 
-def test_f15_a_valid_mask_in_anothers_place(project: Path) -> None:
+def test_a_valid_mask_in_anothers_place(project: Path) -> None:
     rows = tiny_source.rows(project)
     one, two = rows["base/a/00"], rows["base/a/01"]
     truth = {row.name: manifest.open_mask(row, 10_000, project) for row in (one, two)}
@@ -150,7 +150,7 @@ def test_f15_a_valid_mask_in_anothers_place(project: Path) -> None:
     np.testing.assert_array_equal(manifest.open_mask(unchecked, 10_000, project), truth[two.name])
 
 
-def test_f15_a_changed_mask_is_noticed_before_training(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_mask_is_noticed_before_training(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = next(row for row in tiny_source.rows(project).values() if row.split == "test")
     path = project / str(row.mask_shard)
     data = bytearray(path.read_bytes())

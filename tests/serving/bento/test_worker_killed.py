@@ -1,4 +1,4 @@
-"""F50: the process that holds the model is killed. Nobody says ready meanwhile, and another takes its place."""
+"""The process that holds the model is killed. Nobody says ready meanwhile, and another takes its place."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def server() -> Iterator[Server]:
     own.stop()
 
 
-def test_f50_a_killed_worker_is_replaced(server: Server) -> None:
+def test_a_killed_worker_is_replaced(server: Server) -> None:
     with server.client() as http:
         want = http.post("/v1/segment", content=PICTURE, headers={"Content-Type": "image/png"}).content
         assert http.get("/readyz").status_code == http.get("/livez").status_code == 200

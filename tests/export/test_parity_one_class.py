@@ -1,4 +1,4 @@
-"""F34: one class below its bar fails the run although the mean passes."""
+"""One class below its bar fails the run although the mean passes."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.storage import atomic
 from tests.support import tiny_project
 
 
-def test_f34_the_mean_passes_and_one_class_does_not() -> None:
+def test_the_mean_passes_and_one_class_does_not() -> None:
     pairs = np.diag([100_000, 100_000, 100_000, 1000])
     pairs[3] = [30, 0, 0, 970]
     same = parity_metrics.Agreement(pairs)
@@ -27,7 +27,7 @@ def test_f34_the_mean_passes_and_one_class_does_not() -> None:
     assert all("'lamp' agrees on 0.970000" in f and "overall 0.99990" in f for f in failures)
 
 
-def test_f34_through_the_stage_with_a_real_graph(
+def test_through_the_stage_with_a_real_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The rare class's bias is lowered in the graph only; near-ties on its rim are not forgiven."""

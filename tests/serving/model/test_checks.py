@@ -1,4 +1,4 @@
-"""F48: whatever is wrong with a candidate, it is refused with a reason and the old model serves on."""
+"""Whatever is wrong with a candidate, it is refused with a reason and the old model serves on."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""F30: a mistyped key in params.yaml stops every data stage before any work, with the nearest key suggested."""
+"""A mistyped key in params.yaml stops every data stage before any work, with the nearest key suggested."""
 
 from collections.abc import Callable
 from contextlib import chdir
@@ -27,7 +27,7 @@ WRONG = {
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("text", WRONG)
-def test_f30_refused_before_any_work(tmp_path: Path, stage: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_before_any_work(tmp_path: Path, stage: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_source.write_project(tmp_path, tmp_path)
     (tmp_path / "params.yaml").write_text(text)
     with chdir(tmp_path):
@@ -37,7 +37,7 @@ def test_f30_refused_before_any_work(tmp_path: Path, stage: str, text: str, caps
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dumps.yaml", "params.yaml"]
 
 
-def test_f30_another_params_file_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_params_file_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with chdir(tmp_path):
         assert pull.main(["--params", "mine.yaml"]) == 1
     assert "mine.yaml: not found" in capsys.readouterr().err

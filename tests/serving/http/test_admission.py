@@ -1,4 +1,4 @@
-"""F45, F46: deadlines that hold the place until the work ends, and more requests than there is room for."""
+"""Deadlines that hold the place until the work ends, and more requests than there is room for."""
 
 import logging
 import socket
@@ -22,7 +22,7 @@ def model(tmp_path: Path) -> Held:
     return Held(tmp_path / "bundle")
 
 
-def test_f45_after_the_deadline_the_place_stays_taken_until_the_work_ends(
+def test_after_the_deadline_the_place_stays_taken_until_the_work_ends(
     model: Held, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The one in the model and the one in line both get 504; only the second's place is free, and it never runs."""
@@ -50,7 +50,7 @@ class Failing(Held):
         raise RuntimeError("the card fell off the bus")
 
 
-def test_f45_a_late_error_is_logged_and_an_early_one_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_late_error_is_logged_and_an_early_one_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "marginalia")
     model = Failing(tmp_path / "bundle")
     model.gate.clear()
@@ -68,7 +68,7 @@ def test_f45_a_late_error_is_logged_and_an_early_one_answered(tmp_path: Path, ca
         assert (failed.status_code, error(failed)) == (500, "internal")
 
 
-def test_f46_a_full_house_refuses_before_the_body_and_recovers(model: Held) -> None:
+def test_a_full_house_refuses_before_the_body_and_recovers(model: Held) -> None:
     """503 with Retry-After for a head alone; everybody who was let in is answered."""
     model.gate.clear()
     with serving(model, concurrency=2, queue=3) as own, own.crowd([PICTURE] * 5) as admitted:

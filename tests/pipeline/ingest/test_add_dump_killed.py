@@ -1,4 +1,4 @@
-"""F5: a kill at any durable step of add-dump, or a disk that fills at any, leaves the registry as it was or complete."""
+"""A kill at any durable step of add-dump, or a disk that fills at any, leaves the registry as it was or complete."""
 
 import errno
 import os
@@ -69,7 +69,7 @@ def whole(root: Path, before: bytes) -> bool:
     return True
 
 
-def test_f05_killed_at_every_step(tmp_path: Path, delivery: Path) -> None:
+def test_killed_at_every_step(tmp_path: Path, delivery: Path) -> None:
     outcomes = []
     for step in range(1, 30):
         root = tmp_path / f"project{step}"
@@ -109,7 +109,7 @@ def fill(place: Path) -> None:
     assert os.statvfs(place).f_bavail == 0
 
 
-def test_f05_the_disk_fills_at_every_step(
+def test_the_disk_fills_at_every_step(
     small_disk: Path, delivery: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(add_dump, "RESERVE", 0)
@@ -132,7 +132,7 @@ def test_f05_the_disk_fills_at_every_step(
     assert set(codes) <= {0, 4, 5}
 
 
-def test_f05_a_dump_larger_than_the_disk_is_refused_before_it_fills(small_disk: Path, tmp_path: Path) -> None:
+def test_a_dump_larger_than_the_disk_is_refused_before_it_fills(small_disk: Path, tmp_path: Path) -> None:
     root = small_disk / "project"
     tiny_source.write_project(root, tmp_path)
     before = (root / "dumps.yaml").read_bytes()
