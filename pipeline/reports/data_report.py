@@ -6,7 +6,7 @@ It shows what is there: a report that a later stage has not written yet is named
 import csv
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +14,73 @@ from rich.console import Console
 
 from pipeline import config
 from pipeline.ingest import dump_registry, split
-from pipeline.reports import sections as data_sections
-from pipeline.reports.markup import joined, page, tag
-from pipeline.reports.thumbnails import STRIP, Album, originals
+from pipeline.reports import page, sections
+from pipeline.reports.pictures import Pictures
 from pipeline.storage import atomic, manifest
 
 OUT = Path("reports/data.html")
 HASHES = ("data_hash", "split_hash", "test_hash")
 BUDGET = 4_000_000  # characters of pictures; the words are far below the rest of 5 MB
 REFUSED, PAIRS, NEXT, SUSPECTS = 24, 12, 12, 12  # pictures of each kind at most
+CONTENTS = {
+    "warnings": "Warnings",
+    "splits": "Splits",
+    "classes": "Classes",
+    "dumps": "Dumps",
+    "drift": "Drift",
+    "label-next": "Label next",
+    "suspects": "Suspect labels",
+    "quarantine": "Quarantine",
+    "duplicates": "Duplicates",
+    "sizes": "Sizes",
+    "groups": "Groups",
+}
 
 
 class ReportError(ValueError):
     """There is no data to report on; the message says what to run."""
 
 
-def _json(path: Path) -> Any:
+@dataclass(frozen=True)
+class Project:
+    """What the stages left in a project folder; None where a later stage has not run."""
+
+    root: Path
+    summary: dict[str, Any]
+    rows: list[manifest.Row]
+    quarantine: list[dict[str, Any]]
+    dumps: dict[str, dict[str, Any]]
+    lists: dict[str, Any]
+    drift: dict[str, Any]
+    ranked: list[dict[str, str]] | None
+    suspects: list[dict[str, str]] | None
+
+
+def read_project(root: Path) -> Project:
+    """Raises as `build`."""
+    summary = _read_json(root / "data/split/summary.json")
+    if summary is None:
+        raise ReportError(f"{root / 'data/split/summary.json'}: not found; run `dvc repro split`")
+    registry = dump_registry.read(root / dump_registry.FILE)
+    return Project(
+        root=root,
+        summary=summary,
+        rows=manifest.read(root / "data/split/manifest.parquet"),
+        quarantine=_read_json(root / "data/quarantine.json") or [],
+        dumps={name: entry.model_dump() for name, entry in registry.dumps.items()},
+        lists=(_read_json(root / "data/pulled/source.json") or {}).get("lists") or {},
+        drift={name: _read_json(root / "reports" / name) for name in ("screen.json", "drift.json")},
+        ranked=_read_csv(root / "reports/rank.csv"),
+        suspects=_read_csv(root / "reports/suspect_labels.csv"),
+    )
+
+
+def _read_json(path: Path) -> Any:
     return atomic.read_json(path) if path.exists() else None
 
 
-def _csv(path: Path) -> list[dict[str, str]] | None:
+def _read_csv(path: Path) -> list[dict[str, str]] | None:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.exists() else None
-
-
-def _ingested(root: Path, wanted: set[str]) -> dict[str, manifest.Row]:
-    """Rows of what was ingested, duplicates too, by "dump/name"."""
-    found: dict[str, manifest.Row] = {}
-    for dump in sorted({key.partition("/")[0] for key in wanted}):
-        file = root / "data/ingested" / dump / "rows.parquet"
-        rows = manifest.read(file) if file.exists() else []
-        found |= {key: row for row in rows if (key := f"{dump}/{row.name}") in wanted}
-    return found
-
-
-def _refused(root: Path, entries: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """The files that were refused, by "dump/name", from their archives."""
-    found: dict[str, bytes] = {}
-    for dump in {item["dump"] for item in items} & entries.keys():
-        names = [item["name"] for item in items if item["dump"] == dump]
-        there = originals(root / entries[dump]["archive"], names)
-        found |= {f"{dump}/{name}": data for name, data in there.items()}
-    return found
 
 
 def build(root: Path = Path()) -> str:
@@ -63,60 +89,38 @@ def build(root: Path = Path()) -> str:
     Raises:
         ReportError: data/split is not there. manifest.ManifestError, registry.RegistryError: a table is damaged.
     """
-    summary = _json(root / "data/split/summary.json")
-    if summary is None:
-        raise ReportError(f"{root / 'data/split/summary.json'}: not found; run `dvc repro split`")
-    rows = manifest.read(root / "data/split/manifest.parquet")
-    dropped = _json(root / "data/quarantine.json") or []
-    entries = {name: entry.model_dump() for name, entry in dump_registry.read(root / dump_registry.FILE).dumps.items()}
-    lists = (_json(root / "data/pulled/source.json") or {}).get("lists") or {}
-    album, next_home = Album(BUDGET), root / "reports/label_next"
-    palette = [c["color"] for c in summary["classes"]]
+    project = read_project(root)
+    summary = project.summary
+    pictures = Pictures(
+        root,
+        budget=BUDGET,
+        palette=[entry["color"] for entry in summary["classes"]],
+        archives={name: root / entry["archive"] for name, entry in project.dumps.items()},
+    )
+    refused = [item for item in project.quarantine if not sections.is_duplicate(item)][:REFUSED]
+    pictures.load_refused([(item["dump"], item["name"]) for item in refused])
+    copies = [item for item in project.quarantine if sections.is_duplicate(item)]
+    originals = {sections.like(item["reason"]) or "" for item in copies}
+    pictures.load_ingested({f"{item['dump']}/{item['name']}" for item in copies} | originals)
 
-    copies = [item for item in dropped if "duplicate" in item["code"]]
-    names = {f"{item['dump']}/{item['name']}" for item in copies} | {
-        data_sections.like(item["reason"]) or "" for item in copies
+    values = {
+        "images": len(project.rows),
+        "hashes": [(key.replace("_", " "), summary[key]) for key in HASHES if key in summary],
+        "contents": list(CONTENTS.items()),
+        "warnings": split.warnings(summary, project.lists, project.rows),
+        "splits": sections.splits(summary),
+        "classes": sections.classes(summary),
+        "dumps": sections.dumps(project.dumps, project.rows, project.quarantine),
+        "drift": sections.drift(project.drift),
+        # What comes first has its pictures first, while the budget lasts.
+        "label_next": sections.label_next(project.ranked, pictures.prelabelled, NEXT),
+        "suspects": sections.suspects(project.suspects, pictures.strip, SUSPECTS),
+        "quarantine": sections.quarantine(project.quarantine, pictures.refused, REFUSED),
+        "duplicates": sections.duplicates(project.quarantine, pictures.ingested, PAIRS),
+        "sizes": sections.sizes(project.rows),
+        "groups": sections.groups(project.rows),
     }
-    known = _ingested(root, names)
-    refused = [item for item in dropped if "duplicate" not in item["code"]][:REFUSED]
-    bytes_of = _refused(root, entries, refused)
-    ranked = _csv(root / "reports/rank.csv")
-    places = {
-        file.relative_to(next_home / "images").with_suffix("").as_posix(): file
-        for file in (next_home / "images").rglob("*.*")
-    }
-
-    def prelabelled(name: str) -> str:
-        """Of "dump/name", which the folder calls that only where two dumps have the name."""
-        key = next((key for key in (name, name.partition("/")[2]) if key in places), None)
-        return album.overlaid(places[key], next_home / "masks" / f"{key}.png", palette) if key else ""
-
-    sections = [
-        data_sections.warnings(split.warnings(summary, lists, rows)),
-        data_sections.splits(summary),
-        data_sections.classes(summary),
-        data_sections.dumps(entries, rows, dropped),
-        data_sections.drift({name: _json(root / "reports" / name) for name in ("screen.json", "drift.json")}),
-        data_sections.label_next(ranked, prelabelled, NEXT),
-        data_sections.suspects(
-            _csv(root / "reports/suspect_labels.csv"), lambda name: album.of_file(root / name, STRIP), SUSPECTS
-        ),
-        data_sections.quarantine(dropped, lambda name: album.of_bytes(bytes_of.get(name, b"")), REFUSED),
-        data_sections.duplicates(dropped, lambda name: album.of_row(known.get(name), root), PAIRS),
-        data_sections.sizes(rows),
-        data_sections.groups(rows),
-    ]
-    titles = {
-        "warnings": "Warnings", "splits": "Splits", "classes": "Classes", "dumps": "Dumps", "drift": "Drift",
-        "label-next": "Label next", "suspects": "Suspect labels", "quarantine": "Quarantine", "duplicates": "Duplicates",
-        "sizes": "Sizes", "groups": "Groups",
-    }  # fmt: skip
-    links = [tag("li", tag("a", title, href=f"#{id}")) for id, title in titles.items()]
-    told = (f"{key.replace('_', ' ')} {summary[key][:12]}" for key in HASHES if key in summary)
-    title = tag("h1", f"Data: {len(rows)} images, {len(palette)} classes")
-    head = tag("header", title, tag("p", "; ".join(told), class_="quiet"))
-    contents = tag("nav", tag("ul", *links), aria_label="Sections")
-    return page("Marginalia: data report", head, contents, tag("main", joined(sections)))
+    return page.render("data.html.jinja", values)
 
 
 def main() -> int:

@@ -1,12 +1,14 @@
-"""The data report's sections: plain values to HTML. Each says what to run where its input is not there yet."""
+"""The data report's sections: what the stages left -> the values that templates/data.html.jinja shows.
+
+A section whose input is not there yet is None, or names what is missing; the template says what to run.
+"""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.reports.markup import Markup, bar, figure, joined, section, table, tag
 from pipeline.storage.manifest import SPLITS, Row
 
 MASKED = ("labelled", "val", "test")
@@ -15,132 +17,205 @@ Picture = Callable[[str], str]  # a name to a data URI or ""
 _LIKE = re.compile(r"(?:looks like|same pixels as) (.+?)(?: and \d+ more)?(?: \(difference hash within .*)?", re.DOTALL)
 
 
-def _none(text: str) -> Markup:
-    return tag("p", text, class_="quiet")
+class Card(NamedTuple):
+    """A picture ("" where there is none), its words for those who do not see it, and the text below, `lead` in bold."""
+
+    source: str
+    alt: str
+    caption: str
+    lead: str = ""
 
 
-def _more(total: int, shown: int, where: str) -> Markup:
-    return _none(f"and {total - shown} more: {where}") if total > shown else Markup()
+class Gallery(NamedTuple):
+    """The first `most` of `total` things as cards."""
+
+    cards: list[Card]
+    total: int
+    most: int
 
 
-def warnings(found: Sequence[str]) -> Markup:
-    body = [tag("p", line, class_="warn") for line in found] or [_none("nothing to warn about")]
-    return section("warnings", "Warnings", *body)
+class SplitRow(NamedTuple):
+    name: str
+    images: int
+    groups: int | str  # "-" where the summary does not say
 
 
-def splits(summary: Mapping[str, Any]) -> Markup:
+class Splits(NamedTuple):
+    rows: list[SplitRow]
+    hidden: int | None  # unlabelled images with hidden labels
+
+
+def splits(summary: Mapping[str, Any]) -> Splits:
     groups = summary.get("groups", {})
     counts = summary["counts"]
-    rows = [(part, counts.get(part, 0), len(groups[part]) if part in groups else "-") for part in SPLITS]
-    hidden = summary.get("hidden_labels")
-    note = _none(f"{hidden} unlabelled images have hidden labels: for diagnostics only") if hidden else Markup()
-    body = table("images by split", ("split", "images", "groups"), rows)
-    return section("splits", "Splits", body, note)
+    rows = [SplitRow(part, counts.get(part, 0), len(groups[part]) if part in groups else "-") for part in SPLITS]
+    return Splits(rows, summary.get("hidden_labels"))
 
 
-def classes(summary: Mapping[str, Any]) -> Markup:
-    """Share of each split's labelled pixels per class."""
+class ClassRow(NamedTuple):
+    name: str
+    colour: list[int]  # red, green, blue
+    shares: list[float]  # of each split's labelled pixels, 0..1
+
+
+class Classes(NamedTuple):
+    parts: list[str]
+    rows: list[ClassRow]
+
+
+def classes(summary: Mapping[str, Any]) -> Classes:
     pixels = summary.get("pixels", {})
     parts = [part for part in MASKED if part in pixels]
     totals = {part: max(1, sum(pixels[part].values())) for part in parts}
-    rows = []
-    for c in summary["classes"]:
-        swatch = tag(
-            "span", class_="swatch", style="--colour:rgb({},{},{})".format(*map(int, c["color"])), aria_hidden="true"
+    rows = [
+        ClassRow(
+            name=entry["name"],
+            colour=[int(value) for value in entry["color"]],
+            shares=[pixels[part].get(entry["name"], 0) / totals[part] for part in parts],
         )
-        rows.append(
-            (joined((swatch, c["name"])), *(bar(pixels[part].get(c["name"], 0) / totals[part]) for part in parts))
-        )
-    return section("classes", "Classes", table("share of labelled pixels, ignored ones apart", ("class", *parts), rows))
+        for entry in summary["classes"]
+    ]
+    return Classes(parts, rows)
 
 
-def sizes(rows: Sequence[Row]) -> Markup:
+class SizeRow(NamedTuple):
+    width: int
+    height: int
+    images: int
+    share: float
+
+
+class Sizes(NamedTuple):
+    summary: str
+    rows: list[SizeRow]
+
+
+def sizes(rows: Sequence[Row]) -> Sizes | None:
+    """The most common sizes; None without images."""
     if not rows:
-        return section("sizes", "Image sizes", _none("no image"))
+        return None
     count = Counter((row.width, row.height) for row in rows)
-    common = [(f"{w} x {h}", n, bar(n / len(rows))) for (w, h), n in count.most_common(SIZES)]
+    common = [SizeRow(width, height, n, n / len(rows)) for (width, height), n in count.most_common(SIZES)]
     sides = [max(row.width, row.height) for row in rows]
-    told = f"longer side: {min(sides)} to {max(sides)} pixels, median {median(sides):g}; {len(count)} different sizes"
-    return section(
-        "sizes", "Image sizes", _none(told), table("most common sizes", ("width x height", "images", "share"), common)
+    summary = (
+        f"longer side: {min(sides)} to {max(sides)} pixels, median {median(sides):g}; {len(count)} different sizes"
     )
+    return Sizes(summary, common)
 
 
-def groups(rows: Sequence[Row]) -> Markup:
-    """Which groups (places, videos) are on which side; the largest first."""
+class GroupRow(NamedTuple):
+    name: str
+    counts: list[int | str]  # of each split, "" for none
+
+
+class Groups(NamedTuple):
+    splits: list[str]
+    rows: list[GroupRow]
+    total: int
+
+
+def groups(rows: Sequence[Row]) -> Groups | None:
+    """Which groups (places, videos) are on which side, the largest first; None where each image is its own group."""
     count = Counter((row.group, row.split) for row in rows)
     totals = Counter(row.group for row in rows)
     if len(totals) == len(rows):
-        told = "every image is a group of its own; where images of one place or video belong together, set data.group"
-        return section("groups", "Groups", _none(told))
-    cells = [
-        (group or "(none)", *(count[group, part] or "" for part in SPLITS)) for group, _ in totals.most_common(GROUPS)
-    ]
-    body = table("images of each group by split", ("group", *SPLITS), cells)
-    return section("groups", "Groups", body, _more(len(totals), GROUPS, "data/split/summary.json"))
+        return None
+    shown = [GroupRow(group, [count[group, part] or "" for part in SPLITS]) for group, _ in totals.most_common(GROUPS)]
+    return Groups(list(SPLITS), shown, len(totals))
 
 
-def dumps(entries: Mapping[str, Any], rows: Sequence[Row], dropped: Sequence[Mapping[str, Any]]) -> Markup:
+class DumpRow(NamedTuple):
+    name: str
+    added: str | None
+    delivered: int | None
+    kept: int
+    share_of_largest: float  # kept images, over those of the dump with the most
+    duplicates: int
+    near_duplicates: int
+    refused: int
+
+
+def dumps(entries: Mapping[str, Any], rows: Sequence[Row], dropped: Sequence[Mapping[str, Any]]) -> list[DumpRow]:
     """Every archive in order of arrival: what came, what stayed."""
-    stayed, codes = Counter(row.dump for row in rows), Counter((item["dump"], item["code"]) for item in dropped)
-    out = Counter(item["dump"] for item in dropped if not item["kept"] and "duplicate" not in item["code"])
-    most = max(stayed.values(), default=1)
-    cells = []
-    for name, entry in entries.items():
-        length = f"--share:{100 * stayed[name] / most:.2f}%"
-        share = joined((stayed[name], tag("span", class_="bar", style=length, aria_hidden="true")))
-        gone = codes[name, "duplicate"], codes[name, "near-duplicate"], out[name]
-        cells.append((name, entry.get("added") or "-", entry.get("images") or "-", share, *gone))
-    head = ("dump", "added", "delivered", "kept", "duplicates", "near-duplicates", "refused")
-    return section("dumps", "Dumps", table("archives in order of arrival", head, cells))
+    kept = Counter(row.dump for row in rows)
+    codes = Counter((item["dump"], item["code"]) for item in dropped)
+    refused = Counter(item["dump"] for item in dropped if not item["kept"] and not is_duplicate(item))
+    most = max(kept.values(), default=1)
+    return [
+        DumpRow(
+            name=name,
+            added=entry.get("added"),
+            delivered=entry.get("images"),
+            kept=kept[name],
+            share_of_largest=kept[name] / most,
+            duplicates=codes[name, "duplicate"],
+            near_duplicates=codes[name, "near-duplicate"],
+            refused=refused[name],
+        )
+        for name, entry in entries.items()
+    ]
 
 
-def drift(reports: Mapping[str, Mapping[str, Any] | None]) -> Markup:
-    """Verdicts of both looks: on the images alone, and in the student's features."""
-    cells = []
+class DriftRow(NamedTuple):
+    name: str
+    space: str
+    images: int | str
+    energy: str
+    p: str
+    drifted: bool
+
+
+class Drift(NamedTuple):
+    rows: list[DriftRow]
+    missing: list[str]  # names of reports
+
+
+def drift(reports: Mapping[str, Mapping[str, Any] | None]) -> Drift:
+    """Verdicts of both comparisons: on the images alone, and in the student's features."""
+    rows = []
     for report in reports.values():
         for dump, found in ((report or {}).get("dumps") or {}).items():
-            numbers = (f"{found[key]:.4f}" if isinstance(found.get(key), float) else "-" for key in ("energy", "p"))
-            verdict = tag("strong", "DRIFTED") if found.get("drifted") else "like the rest"
-            cells.append((dump, (report or {}).get("space", "-"), found.get("images", "-"), *numbers, verdict))
-    missing = [name for name, report in reports.items() if report is None]
-    notes = [_none(f"{name}: not there yet; run `dvc repro`") for name in missing]
-    if not cells and not missing:
-        notes.append(_none("only the first dump is there: nothing to compare"))
-    head = ("dump", "space", "images", "energy", "p", "verdict")
-    body = table("later dumps against the first data", head, cells) if cells else ""
-    return section("drift", "Drift", body, *notes)
+            energy, p = (f"{found[key]:.4f}" if isinstance(found.get(key), float) else "-" for key in ("energy", "p"))
+            space = (report or {}).get("space", "-")
+            rows.append(DriftRow(dump, space, found.get("images", "-"), energy, p, bool(found.get("drifted"))))
+    return Drift(rows, [name for name, report in reports.items() if report is None])
 
 
-def quarantine(dropped: Sequence[Mapping[str, Any]], picture: Picture, most: int) -> Markup:
+def is_duplicate(item: Mapping[str, Any]) -> bool:
+    """Of a quarantine record: whether it is an image that another equals or nearly equals."""
+    return "duplicate" in item["code"]
+
+
+class Reason(NamedTuple):
+    code: str
+    files: int
+    image_kept: bool
+
+
+class RefusedFile(NamedTuple):
+    name: str
+    code: str
+    reason: str
+
+
+class Quarantine(NamedTuple):
+    reasons: list[Reason]
+    cards: list[Card]
+    files: list[RefusedFile]
+    total: int
+
+
+def quarantine(dropped: Sequence[Mapping[str, Any]], picture: Picture, most: int) -> Quarantine:
     """What was refused and why, `most` with pictures; duplicates have their own section."""
-    items = [item for item in dropped if "duplicate" not in item["code"]]
-    if not items:
-        return section("quarantine", "Quarantine", _none("nothing was refused"))
-    kept = {True: "only its mask; the image stays, unlabelled", False: "the image"}
-    counts = Counter((item["code"], kept[bool(item["kept"])]) for item in items)
-    ways = [(code, n, what) for (code, what), n in counts.most_common()]
-    summary = table("reasons", ("code", "files", "refused"), ways)
-    shown = [(item, picture(f"{item['dump']}/{item['name']}")) for item in items[:most]]
+    items = [item for item in dropped if not is_duplicate(item)]
+    files = [RefusedFile(f"{item['dump']}/{item['name']}", item["code"], item["reason"]) for item in items]
+    counts = Counter((item["code"], bool(item["kept"])) for item in items)
     cards = [
-        figure(
-            uri, f"refused image {item['name']}", tag("strong", item["code"]),
-            f" {item['dump']}/{item['name']}: {item['reason']}",
-        )
-        for item, uri in shown if uri
-    ]  # fmt: skip
-    rest = table(
-        "refused files", ("file", "code", "reason"),
-        [(f"{item['dump']}/{item['name']}", item["code"], item["reason"]) for item in items[:REFUSED]], numbers=False,
-    )  # fmt: skip
-    return section(
-        "quarantine",
-        "Quarantine",
-        summary,
-        tag("div", *cards, class_="grid"),
-        rest,
-        _more(len(items), REFUSED, "data/quarantine.json"),
-    )
+        Card(picture(file.name), f"refused image {item['name']}", f"{file.name}: {file.reason}", lead=file.code)
+        for item, file in zip(items[:most], files[:most], strict=True)
+    ]
+    reasons = [Reason(code, n, kept) for (code, kept), n in counts.most_common()]
+    return Quarantine(reasons, cards, files[:REFUSED], len(items))
 
 
 def like(reason: str) -> str | None:
@@ -149,54 +224,54 @@ def like(reason: str) -> str | None:
     return found[1] if found else None
 
 
-def duplicates(dropped: Sequence[Mapping[str, Any]], picture: Picture, most: int) -> Markup:
+class Pair(NamedTuple):
+    removed: Card
+    kept: Card
+    reason: str
+
+
+class Duplicates(NamedTuple):
+    pairs: list[Pair]
+    total: int
+
+
+def duplicates(dropped: Sequence[Mapping[str, Any]], picture: Picture, most: int) -> Duplicates:
     """Pairs side by side: what went, what it is a copy of. Near-duplicates first: equal pixels need no look."""
-    items = sorted(
-        (item for item in dropped if "duplicate" in item["code"]), key=lambda item: item["code"] == "duplicate"
-    )
-    if not items:
-        return section("duplicates", "Duplicates", _none("none"))
-    cards = []
+    items = sorted(filter(is_duplicate, dropped), key=lambda item: item["code"] == "duplicate")
+    pairs = []
     for item in items[:most]:
-        name, other = f"{item['dump']}/{item['name']}", like(item["reason"]) or ""
-        left = figure(picture(name), f"removed image {name}", "removed: ", name)
-        right = figure(picture(other), f"kept image {other}", "kept: ", other or "-")
-        cards.append(tag("div", tag("div", left, right, class_="pair"), _none(f"{item['code']}: {item['reason']}")))
-    more = _more(len(items), most, "data/quarantine.json")
-    return section("duplicates", "Duplicates", tag("div", *cards, class_="grid pairs"), more)
+        name = f"{item['dump']}/{item['name']}"
+        other = like(item["reason"]) or ""
+        removed = Card(picture(name), f"removed image {name}", f"removed: {name}")
+        kept = Card(picture(other), f"kept image {other}", f"kept: {other or '-'}")
+        pairs.append(Pair(removed, kept, f"{item['code']}: {item['reason']}"))
+    return Duplicates(pairs, len(items))
 
 
-def label_next(ranked: Sequence[Mapping[str, str]] | None, picture: Picture, most: int) -> Markup:
+def label_next(ranked: Sequence[Mapping[str, str]] | None, picture: Picture, most: int) -> Gallery | None:
     """The first images to label with the student's pre-labels over them."""
     if ranked is None:
-        return section("label-next", "What to label next", _none("not there yet; run `dvc repro rank`"))
-    cards = [
-        figure(
-            picture(f"{row['dump']}/{row['name']}"), f"image {row['name']} with its pre-labels",
-            tag("strong", f"{row['place']}. "),
-            f"{row['dump']}/{row['name']}; doubt {float(row['doubt']):.3f}, most about {row['most_doubted']}",
-        )
-        for row in ranked[:most]
-    ]  # fmt: skip
-    more = _more(len(ranked), most, "reports/label_next/, reports/rank.csv")
-    return section("label-next", "What to label next", tag("div", *cards, class_="grid"), more)
+        return None
+    cards = []
+    for row in ranked[:most]:
+        name = f"{row['dump']}/{row['name']}"
+        words = f"{name}; doubt {float(row['doubt']):.3f}, most about {row['most_doubted']}"
+        cards.append(Card(picture(name), f"image {row['name']} with its pre-labels", words, lead=f"{row['place']}."))
+    return Gallery(cards, len(ranked), most)
 
 
-def suspects(found: Sequence[Mapping[str, str]] | None, picture: Picture, most: int) -> Markup:
+def suspects(found: Sequence[Mapping[str, str]] | None, picture: Picture, most: int) -> Gallery | None:
     """Masks that the student confidently contradicts, best of every split in turn."""
     if found is None:
-        return section("suspects", "Suspect labels", _none("not there yet; run `dvc repro suspects`"))
-    told = sorted(
-        (row for row in found if row["picture"]), key=lambda row: (int(row["place"]), MASKED.index(row["split"]))
-    )
-    cards = [
-        figure(
-            picture(row["picture"]), f"{row['name']}: image, mask, prediction, contradiction",
-            tag("strong", f"{row['split']} {row['place']}. "),
+        return None
+    drawn = [row for row in found if row["picture"]]
+    drawn.sort(key=lambda row: (int(row["place"]), MASKED.index(row["split"])))
+    cards = []
+    for row in drawn[:most]:
+        words = (
             f"{row['dump']}/{row['name']}: the mask says {row['given']}, the student {row['suggested']} "
-            f"(score {float(row['score']):.3f}). Image, mask, prediction, contradiction",
+            f"(score {float(row['score']):.3f}). Image, mask, prediction, contradiction"
         )
-        for row in told[:most]
-    ]  # fmt: skip
-    body = tag("div", *cards, class_="grid wide") if cards else _none("none")
-    return section("suspects", "Suspect labels", body, _more(len(found), len(cards), "reports/suspect_labels.csv"))
+        alt = f"{row['name']}: image, mask, prediction, contradiction"
+        cards.append(Card(picture(row["picture"]), alt, words, lead=f"{row['split']} {row['place']}."))
+    return Gallery(cards, len(found), most)

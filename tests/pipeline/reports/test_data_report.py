@@ -6,6 +6,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import marginalia
 from pipeline.ingest import dump_registry
-from pipeline.reports import data_report, markup, sections, thumbnails
+from pipeline.reports import data_report, page, sections, thumbnails
 from pipeline.storage import atomic, manifest, shards
 from tests.support import tiny_project
 
@@ -46,7 +47,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.said[self.section] = self.said.get(self.section, "") + data
+        self.said[self.section] = self.said.get(self.section, "") + data.strip("\n")
 
 
 def jpeg(image_HWC: np.ndarray) -> bytes:
@@ -144,11 +145,22 @@ def test_hostile_names_stay_text_and_nothing_is_fetched(project: Path) -> None:
     assert all(attributes.get("scope") in ("row", "col") for attributes in heads)
 
 
-def test_escaping_covers_text_attributes_and_nested_parts() -> None:
-    made = markup.tag("p", "<b>", markup.tag("a", "x & y", href='"><x'), class_="a'b")
-    assert made == '<p class="a&#x27;b">&lt;b&gt;<a href="&quot;&gt;&lt;x">x &amp; y</a></p>'
-    assert markup.bar(0.5).count("--share:50.00%") == 1
-    assert "--share:100.00%" in markup.bar(7.0)
+def test_escaping_covers_text_and_attributes() -> None:
+    template = page.environment().from_string('<p class="{{ kind }}">{{ text }}<a href="{{ link }}"></a></p>')
+    made = template.render(kind="a'b", text="<b>\x07x & y", link='"><x')
+    assert made == '<p class="a&#39;b">&lt;b&gt; x &amp; y<a href="&#34;&gt;&lt;x"></a></p>'
+
+
+def test_a_bar_has_the_length_of_its_share_and_at_most_all() -> None:
+    percent = page.environment().get_template("macros.html.jinja").module.percent
+    assert percent(0.5).count("--share:50.00%") == 1
+    assert "700.00 %" in percent(7.0)
+    assert "--share:100.00%" in percent(7.0)
+
+
+def test_a_name_that_a_template_lacks_is_an_error() -> None:
+    with pytest.raises(jinja2.UndefinedError):
+        page.environment().from_string("{{ missing }}").render()
 
 
 def test_pictures_stop_at_the_budget(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,9 +228,12 @@ def test_a_browser_fetches_nothing_runs_nothing_and_fits_a_phone(project: Path) 
         assert (ground, ink) == ("rgb(18, 22, 29)", "rgb(231, 234, 240)")  # prefers-color-scheme: dark
 
 
-def test_images_that_are_groups_of_their_own_are_not_listed() -> None:
-    rows = [
-        manifest.Row("i", "n", "s", "base", g, 4, 3, "x", 0, 1, None, None, None, "", "test") for g in ("a", "b", "b")
-    ]
-    assert "every image is a group of its own" in sections.groups(rows[:2])
-    assert Reader(sections.groups(rows)).said["groups"].endswith("unusedb2a1")
+def test_images_that_are_groups_of_their_own_are_not_listed(project: Path) -> None:
+    rows = manifest.read(Path("data/split/manifest.parquet"))
+    for row_groups, said in (
+        ([f"g{i}" for i in range(len(rows))], "every image is a group of its own"),
+        (["a", *["b"] * (len(rows) - 1)], "b152a1"),  # labelled, unlabelled, test
+    ):
+        grouped = [replace(row, group=group) for row, group in zip(rows, row_groups, strict=True)]
+        manifest.write(Path("data/split/manifest.parquet"), grouped)
+        assert said in Reader(data_report.build()).said["groups"]
