@@ -13,10 +13,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import httpx
 import pytest
 
-import training  # noqa: F401 - makes torchvision importable before anything asks for it
 from tests.support import live_server
+from training.models.torchvision_operators import ensure_torchvision
 
 ROOT = Path(__file__).parents[1]
+ensure_torchvision()  # some tests import timm themselves
 
 
 @pytest.fixture(scope="session")

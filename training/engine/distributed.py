@@ -1,14 +1,14 @@
 """The processes that train together: who this one is, and what they do in common."""
 
+import atexit
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -45,57 +45,79 @@ def average(model: nn.Module, us: Ranks) -> None:
 def share_batches(module: nn.Module) -> nn.Module:
     """BatchNorm over the images of all ranks, in place where it can be. timm's form: torch's own drops the activations
     that timm's encoders keep inside their BatchNorm."""
-    return convert_sync_batchnorm(module)
+    from timm.layers.norm_act import convert_sync_batchnorm  # late: takes seconds, and only CUDA ranks need it
+
+    shared: nn.Module = convert_sync_batchnorm(module)
+    return shared
 
 
-@dataclass(frozen=True)
 class Group:
-    """What the engine asks of the processes: a module whose gradients are averaged, backward, and gradients held back.
+    """The processes that train together, as the trainer uses them; here there is only this one.
 
-    device None: the engine picks. hold: within it, backward passes do not wait for the other ranks.
+    device: where this rank computes; None: the trainer picks.
     """
 
     ranks: Ranks = ALONE
     device: torch.device | None = None
-    wrap: Callable[[Any], Any] = lambda module: module
-    backward: Callable[[Tensor], None] = lambda loss: loss.backward()
-    hold: Callable[[Any], AbstractContextManager[Any]] = lambda module: nullcontext()
-    barrier: Callable[[], None] = lambda: None
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """`module` with its gradients averaged over ranks in the backward pass."""
+        return module
+
+    def hold(self, wrapped: nn.Module) -> AbstractContextManager[object]:
+        """Within it, backward passes of a wrapped module add up gradients without waiting for the other ranks."""
+        return nullcontext()
+
+    def barrier(self) -> None:
+        """Return when every rank has got here."""
+
+
+class TorchrunGroup(Group):
+    """The processes that `torchrun` started: one a CUDA device (NCCL), or on CPUs (gloo)."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+            torch.distributed.init_process_group("nccl", device_id=self.device)
+        else:
+            self.device = torch.device("cpu")
+            torch.distributed.init_process_group("gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+
+        kinds = torch.distributed.ReduceOp
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.ranks = Ranks(rank, world, _over_ranks(kinds.SUM), _over_ranks(kinds.MAX))
+
+    @property
+    def _device_ids(self) -> list[torch.device] | None:
+        return [self.device] if self.device is not None and self.device.type == "cuda" else None
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        if self._device_ids is not None:
+            module = share_batches(module)
+        return DistributedDataParallel(module, device_ids=self._device_ids)
+
+    def hold(self, wrapped: nn.Module) -> AbstractContextManager[object]:
+        held: AbstractContextManager[object] = wrapped.no_sync()  # type: ignore[operator]  # DDP, perhaps compiled
+        return held
+
+    def barrier(self) -> None:
+        torch.distributed.barrier(device_ids=None if self._device_ids is None else [torch.cuda.current_device()])
+
+
+def _over_ranks(kind: torch.distributed.ReduceOp.RedOpType) -> Reduce:
+    def reduce(value: Tensor) -> Tensor:
+        total = value.clone()
+        torch.distributed.all_reduce(total, kind)
+        return total
+
+    return reduce
 
 
 SINGLE = Group()
 
 
 def connect() -> Group:
-    """The processes that `torchrun` started, joined by Lightning Fabric; this one alone where it did not.
-
-    Fabric is imported only then: it costs five seconds.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return SINGLE
-    from lightning_fabric import Fabric
-
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    fabric = Fabric(accelerator="auto", devices=per_node, num_nodes=world // per_node, strategy="ddp")
-    fabric.launch()
-
-    # Not fabric.all_reduce: it puts a barrier before every sum, and a barrier makes the host wait.
-    def reduce(kind: torch.distributed.ReduceOp.RedOpType) -> Reduce:
-        def over_ranks(value: Tensor) -> Tensor:
-            total = value.clone()
-            torch.distributed.all_reduce(total, kind)
-            return total
-
-        return over_ranks
-
-    def wrap(module: nn.Module) -> Any:
-        return fabric.setup_module(
-            share_batches(module) if fabric.device.type == "cuda" else module, move_to_device=False
-        )
-
-    kinds = torch.distributed.ReduceOp
-    return Group(
-        Ranks(fabric.global_rank, fabric.world_size, reduce(kinds.SUM), reduce(kinds.MAX)),
-        fabric.device, wrap, fabric.backward, fabric.no_backward_sync, fabric.barrier,
-    )  # fmt: skip
+    """The processes that `torchrun` started; this one alone where it did not."""
+    return TorchrunGroup() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE

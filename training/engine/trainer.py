@@ -163,7 +163,9 @@ def fit(
     now = train_state.restore(path, identity, parts, method, seen, finite, collapse, device, us)
     for row in now.history:
         on_log(Event(int(row["step"]), row))
-    whole = group.wrap(torch.compile(student) if config.compile else student)
+    whole = group.wrap(student)
+    if config.compile:
+        whole.compile()
     average = ema.Average(teacher, model)
 
     def save(last: bool = False) -> None:
@@ -176,7 +178,7 @@ def fit(
 
     def backward(loss: Tensor) -> None:
         with torch.autocast(device.type, enabled=False):  # operators go back in the precision they came in
-            group.backward(loss)
+            loss.backward()
 
     # Not with torch.compile: in 2.13 inductor's gradient of a bilinear upsampling is 0 in deterministic mode.
     repeats = config.deterministic and device.type == "cpu" and not config.compile

@@ -1,14 +1,16 @@
-"""Networks beside segmentation_models_pytorch's: a DPT that takes any grid, and the user's own from the project folder."""
+"""Networks by name: segmentation_models_pytorch's on timm encoders, and a DPT that takes any grid.
+
+The only module that imports timm and segmentation_models_pytorch. Call `torchvision_operators.ensure_torchvision` before
+importing it; `segmenter.build` does.
+"""
 
 import difflib
-import importlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from importlib.machinery import PathFinder
-from pathlib import Path
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
+import segmentation_models_pytorch as smp
+import timm
 import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder, DPTSegmentationHead
@@ -17,42 +19,18 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from training.models.pretrained import WeightsError
+from pipeline.config import Model as ModelConfig
+from training.models.layers import resize
+from training.models.pretrained import HALF, IMAGENET, WeightsError
 
-
-class AsymmetricConv2d(nn.Conv2d):
-    """TensorFlow's "same" padding of a stride-2 convolution on even sizes, as a constant: the odd pixel goes right/bottom."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        total = max(self.kernel_size[0] - 2, 0)
-        before, after = total // 2, total - total // 2
-        padded = F.pad(input, (before, after, before, after))
-        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-def use_asymmetric_padding(module: nn.Module) -> None:
-    """Replace every stride-2 convolution below `module` in place; parameters are shared, names stay."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Conv2d) and child.stride == (2, 2):
-            new = AsymmetricConv2d(
-                child.in_channels,
-                child.out_channels,
-                child.kernel_size,
-                2,
-                groups=child.groups,
-                bias=child.bias is not None,
-            )
-            new.weight, new.bias = child.weight, child.bias
-            setattr(module, name, new)
-        else:
-            use_asymmetric_padding(child)
-
-
-def resize(logits_BKhw: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
-    """logits_BKhw -> logits_BKHW at `size`, bilinear; returned as they are where they have that size."""
-    if logits_BKhw.shape[-2:] == torch.Size(size):
-        return logits_BKhw
-    return F.interpolate(logits_BKhw, tuple(size), mode="bilinear", align_corners=align_corners)
+ARCHITECTURES = {
+    "DeepLabV3Plus": smp.DeepLabV3Plus,
+    "FPN": smp.FPN,
+    "Unet": smp.Unet,
+    "Segformer": smp.Segformer,
+}
+# DeepLab's rule: atrous rates double when the output stride halves.
+ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
 
 
 def _place(vit: Any, patches_BHWC: Tensor) -> Tensor:
@@ -135,115 +113,40 @@ class Dpt(nn.Module):
         return resize(self.segmentation_head(self.decoder(features)), size, align_corners=True)
 
 
-class Ear(nn.Module):
-    """Stands in a user's network where others have their encoder: a hook on it hears the features (the logits, where
-    there are none), and its parameters are those of the user's `encoder`, if there is one. Registers nothing twice."""
+def scaling(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the input that the encoder's weights were trained with.
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["of"] = module
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        encoder = getattr(self.of, "encoder", None)
-        return encoder.parameters(recurse) if isinstance(encoder, nn.Module) else iter(())
-
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        return features
+    Lite weights: -1..1. ViTs: what timm notes for each. timm's other encoders: ImageNet's.
+    """
+    if "lite" in config.encoder:
+        return HALF
+    noted = timm.get_pretrained_cfg(config.encoder) if config.architecture == "DPT" else None
+    return (noted.mean, noted.std) if noted is not None else IMAGENET
 
 
-class Own(nn.Module):
-    """A user's network: normalised image_BCHW -> logits_BKhw; perhaps with encode and decode of its own."""
+def build_network(config: ModelConfig, n_classes: int) -> nn.Module:
+    """One of smp's networks on a timm encoder, random weights.
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module, self.encoder = module, Ear(module)
-        self.has_features = all(callable(getattr(module, name, None)) for name in ("encode", "decode"))
-
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        logits: Tensor = self.module(image_BCHW)
-        self.encoder([logits])
-        return logits
-
-    def encode(self, image_BCHW: Tensor) -> list[Tensor]:
-        module: Any = self.module
-        return self.encoder(module.encode(image_BCHW))
-
-    def decode(self, features: list[Tensor], size: Sequence[int]) -> Tensor:
-        module: Any = self.module
-        return resize(module.decode(features, size), size)
-
-
-def _own_callable(architecture: str) -> Any:
-    """The object that `some.module:Name` names. Only modules of the project folder: a file of weights names one too."""
-    dotted, _, name = architecture.partition(":")
-    folder = Path.cwd()
-    importlib.invalidate_caches()
-    if PathFinder.find_spec(dotted.partition(".")[0], [str(folder)]) is None:
-        raise WeightsError(
-            f"model.architecture: there is no module {dotted!r} in the project folder {folder}; put the file there, or "
-            "import an installed package's network into one"
-        )
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))  # stays: the network may import more when it runs
+    Raises:
+        WeightsError: timm has no such encoder, or it cannot serve this architecture.
+    """
+    name = config.encoder.removeprefix("tu-")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(config.encoder, timm.list_models(), n=3)
+        raise WeightsError(f"model.encoder: timm has no {config.encoder!r}; close names: {', '.join(near) or 'none'}")
+    extra: dict[str, Any] = {}
+    if config.architecture == "DeepLabV3Plus":
+        extra = {
+            "encoder_output_stride": config.output_stride,
+            "decoder_atrous_rates": ATROUS_RATES[config.output_stride],
+        }
     try:
-        module = importlib.import_module(dotted)
-    except Exception as error:
+        if config.architecture == "DPT":
+            return Dpt(name, n_classes)
+        return ARCHITECTURES[config.architecture](f"tu-{name}", encoder_weights=None, classes=n_classes, **extra)
+    except Exception as error:  # timm and smp refuse what they cannot combine in many ways
+        like = "vit_small_patch14_dinov2" if config.architecture == "DPT" else "resnet50"
         raise WeightsError(
-            f"model.architecture: {dotted!r} cannot be imported: {type(error).__name__}: {error}"
+            f"model.encoder: {config.encoder!r} cannot serve as {config.architecture}'s encoder ({type(error).__name__}: "
+            f"{error}); choose another, such as {like}, or another model.architecture"
         ) from error
-    file = getattr(module, "__file__", None)
-    if file is None or not Path(file).resolve().is_relative_to(folder.resolve()):
-        raise WeightsError(
-            f"model.architecture: {dotted!r} is {file or 'built in'}, not the project folder's; rename your module"
-        )
-    if not callable(found := getattr(module, name, None)):
-        near = difflib.get_close_matches(name, dir(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise WeightsError(f"model.architecture: {file} has no callable {name!r}{hint}")
-    return found
-
-
-def own(architecture: str, n_classes: int) -> tuple[Own, int]:
-    """A user's network after one tiny forward pass, and the channels of its deepest feature (0: it shows none)."""
-    make = _own_callable(architecture)
-    say = f"model.architecture: {architecture}"
-    try:
-        module = make(n_classes)
-    except Exception as error:
-        raise WeightsError(
-            f"{say}: calling it with {n_classes} classes raised {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise WeightsError(f"{say} returned a {type(module).__name__}; it must take n_classes and return an nn.Module")
-    own, size = Own(module).eval(), (64, 96)
-    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-
-    def attempt(what: str, call: Callable[[], Any]) -> Any:
-        try:
-            with torch.no_grad():
-                return call()
-        except Exception as error:
-            raise WeightsError(
-                f"{say}: {what} of a 1 x 3 x 64 x 96 image raised {type(error).__name__}: {error}"
-            ) from error
-
-    logits = attempt("forward", lambda: own(image))
-    if not isinstance(logits, Tensor):
-        raise WeightsError(f"{say}: forward returned a {type(logits).__name__}; it must return logits_BKHW, a tensor")
-    if logits.ndim != 4 or logits.shape[:2] != (1, n_classes) or not logits.is_floating_point():
-        raise WeightsError(
-            f"{say}: forward returned {logits.dtype} of shape {tuple(logits.shape)} for a 1 x 3 x 64 x 96 image; it must "
-            f"return floating-point logits of shape 1 x {n_classes} x h x w, one channel for each of the {n_classes} classes"
-        )
-    if n_classes > 1 and (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(()), atol=1e-3):
-        raise WeightsError(f"{say}: forward returned probabilities; leave the softmax out, the loss has its own")
-    channels = 0
-    if own.has_features:
-        features = attempt("encode", lambda: own.encode(image))
-        if not isinstance(features, list) or not all(isinstance(f, Tensor) and f.ndim == 4 for f in features):
-            raise WeightsError(f"{say}: encode must return a list of B x C x h x w tensors, shallow to deep")
-        again = attempt("decode", lambda: own.decode(features, size))
-        if not torch.equal(again, resize(logits, size)):
-            raise WeightsError(f"{say}: decode(encode(image), (H, W)) must give what forward(image) gives, bit for bit")
-        channels = features[-1].shape[1]
-    return own.train(), channels

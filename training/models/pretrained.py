@@ -9,6 +9,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+# Mean and deviation, per channel and for values in 0..1, of the images that an encoder's weights were trained on.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 HUB_SECONDS = 3.0  # how long the hub may take to answer at all
 
 

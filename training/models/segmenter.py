@@ -3,14 +3,11 @@
 A user's own network from the project folder takes their place under the name `some.module:Name`.
 """
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import segmentation_models_pytorch as smp
-import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialise
@@ -18,19 +15,11 @@ from torch import Tensor, nn
 
 from pipeline.config import Model as ModelConfig
 from pipeline.storage import atomic
-from training.models.architectures import Dpt, Own, own, resize, use_asymmetric_padding
-from training.models.pretrained import WeightsError, load_encoder
-
-ARCHITECTURES = {
-    "DeepLabV3Plus": smp.DeepLabV3Plus,
-    "FPN": smp.FPN,
-    "Unet": smp.Unet,
-    "Segformer": smp.Segformer,
-}
-# DeepLab's rule: atrous rates double when the output stride halves.
-ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+from training.models.layers import resize, use_asymmetric_padding
+from training.models.own import OwnNetwork, load_own
+from training.models.pretrained import IMAGENET, load_encoder
+from training.models.pretrained import WeightsError as WeightsError
+from training.models.torchvision_operators import ensure_torchvision
 
 
 class Segmenter(nn.Module):
@@ -49,12 +38,13 @@ class Segmenter(nn.Module):
         frozen: the encoder gets no gradient and stays in eval mode (BatchNorm, dropout) under train().
     """
 
+    net: Any  # OwnNetwork, Dpt, or one of segmentation_models_pytorch's, which have no types
     mean: Tensor
     std: Tensor
 
     def __init__(
         self,
-        net: nn.Module,
+        net: Any,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         *,
@@ -64,7 +54,7 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.step, self.frozen = net, step, freeze
-        self.has_features = not isinstance(net, Own) or net.has_features
+        self.has_features = not isinstance(net, OwnNetwork) or net.has_features
         self.channels: int = net.encoder.out_channels[-1] if channels is None else channels
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -75,7 +65,7 @@ class Segmenter(nn.Module):
     def train(self, mode: bool = True) -> "Segmenter":
         super().train(mode)
         if self.frozen:
-            (self.net.module.encoder if isinstance(self.net, Own) else self.net.encoder).eval()
+            (self.net.module.encoder if isinstance(self.net, OwnNetwork) else self.net.encoder).eval()
         return self
 
     def normalise(self, image_BCHW: Tensor) -> Tensor:
@@ -95,10 +85,10 @@ class Segmenter(nn.Module):
                 "this network gives logits only: offer encode(image) and decode(features, size) beside forward, or choose "
                 "a train.method that needs no features"
             )
-        return self.net.encode(image) if isinstance(self.net, Own) else self.net.encoder(image)
+        return self.net.encode(image) if isinstance(self.net, OwnNetwork) else self.net.encoder(image)
 
     def decode(self, features: list[Tensor], size: Sequence[int]) -> Tensor:
-        if isinstance(self.net, Own | Dpt):
+        if hasattr(self.net, "decode"):  # a DPT and a user's own network resize in their own way
             return self.net.decode(features, size)
         return resize(self.net.segmentation_head(self.net.decoder(features)), size)
 
@@ -109,41 +99,6 @@ class Segmenter(nn.Module):
         return resize(self.net(self.normalise(image_BCHW)), size)
 
 
-def _scaling(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the input that the encoder's weights were trained with.
-
-    Lite weights: -1..1. ViTs: what timm notes for each. timm's other encoders: ImageNet's.
-    """
-    if "lite" in config.encoder:
-        return HALF
-    noted = timm.get_pretrained_cfg(config.encoder) if config.architecture == "DPT" else None
-    return (noted.mean, noted.std) if noted is not None else IMAGENET
-
-
-def _network(config: ModelConfig, n_classes: int) -> nn.Module:
-    """One of smp's networks on a timm encoder, random weights."""
-    name = config.encoder.removeprefix("tu-")
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(config.encoder, timm.list_models(), n=3)
-        raise WeightsError(f"model.encoder: timm has no {config.encoder!r}; close names: {', '.join(near) or 'none'}")
-    extra: dict[str, Any] = {}
-    if config.architecture == "DeepLabV3Plus":
-        extra = {
-            "encoder_output_stride": config.output_stride,
-            "decoder_atrous_rates": ATROUS_RATES[config.output_stride],
-        }
-    try:
-        if config.architecture == "DPT":
-            return Dpt(name, n_classes)
-        return ARCHITECTURES[config.architecture](f"tu-{name}", encoder_weights=None, classes=n_classes, **extra)
-    except Exception as error:  # timm and smp refuse what they cannot combine in many ways
-        like = "vit_small_patch14_dinov2" if config.architecture == "DPT" else "resnet50"
-        raise WeightsError(
-            f"model.encoder: {config.encoder!r} cannot serve as {config.architecture}'s encoder ({type(error).__name__}: "
-            f"{error}); choose another, such as {like}, or another model.architecture"
-        ) from error
-
-
 def build(config: ModelConfig, n_classes: int, *, load_weights: bool = True) -> Segmenter:
     """The network that `config` names; downloads only where `config.weights` says hub:.
 
@@ -151,27 +106,42 @@ def build(config: ModelConfig, n_classes: int, *, load_weights: bool = True) -> 
         WeightsError: an unknown or unfit encoder, a user's own network that is missing or does not keep the contract, or
             weights that are missing or do not fit.
     """
+    ensure_torchvision()
     if ":" in config.architecture:
-        theirs, channels = own(config.architecture, n_classes)
-        if config.freeze and not isinstance(getattr(theirs.module, "encoder", None), nn.Module):
-            raise WeightsError(
-                f"model.freeze: {config.architecture} has no submodule called `encoder`; name the part to freeze that, or "
-                "set model.freeze: false"
-            )
-        return Segmenter(theirs, *IMAGENET, freeze=config.freeze, channels=channels)
-    net: Any = _network(config, n_classes)
+        return _build_own(config, n_classes)
+    return _build_named(config, n_classes, load_weights)
+
+
+def _build_own(config: ModelConfig, n_classes: int) -> Segmenter:
+    net, channels = load_own(config.architecture, n_classes)
+    if config.freeze and not isinstance(getattr(net.module, "encoder", None), nn.Module):
+        raise WeightsError(
+            f"model.freeze: {config.architecture} has no submodule called `encoder`; name the part to freeze that, or "
+            "set model.freeze: false"
+        )
+    return Segmenter(net, *IMAGENET, freeze=config.freeze, channels=channels)
+
+
+def _build_named(config: ModelConfig, n_classes: int, load_weights: bool) -> Segmenter:
+    from training.models import (
+        architectures,  # timm and smp take seconds to import, and need `ensure_torchvision` first
+    )
+
+    net: Any = architectures.build_network(config, n_classes)
     lite = "lite" in config.encoder
     if lite:
         for module in net.encoder.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = 1e-3  # the value these weights were trained with
+
     # The lite weights were trained under TensorFlow's padding: on the demo's val 63.9 against 61.2 mIoU (800 supervised steps).
     if config.padding == "asymmetric" or (config.padding == "auto" and lite):
         use_asymmetric_padding(net.encoder)
     if config.weights and load_weights:
         load_encoder(net.encoder, config.weights)
-    step = net.encoder.output_stride
-    return Segmenter(net, *_scaling(config), step=step, freeze=config.freeze)
+
+    mean, std = architectures.scaling(config)
+    return Segmenter(net, mean, std, step=net.encoder.output_stride, freeze=config.freeze)
 
 
 def save(path: Path, state: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-import training
 from pipeline.config import Train
 from tests.support.training.tiny_network import Featured, view
 from tests.support.training.tiny_samples import Memory
@@ -45,7 +44,7 @@ def gradients(name: str, group: distributed.Group) -> dict[str, torch.Tensor]:
     labelled, unlabelled = half(view(4, 1), us), half(view(4, 2), us)
     step.step(
         method, whole, ema.teacher_of(model), labelled, unlabelled, ignore=255, at=4, unsup_weight=1.0, cutmix=0.0,
-        generator=torch.Generator().manual_seed(0), ranks=us, backward=group.backward,
+        generator=torch.Generator().manual_seed(0), ranks=us,
     )  # fmt: skip
     return {n: p.grad.clone() for n, p in model.named_parameters()}
 
@@ -110,7 +109,6 @@ def fit(group: distributed.Group, work: Path, notice_at_rank: int = -1) -> train
 
 
 if __name__ == "__main__":
-    assert training
     torch.set_num_threads(1)
     group = distributed.connect()
     answer = together(group, Path(sys.argv[1]).parent / "work")

@@ -18,7 +18,7 @@ from export import onnx as export_onnx
 from pipeline.config import Model
 from training import predict
 from training.engine import ema
-from training.models import architectures, segmenter
+from training.models import architectures, layers, segmenter
 
 SMALL = {
     "DeepLabV3Plus": "resnet10t",
@@ -179,7 +179,7 @@ def test_asymmetric_padding_is_tensorflows_same_for_even_sizes(kernel):
     holder = nn.Sequential(nn.Sequential(conv))
     image = torch.randn(2, 4, 12, 18)
     symmetric = holder(image)
-    architectures.use_asymmetric_padding(holder)
+    layers.use_asymmetric_padding(holder)
     total = [max((-(-n // 2) - 1) * 2 + kernel - n, 0) for n in (18, 12)]
     pads = [p for t in total for p in (t // 2, t - t // 2)]
     expected = F.conv2d(F.pad(image, pads), conv.weight, stride=2, groups=4)
