@@ -172,8 +172,9 @@ def onnx(
     """
     with _errors_told():
         from export.tools import standalone_onnx as job
+        from export.tools.sizes import parse_size
 
-        made = job.write(bundle, output, size=job.parse_size(size) if size else None, core=core)
+        made = job.write(bundle, output, size=parse_size(size) if size else None, core=core)
     typer.echo(f"{made.path}: image {' x '.join(map(str, made.shape))}, {made.nodes} nodes, {made.size / 1e6:.1f} MB")
 
 
@@ -189,11 +190,12 @@ def bench(
 ) -> None:
     """Latency, images/s and peak memory of every runtime and precision of a bundle that runs here, as one table."""
     from export.tools import bench as job
+    from export.tools.sizes import split_list
     from pipeline.storage import atomic
 
     with _errors_told():
         result = job.bench(
-            bundle, job.split(sizes or []), job.split(batches), rounds=rounds, threads=threads, student=student
+            bundle, split_list(sizes or []), split_list(batches), rounds=rounds, threads=threads, student=student
         )
         if out is not None:
             atomic.write_json(out, result)
@@ -217,7 +219,9 @@ def triton(
     name: Annotated[str, typer.Option(help="the model's name in it")] = "marginalia",
     device: Annotated[str, typer.Option(help="cpu or cuda: for which the model is picked")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8; default: fp32")] = "auto",
-    max_batch: Annotated[int, typer.Option(min=1, help="images that may run together")] = 8,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, help="images that may run together; default: 8, fewer of a large input size")
+    ] = None,
     delay_us: Annotated[int, typer.Option(min=0, help="how long a request may wait for company")] = 0,
     instances: Annotated[str, typer.Option(help="copies of the model, as in cpu:2; default: Triton's choice")] = "",
 ) -> None:
@@ -225,10 +229,8 @@ def triton(
     from export.tools import triton as job
 
     with _errors_told():
-        folder = job.write(
-            bundle, output, name=name, device=device, precision=precision, max_batch=max_batch, delay_us=delay_us,
-            instances=instances,
-        )  # fmt: skip
+        settings = job.ModelSettings(name=name, max_batch=max_batch, delay_us=delay_us, instances=instances)
+        folder = job.write(bundle, output, settings, device=device, precision=precision)
     typer.echo(f"{folder}: serve it by `tritonserver --model-repository {output}`")
 
 

@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.export import Dim
 
-from export import quantize
+from export import onnx_proto, quantize
 from export.bundle import bundle
-from export.bundle.manifest import INPUT, OUTPUTS, Option
+from export.bundle.manifest import INPUT, MODEL, OUTPUTS, Option
 from export.tensorrt import builder
 from pipeline import config
 from pipeline.storage import atomic, manifest
@@ -129,24 +129,18 @@ def trace(model: nn.Module, stride: int, metadata: dict[str, str]) -> Graph:
     _strip(proto.graph)
     proto.graph.name = "marginalia"
     proto.doc_string = ""
-    del proto.metadata_props[:]
-    for key in sorted(metadata):
-        proto.metadata_props.add(key=key, value=metadata[key])
+    onnx_proto.set_metadata(proto, dict(sorted(metadata.items())))
     check(proto, stride)
     data = proto.SerializeToString(deterministic=True)
-    return Graph(data, _opset(proto), proto.ir_version, len(proto.graph.node), time.perf_counter() - started)
-
-
-def _opset(proto: onnx.ModelProto) -> int:
-    return next(int(entry.version) for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    return Graph(data, onnx_proto.opset(proto), proto.ir_version, len(proto.graph.node), time.perf_counter() - started)
 
 
 def check(proto: onnx.ModelProto, stride: int) -> None:
     """Hold the graph to its promises. Raises ExportError."""
     onnx.checker.check_model(proto, full_check=True)
-    if _opset(proto) != OPSET:
+    if onnx_proto.opset(proto) != OPSET:
         raise ExportError(
-            f"asked for opset {OPSET}, the exporter wrote {_opset(proto)}: the torch and onnxscript pins moved apart"
+            f"asked for opset {OPSET}, the exporter wrote {onnx_proto.opset(proto)}: the torch and onnxscript pins moved apart"
         )
     signature = {
         value.name: (value.type.tensor_type.elem_type, len(value.type.tensor_type.shape.dim))
@@ -250,7 +244,7 @@ def run(params: config.Params, console: Console) -> None:
         opset=graph.opset,
         ir_version=graph.ir_version,
         others=forms,
-        options=[option for option in OFFERED if option.file in (bundle.MODEL, *forms)],
+        options=[option for option in OFFERED if option.file in (MODEL, *forms)],
         **{key: scores[key] for key in ("data_hash", "split_hash", "test_hash", "commit", "method")},
     )
     report = {

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from export import onnx_proto
 from export.runtime import telemetry
 
 Target = Literal["cpu", "tensorrt"]
@@ -117,7 +118,7 @@ class Quantizer:
         """
         if not images:
             raise QuantizeError("no training image to calibrate with")
-        self._metadata = [(entry.key, entry.value) for entry in _parsed(model).metadata_props]
+        self._metadata = onnx_proto.metadata(_parsed(model))
         self._prepared = prepare(model)
         self._graph = onnx.load_from_string(self._prepared).graph
         self._images = images
@@ -150,9 +151,7 @@ class Quantizer:
         del result.opset_import[:]
         result.opset_import.extend(domains)
 
-        del result.metadata_props[:]
-        for key, value in self._metadata:
-            result.metadata_props.add(key=key, value=value)
+        onnx_proto.set_metadata(result, self._metadata)
         return bytes(result.SerializeToString(deterministic=True))
 
     def _run(self, stay: list[str]) -> onnx.ModelProto:

@@ -18,6 +18,7 @@ from benchmarks.support.timing import alternate
 from export.bundle import bundle
 from export.runtime import cpu, runtime
 from export.tools import bench, bench_worker
+from export.tools.sizes import parse_size
 from tests.support import tiny_onnx
 
 SIZES = ("256x192", "480x360", "1920x1080")
@@ -29,7 +30,7 @@ def measure(opened: bundle.Bundle, sizes: list[str], images: int, rounds: int, t
     for option in runtime.options(opened):
         for text in sizes:
             task = {"bundle": str(opened.folder), "provider": option.provider, "precision": option.precision}
-            task |= {"size": bench.parse_size(text), "batch": 1, "images": images, "threads": threads}
+            task |= {"size": parse_size(text, "--sizes"), "batch": 1, "images": images, "threads": threads}
             works, facts = bench_worker.prepare(task)
             works["run"]()
             timed = alternate(

@@ -1,12 +1,12 @@
 """bundle.json: what is in a bundle and how it may be run."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 INPUT, OUTPUTS = "image", ("label", "confidence")  # of every graph
-MODEL = "model.onnx"
+MODEL: Final = "model.onnx"
 # The CPU's int8 kernels want unsigned activations, TensorRT takes only symmetric signed ones: two files.
 MODELS = (MODEL, "model.fp16.onnx", "model.int8.onnx", "model.int8-tensorrt.onnx")
 

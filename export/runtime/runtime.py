@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 
 from export.bundle.bundle import Bundle, BundleError
 from export.bundle.manifest import Manifest, Option, Precision, Provider, ranked
-from export.runtime import cpu
+from export.runtime import batches, cpu
 from export.runtime.sessions import ProviderError, Session, SignatureError, check_installation, open_session
 from pipeline.imaging import resize
 
 __all__ = ["Precision", "Provider", "ProviderError", "Runtime", "Segmentation", "check_installation", "options"]
 
-BATCHES = (8, 4, 2, 1)  # the only batch sizes that reach a runtime: engines and caches are made per shape
 RECENT = 8  # sizes that a runtime remembers
 # What any bundle can run without a file of its own. fp32 is the same network in every runtime, but no two round alike.
 PLAIN = (
@@ -176,7 +175,7 @@ class Runtime:
         size = (shape[1], shape[2])
         if size not in self.recent:
             self.recent.append(size)
-        answers = [self._session.run(images_NHWC[part]) for part in _batches(shape[0], self._most(*shape[1:3]))]
+        answers = [self._session.run(images_NHWC[part]) for part in batches.parts(shape[0], self._most(*shape[1:3]))]
         if len(answers) == 1:
             return answers[0]
         return np.concatenate([a[0] for a in answers]), np.concatenate([a[1] for a in answers])
@@ -186,7 +185,7 @@ class Runtime:
         keep the buffers of the largest batch (demo, 8 of 512 x 512: 760 to 1060 MB against 135 to 255) and from 256 x 192
         on were no faster for one."""
         if self.option.device != "cpu":
-            return resize.most_images(self.bundle.manifest.input.long_side)
+            return batches.most_images(self.bundle.manifest.input.long_side)
         return max(1, self.bundle.manifest.input.long_side**2 // (height * width))
 
     def segment(self, image_HWC: NDArray[np.uint8]) -> Segmentation:
@@ -230,13 +229,3 @@ class Runtime:
         for height, width in sizes:
             if not (height % policy.stride or width % policy.stride) and max(height, width) <= policy.long_side:
                 self.run(np.zeros((1, height, width, 3), np.uint8))
-
-
-def _batches(n: int, most: int) -> list[slice]:
-    """n images in the fewest parts of the sizes in BATCHES that are no larger than `most`, which is at least 1."""
-    parts, start = [], 0
-    while start < n:
-        size = next(b for b in BATCHES if b <= min(most, n - start))
-        parts.append(slice(start, start + size))
-        start += size
-    return parts

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from export.bundle.manifest import INPUT
+from export.runtime import batches
 from pipeline.imaging import resize
 
 # The full TensorRT builds engines for server cards; `tensorrt_rtx` has the same Python interface for RTX cards.
@@ -109,7 +110,7 @@ class Profile:
             stride,
             (1, stride, stride),
             (opt_batch, usual.padded_height, usual.padded_width),
-            (max_batch or resize.most_images(long_side), largest.padded_height, largest.padded_width),
+            (max_batch or batches.most_images(long_side), largest.padded_height, largest.padded_width),
         )
 
     def check(self, shape_NHW: tuple[int, ...]) -> None:

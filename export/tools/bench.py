@@ -27,6 +27,7 @@ from rich.table import Table
 
 from export.bundle import bundle
 from export.runtime import cpu, runtime
+from export.tools.sizes import Size, parse_batch, parse_size
 from pipeline import console as progress
 
 TURN = 0.3  # seconds that a turn of fast calls is filled to, so that a p99 has more than one call a round behind it
@@ -57,26 +58,6 @@ class Case:
     batch: int
     module: str
     task: dict[str, Any]
-
-
-def split(texts: Sequence[str]) -> list[str]:
-    """["1,4", "8"] -> ["1", "4", "8"]; spaces separate too."""
-    return [part for text in texts for part in text.replace(",", " ").split()]
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Text such as 640x480 -> (640, 480), width first. Raises BenchError."""
-    width, cross, height = text.lower().partition("x")
-    if not cross or not (width.isdigit() and height.isdigit()) or not int(width) * int(height):
-        raise BenchError(f"--sizes: {text!r} is no size; write WIDTHxHEIGHT, such as 640x480")
-    return int(width), int(height)
-
-
-def parse_batch(text: str) -> int:
-    """Raises BenchError."""
-    if not text.isdigit() or not int(text):
-        raise BenchError(f"--batches: {text!r} is no batch size; write a number from 1 up")
-    return int(text)
 
 
 def cases(
@@ -225,11 +206,12 @@ def bench(
 
     Raises:
         bundle.BundleError: the bundle must not be run.
-        BenchError: a malformed size or batch, fewer than one round, or a student that is not there.
+        SizeError: a malformed size or batch.
+        BenchError: fewer than one round, or a student that is not there.
     """
     opened = bundle.open_bundle(folder)
     side = opened.manifest.input.long_side
-    shapes = [parse_size(text) for text in sizes] or [(side, side)]
+    shapes = [parse_size(text, "--sizes") for text in sizes] or [Size(side, side)]
     numbers = [parse_batch(text) for text in batches]
     if rounds < 1:
         raise BenchError(f"--rounds: {rounds}; at least one")

@@ -12,12 +12,13 @@ and stride are among the model's parameters.
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from export.bundle.bundle import Bundle, open_bundle
 from export.bundle.manifest import FORMS, INPUT, OUTPUTS, Manifest, Precision
-from export.runtime.runtime import BATCHES
+from export.runtime.batches import BATCH_SIZES, most_images
 from pipeline.storage import atomic
 
 Device = Literal["cpu", "cuda"]
@@ -59,65 +60,85 @@ def _block(kind: str, fields: Sequence[str]) -> str:
     return f"{kind} {{\n" + "".join(f"  {field}\n" for field in fields) + "}\n"
 
 
-def config(
-    manifest: Manifest, name: str, *, max_batch: int = max(BATCHES), delay_us: int = 0, instances: str = ""
-) -> str:
-    """config.pbtxt: a `ModelConfig` in protobuf's text format (Triton, "Model Configuration").
+@dataclass(frozen=True)
+class ModelSettings:
+    """How Triton is to run the model.
 
-    `max_batch` is the largest batch, in sizes of `export.runtime.runtime.BATCHES`; with a `delay_us` of 0 a request never waits
-    for company. `instances` is the kind and count of copies, as in "cpu:2" or "cuda:1"; without it Triton makes one for
-    each card, or one on the processor.
+    max_batch: images that run together at most; None: as many as our own runtime takes on a card (`most_images`).
+    delay_us: microseconds that a request may wait for company; with 0 it never waits.
+    instances: kind and count of copies, as in "cpu:2" or "cuda:1"; "": one for each card, or one on the processor.
+    """
+
+    name: str = "marginalia"
+    max_batch: int | None = None
+    delay_us: int = 0
+    instances: str = ""
+
+
+def config(manifest: Manifest, settings: ModelSettings) -> str:
+    """config.pbtxt: a `ModelConfig` in protobuf's text format (Triton, "Model Configuration").
 
     Raises:
         TritonError: a name that Triton or a file system would not take, a batch below 1, or other instances than that.
     """
-    if not _NAME.fullmatch(name):
-        raise TritonError(f"name {name!r}: use letters, digits, '_', '-' and '.', at most 100 of them")
-    if max_batch < 1 or delay_us < 0:
-        raise TritonError(f"max_batch {max_batch}, delay {delay_us}: at least 1, and at least 0 microseconds")
-    tensors = [
-        _block("input", [f'name: "{INPUT}"', "data_type: TYPE_UINT8", "format: FORMAT_NHWC", "dims: [ -1, -1, 3 ]"])
-    ]
+    max_batch = most_images(manifest.input.long_side) if settings.max_batch is None else settings.max_batch
+    if not _NAME.fullmatch(settings.name):
+        raise TritonError(f"name {settings.name!r}: use letters, digits, '_', '-' and '.', at most 100 of them")
+    if max_batch < 1 or settings.delay_us < 0:
+        raise TritonError(f"max_batch {max_batch}, delay {settings.delay_us}: at least 1, and at least 0 microseconds")
+
+    blocks = [*_tensors(), _dynamic_batching(max_batch, settings.delay_us), *_instance_group(settings.instances)]
+    head = f'name: "{settings.name}"\nbackend: "onnxruntime"\nmax_batch_size: {max_batch}\n'
+    return head + "".join(blocks) + "".join(_parameters(manifest))
+
+
+def _tensors() -> list[str]:
+    """The graph's input and outputs, without the batch."""
+    image = [f'name: "{INPUT}"', "data_type: TYPE_UINT8", "format: FORMAT_NHWC", "dims: [ -1, -1, 3 ]"]
+    blocks = [_block("input", image)]
     for output in OUTPUTS:
-        named = [f'label_filename: "{LABELS}"'] if output == "label" else []
-        tensors.append(_block("output", [f'name: "{output}"', "data_type: TYPE_UINT8", "dims: [ -1, -1 ]", *named]))
-    sizes = [str(size) for size in sorted(BATCHES) if 1 < size <= max_batch]
-    batching = [f"preferred_batch_size: [ {', '.join(sizes)} ]"] if sizes else []
+        names = [f'label_filename: "{LABELS}"'] if output == "label" else []
+        blocks.append(_block("output", [f'name: "{output}"', "data_type: TYPE_UINT8", "dims: [ -1, -1 ]", *names]))
+    return blocks
+
+
+def _dynamic_batching(max_batch: int, delay_us: int) -> str:
+    sizes = [str(size) for size in sorted(BATCH_SIZES) if 1 < size <= max_batch]
+    preferred = [f"preferred_batch_size: [ {', '.join(sizes)} ]"] if sizes else []
+    return _block("dynamic_batching", [*preferred, f"max_queue_delay_microseconds: {delay_us}"])
+
+
+def _instance_group(instances: str) -> list[str]:
+    if not instances:
+        return []
+    found = re.fullmatch(r"(cpu|cuda):([1-9]\d{0,2})", instances)
+    if found is None:
+        raise TritonError(f"instances {instances!r}: say a device and how many on it, as in cpu:2 or cuda:1")
+    kind = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}[found[1]]
+    return [_block("instance_group", [f"count: {found[2]}", f"kind: {kind}"])]
+
+
+def _parameters(manifest: Manifest) -> list[str]:
+    """What a caller must know to prepare images and read answers."""
     facts = {
         "bundle": manifest.id,
         "long_side": str(manifest.input.long_side),
         "stride": str(manifest.input.stride),
         "ignore": str(manifest.ignore),
     }
-    parameters = [
+    return [
         _block("parameters", [f'key: "{key}"', f"value {{ string_value: {json.dumps(value)} }}"])
         for key, value in facts.items()
     ]
-    head = f'name: "{name}"\nbackend: "onnxruntime"\nmax_batch_size: {max_batch}\n'
-    dynamic = _block("dynamic_batching", [*batching, f"max_queue_delay_microseconds: {delay_us}"])
-    return head + "".join(tensors) + dynamic + _instance_group(instances) + "".join(parameters)
-
-
-def _instance_group(instances: str) -> str:
-    if not instances:
-        return ""
-    found = re.fullmatch(r"(cpu|cuda):([1-9]\d{0,2})", instances)
-    if found is None:
-        raise TritonError(f"instances {instances!r}: say a device and how many on it, as in cpu:2 or cuda:1")
-    kind = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}[found[1]]
-    return _block("instance_group", [f"count: {found[2]}", f"kind: {kind}"])
 
 
 def write(
     bundle: Path,
     repository: Path,
+    settings: ModelSettings = ModelSettings(),
     *,
-    name: str = "marginalia",
     device: Device = "cpu",
     precision: Precision = "auto",
-    max_batch: int = max(BATCHES),
-    delay_us: int = 0,
-    instances: str = "",
 ) -> Path:
     """Write the model's folder below `repository`, where other models may lie, and return it. All of it or nothing.
 
@@ -126,9 +147,10 @@ def write(
         TritonError: as `model_file` and `config`.
     """
     opened = open_bundle(bundle)
-    text = config(opened.manifest, name, max_batch=max_batch, delay_us=delay_us, instances=instances)
+    text = config(opened.manifest, settings)
     model = opened.read_model(model_file(opened, device, precision))
-    folder = Path(repository) / name
+
+    folder = Path(repository) / settings.name
     if folder.exists() and not (folder / CONFIG).is_file():
         raise TritonError(f"{folder}: is there already and no model of a repository; move it away or choose a --name")
     with atomic.replacing_folder(folder) as fresh:

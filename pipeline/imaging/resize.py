@@ -27,12 +27,6 @@ class Fit:
     padded_width: int
 
 
-def most_images(long_side: int) -> int:
-    """Images that run together on a card at most: 8, of more than 1024 x 1024 pixels fewer (1, 2, 4). TensorRT builds no
-    engine for 8 of 2048 x 2048 (ResNet-50 at stride 8) within 4 GiB of scratch."""
-    return next(n for n in (8, 4, 2, 1) if n == 1 or n * long_side**2 <= 8 << 20)
-
-
 def plan(height: int, width: int, *, long_side: int, stride: int) -> Fit:
     """Sizes for an image of `height` x `width` (each >= 1).
 

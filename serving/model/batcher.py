@@ -1,7 +1,7 @@
 """Where prepared images meet to run the model: those that wait together and have one shape and one model run as one batch.
 
 There is no thread of its own here: whoever comes while a place at the model is free runs it, for the oldest that waits
-and whatever else of the same shape and model is there already, in a size of `export.runtime.runtime.BATCHES`. So
+and whatever else of the same shape and model is there already, in a size of `export.runtime.batches.BATCH_SIZES`. So
 nobody waits for
 company, an idle server pays for no hand-over between threads (a runner of its own cost 1.0 ms of processor time a
 request more, 1.16 to 1.27 times the whole), and nobody starves.
@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.runtime.runtime import BATCHES, Runtime
+from export.runtime.batches import BATCH_SIZES
+from export.runtime.runtime import Runtime
 
 Array = NDArray[np.uint8]
 
@@ -121,7 +122,7 @@ class Batcher:
         first = self._waiting[0]
         like = [entry for entry in self._waiting if entry.fits(first)]
         most = min(len(like), max(1, self._limit(first.runtime)))
-        taken = like[: next(size for size in BATCHES if size <= most)]
+        taken = like[: next(size for size in BATCH_SIZES if size <= most)]
         self._waiting = [entry for entry in self._waiting if entry not in taken]
         self._free -= 1
         self._change.release()

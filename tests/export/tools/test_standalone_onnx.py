@@ -1,4 +1,4 @@
-"""The whole graph for other programs: its resize alone, its ends against `resize`, all of it against `Runtime`."""
+"""The standalone graph for other programs: its resize alone, its ends against `resize`, all of it against `Runtime`."""
 
 import json
 import subprocess
@@ -16,7 +16,8 @@ from PIL import Image
 from export.bundle import bundle
 from export.bundle.manifest import InputPolicy
 from export.runtime import runtime
-from export.tools import standalone_onnx
+from export.tools import resize_graph, standalone_onnx
+from export.tools.sizes import Size
 from pipeline.imaging import resize
 from tests.support import tiny_onnx, tiny_project
 
@@ -46,7 +47,7 @@ def answer(session: onnxruntime.InferenceSession, images_NHWC: np.ndarray) -> tu
 
 @pytest.fixture(scope="module")
 def before() -> onnxruntime.InferenceSession:
-    return opened(standalone_onnx.ends(POLICY)[0])
+    return opened(resize_graph.resize_graphs(POLICY)[0])
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_sizes_and_padding_are_those_of_the_policy(before: onnxruntime.Inference
 
 
 def test_way_back_is_restore_itself() -> None:
-    session = opened(standalone_onnx.ends(POLICY)[1])
+    session = opened(resize_graph.resize_graphs(POLICY)[1])
     for height, width in SIZES:
         sizes = plan(height, width)
         label, confidence = noise(0, 2, 2, sizes.padded_height, sizes.padded_width)
@@ -129,7 +130,7 @@ def test_whole_graph_answers_as_the_runtime_does(tiny: bundle.Bundle, trained: b
     """Equal where nothing is scaled; else the one grey level of the resize may move near-ties."""
     for used, scene in ((tiny, False), (trained, True)):
         reference = runtime.Runtime(used, provider="cpu", precision="fp32", threads=1)
-        session = opened(standalone_onnx.make(used.read_model(), used.manifest))
+        session = opened(standalone_onnx.standalone_graph(used.read_model(), used.manifest))
         random = np.random.default_rng(2)
         same, classes = [], set()
         for height, width in SIZES:
@@ -152,7 +153,7 @@ def test_whole_graph_answers_as_the_runtime_does(tiny: bundle.Bundle, trained: b
 
 
 def test_several_images_of_one_size_at_once(tiny: bundle.Bundle) -> None:
-    session = opened(standalone_onnx.make(tiny.read_model(), tiny.manifest))
+    session = opened(standalone_onnx.standalone_graph(tiny.read_model(), tiny.manifest))
     images_NHWC = noise(5, 3, 90, 131, 3)
     label_NHW, confidence_NHW = answer(session, images_NHWC)
     for i in range(3):
@@ -174,14 +175,14 @@ SHAPES = {"Shape", "Size", "Range", "ConstantOfShape", "NonZero", "Constant", "C
 
 def test_fixed_size_leaves_no_arithmetic_about_shapes(trained: bundle.Bundle) -> None:
     """96 is the long side and 32 the stride: as it comes; padded only; scaled only; a strip, both."""
-    model, free = trained.read_model(), standalone_onnx.make(trained.read_model(), trained.manifest)
+    model, free = trained.read_model(), standalone_onnx.standalone_graph(trained.read_model(), trained.manifest)
     assert {"Shape", "Range"} <= {node.op_type for node in free.graph.node}
     assert set(integer_results(free)) > {"Shape", "Range", "Div", "Concat"}
     session, random = opened(free), np.random.default_rng(3)
     ends = {(64, 96): 0, (64, 90): 3, (128, 192): 5, (7, 500): 6}
-    core = len(standalone_onnx.make(model, trained.manifest, size=(64, 96), core=True).graph.node)
+    core = len(standalone_onnx.core_graph(model, trained.manifest, Size(96, 64)).graph.node)
     for size, more in ends.items():
-        proto = standalone_onnx.make(model, trained.manifest, size=size)
+        proto = standalone_onnx.standalone_graph(model, trained.manifest, Size(size[1], size[0]))
         kinds = [node.op_type for node in proto.graph.node]
         assert not SHAPES & set(kinds)
         assert integer_results(proto) == ["ArgMax"]
@@ -197,22 +198,26 @@ def test_fixed_size_leaves_no_arithmetic_about_shapes(trained: bundle.Bundle) ->
 
 def test_core_is_the_bundles_own_graph(trained: bundle.Bundle) -> None:
     model = trained.read_model()
-    given, free = onnx.load_from_string(model), standalone_onnx.make(model, trained.manifest, core=True)
+    given, free = onnx.load_from_string(model), standalone_onnx.core_graph(model, trained.manifest)
     assert free.graph == given.graph
-    fixed = standalone_onnx.make(model, trained.manifest, size=(64, 96), core=True)
+    fixed = standalone_onnx.core_graph(model, trained.manifest, Size(96, 64))
     assert integer_results(fixed) == ["ArgMax"]
     image_NHWC = noise(7, 1, 64, 96, 3)
     for got, want in zip(answer(opened(fixed), image_NHWC), answer(opened(given), image_NHWC), strict=True):
         assert (got == want).all()
-    with pytest.raises(standalone_onnx.WholeError, match=r"--size 90x64: .* multiples of 32"):
-        standalone_onnx.make(model, trained.manifest, size=(64, 90), core=True)
+    with pytest.raises(standalone_onnx.StandaloneError, match=r"--size 90x64: .* multiples of 32"):
+        standalone_onnx.core_graph(model, trained.manifest, Size(90, 64))
 
 
 def test_graph_carries_what_the_bundle_says_of_it(trained: bundle.Bundle) -> None:
     model, manifest = trained.read_model(), trained.manifest
     known = {entry.key: entry.value for entry in onnx.load_from_string(model).metadata_props}
-    for size, core, told in ((None, False, "any"), ((70, 90), False, "90x70"), (None, True, "multiples of 32")):
-        proto = standalone_onnx.make(model, manifest, size=size, core=core)
+    for make, size, told in (
+        (standalone_onnx.standalone_graph, None, "any"),
+        (standalone_onnx.standalone_graph, Size(90, 70), "90x70"),
+        (standalone_onnx.core_graph, None, "multiples of 32"),
+    ):
+        proto = make(model, manifest, size)
         said = {entry.key: entry.value for entry in proto.metadata_props}
         assert said["bundle"] == manifest.id
         assert json.loads(said["classes"]) == [item.name for item in manifest.classes]
@@ -222,41 +227,37 @@ def test_graph_carries_what_the_bundle_says_of_it(trained: bundle.Bundle) -> Non
         assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 20)]
 
 
-def test_an_idle_node_is_one_that_changes_nothing() -> None:
+def test_only_nodes_that_change_nothing_are_dropped() -> None:
     """Equal sizes are not enough: an index may swap, a pad may shift."""
     text = """<ir_version: 10, opset_import: ["" : 18]>
     g (float[4] x) => (float[4] a, float[4] b, float[4] c, float[4] d)
     <int64[4] same = {0, 1, 2, 3}, int64[4] swap = {0, 2, 1, 3}, int64[2] shift = {1, -1}, int64[2] none = {0, 0}>
     { a = Gather(x, same)  b = Gather(x, swap)  c = Pad(x, shift)  d = Pad(x, none) }"""
-    proto = standalone_onnx.fixed(onnx.parser.parse_model(text), (4,))
+    proto = standalone_onnx.fix_shape(onnx.parser.parse_model(text), (4,))
     assert sorted(node.op_type for node in proto.graph.node if node.op_type != "Identity") == ["Gather", "Pad"]
     a, b, c, d = opened(proto).run(list("abcd"), {"x": np.arange(4, dtype=np.float32)})
     assert (a.tolist(), b.tolist(), c.tolist(), d.tolist()) == ([0, 1, 2, 3], [0, 2, 1, 3], [0, 0, 1, 2], [0, 1, 2, 3])
 
 
 def test_refusals(tiny: bundle.Bundle, tmp_path: Path) -> None:
-    for text in ("480", "x480", "0x10", "-1x5", "3x4x5", "axb", "1.5x2"):
-        with pytest.raises(standalone_onnx.WholeError, match="WIDTHxHEIGHT, such as 640x480"):
-            standalone_onnx.parse_size(text)
-    assert standalone_onnx.parse_size("640X480") == (480, 640)
-    with pytest.raises(standalone_onnx.WholeError, match="lies in the bundle"):
+    with pytest.raises(standalone_onnx.StandaloneError, match="lies in the bundle"):
         standalone_onnx.write(tiny.folder, tiny.folder / "whole.onnx")
     bundle.verify(tiny.folder)
     old = onnx.load_from_string(tiny.read_model())
     old.opset_import[0].version = 17
-    with pytest.raises(standalone_onnx.WholeError, match="opset 17"):
-        standalone_onnx.make(old.SerializeToString(), tiny.manifest)
+    with pytest.raises(standalone_onnx.StandaloneError, match="opset 17"):
+        standalone_onnx.standalone_graph(old.SerializeToString(), tiny.manifest)
     with pytest.raises(bundle.BundleError, match="no bundle folder"):
         standalone_onnx.write(tmp_path / "none", tmp_path / "whole.onnx")
 
 
 def test_command_runs_without_torch(tiny: bundle.Bundle, tmp_path: Path) -> None:
-    """Twice the same bytes."""
+    """And writes the same bytes as the call from Python."""
     code = "import sys; sys.modules['torch'] = None; import marginalia; marginalia.app()"
     out = tmp_path / "whole.onnx"
     command = [sys.executable, "-c", code, "onnx", str(tiny.folder), "-o", str(out), "--size", "131x90"]
     said = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
     assert "image 1 x 90 x 131 x 3" in said.stdout
-    made = standalone_onnx.make(tiny.read_model(), tiny.manifest, size=(90, 131))
+    made = standalone_onnx.standalone_graph(tiny.read_model(), tiny.manifest, Size(131, 90))
     assert out.read_bytes() == made.SerializeToString(deterministic=True)

@@ -100,6 +100,16 @@ def test_names_types_and_sizes_are_those_of_the_onnx_file(tmp_path: Path) -> Non
     assert [o.label_filename for o in found.output] == ["labels.txt", ""]
 
 
+@pytest.mark.parametrize(("long_side", "most", "preferred"), [(1024, 8, [2, 4, 8]), (2048, 2, [2]), (4096, 1, [])])
+def test_the_largest_batch_is_what_our_own_runtime_takes_at_that_size(
+    tmp_path: Path, long_side: int, most: int, preferred: list[int]
+) -> None:
+    folder = triton.write(tiny_onnx.write(tmp_path / "bundle", long_side=long_side).folder, tmp_path / "repository")
+    found = read(folder)
+    assert found.max_batch_size == most
+    assert list(found.dynamic_batching.preferred_batch_size) == preferred
+
+
 def test_labels_follow_the_ids(tmp_path: Path) -> None:
     classes = [{"id": 0, "name": "sky", "color": [1, 2, 3]}, {"id": 3, "name": "tall\ngrass", "color": [4, 5, 6]}]
     made = tiny_onnx.write(tmp_path / "bundle", classes=classes)
@@ -159,7 +169,7 @@ def test_the_model_of_the_asked_precision(tmp_path: Path) -> None:
 def test_wrong_wishes_write_nothing(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
     made = tiny_onnx.write(tmp_path / "bundle")
     with pytest.raises(triton.TritonError, match=said):
-        triton.write(made.folder, tmp_path / "repository", **wrong)
+        triton.write(made.folder, tmp_path / "repository", triton.ModelSettings(**wrong))
     assert not (tmp_path / "repository").exists()
 
 

@@ -100,10 +100,3 @@ def test_wrong_sizes_are_named() -> None:
         resize.apply_mask(np.zeros((9, 12), np.uint8), plan)
     with pytest.raises(ValueError, match="answer"):
         resize.restore(np.zeros((10, 12), np.uint8), plan)
-
-
-@pytest.mark.parametrize(
-    ("long_side", "images"), [(64, 8), (1024, 8), (1025, 4), (1448, 4), (1449, 2), (2048, 2), (2049, 1), (9000, 1)]
-)
-def test_large_images_run_together_in_smaller_numbers(long_side: int, images: int) -> None:
-    assert resize.most_images(long_side) == images

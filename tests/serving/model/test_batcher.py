@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.runtime.runtime import BATCHES
+from export.runtime.batches import BATCH_SIZES
 from serving.model.batcher import Batcher, Dropped, Job, Ran
 from tests.support import tiny_onnx
 from tests.support.live_server import until
@@ -66,7 +66,7 @@ def test_mixed_sizes_from_many_threads_get_their_own_answers(model: Held, pool: 
     found = list(pool.map(lambda image_HWC: batcher.run(model, image_HWC, Job()), pictures))
     for image_HWC, ran in zip(pictures, found, strict=True):
         assert_own(ran, image_HWC)
-    assert {shape[0] for shape in model.shapes} <= set(BATCHES)
+    assert {shape[0] for shape in model.shapes} <= set(BATCH_SIZES)
     assert sum(shape[0] for shape in model.shapes) == 240
     assert batcher.waiting == 0
 
