@@ -20,6 +20,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m venv $(VENV)
 	$(BIN)/pip install -q uv==0.13.9
+	@# Under its earlier name the project would be installed twice.
+	@$(BIN)/uv pip uninstall -q --python $(BIN)/python marginalia 2>/dev/null || true
 	@# The two onnxruntime builds overwrite each other: when the card came or went, take the other one out first.
 	@if ls $(VENV)/.installed-* >/dev/null 2>&1; then \
 	  $(BIN)/uv pip uninstall -q --python $(BIN)/python onnxruntime onnxruntime-gpu 2>/dev/null || true; rm -f $(VENV)/.installed-*; fi

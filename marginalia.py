@@ -15,6 +15,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# What the extra `serve` brings; anything else that is missing belongs to `train`.
+_SERVE = ("bentoml", "bentoml_cli", "starlette", "uvicorn", "h11", "prometheus_client", "pydantic_settings")
+
 
 @contextmanager
 def _errors_told() -> Iterator[None]:
@@ -24,7 +27,8 @@ def _errors_told() -> Iterator[None]:
         yield
         return
     except ModuleNotFoundError as error:
-        cause, said = error, f"{error.name} is not installed; `pip install 'marginalia[train]'`"
+        extra = "serve" if (error.name or "").partition(".")[0] in _SERVE else "train"
+        cause, said = error, f"{error.name} is not installed; `pip install 'marginalia-seg[{extra}]'`"
     except (OSError, ValueError, RuntimeError) as error:
         cause, said = error, str(error)
     typer.secho(f"marginalia: {said}", fg="red", err=True)

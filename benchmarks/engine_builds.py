@@ -1,6 +1,6 @@
 """Parse and build every network of params.yaml and presets/ in every precision with TensorRT, without a card.
 
-    pip install 'marginalia[trtcheck]'     # tensorrt-rtx: its parser and builder run without a GPU
+    pip install 'marginalia-seg[trtcheck]'     # tensorrt-rtx: its parser and builder run without a GPU
     python benchmarks/engine_builds.py [--settings params.yaml presets/edge.yaml] [--out benchmarks/results/engine_builds.json]
 
 Weights are random: what is shown is that TensorRT reads the exported graphs and makes engines of them. Finished rows are

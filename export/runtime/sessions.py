@@ -68,7 +68,7 @@ class OnnxRuntime:
     def __init__(self, model: bytes, device: str, threads: int) -> None:
         if importlib.util.find_spec("onnxruntime") is None:
             raise ProviderError(
-                "onnxruntime is not installed: `pip install 'marginalia[cpu]'`, or [gpu] for a CUDA card"
+                "onnxruntime is not installed: `pip install 'marginalia-seg[cpu]'`, or [gpu] for a CUDA card"
             )
         telemetry.turn_off()
         import onnxruntime as ort
@@ -114,7 +114,7 @@ class OpenVino:
 
     def __init__(self, model: bytes, precision: str, threads: int) -> None:
         if importlib.util.find_spec("openvino") is None:
-            raise ProviderError("openvino is not installed: `pip install 'marginalia[openvino]'`; or ask for 'cpu'")
+            raise ProviderError("openvino is not installed: `pip install 'marginalia-seg[openvino]'`; or ask for 'cpu'")
         telemetry.turn_off()
         import openvino as ov
 

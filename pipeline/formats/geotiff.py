@@ -37,7 +37,7 @@ def _rasterio() -> Any:
     try:
         import rasterio
     except ImportError as error:
-        raise SourceError("data.source: geotiff needs rasterio; `pip install 'marginalia[geotiff]'`") from error
+        raise SourceError("data.source: geotiff needs rasterio; `pip install 'marginalia-seg[geotiff]'`") from error
     return rasterio
 
 

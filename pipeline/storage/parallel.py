@@ -73,7 +73,7 @@ def _start(backend: str, workers: int, stack: ExitStack) -> None:
             stack.enter_context(Client(**where))
     except ImportError as error:
         raise ScaleError(
-            f"scale.backend {backend}: {error.name} is not installed; `pip install 'marginalia[scale]'`, or set "
+            f"scale.backend {backend}: {error.name} is not installed; `pip install 'marginalia-seg[scale]'`, or set "
             "scale.backend: loky"
         ) from error
     except (OSError, ConnectionError) as error:

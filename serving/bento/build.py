@@ -18,7 +18,8 @@ from serving.bento import usage
 ROOT = Path(__file__).absolute().parents[2]
 ROOMS = ("serving", "export", "pipeline")
 SERVICE = "serving.bento.packed:Marginalia"
-_RUNTIMES = ("", "cpu", "gpu", "openvino")  # the base, and the extras that bring a runtime
+DISTRIBUTION = "marginalia-seg"
+_EXTRAS = ("", "serve", "cpu", "gpu", "openvino")  # the base, the service, and what brings a runtime
 
 
 class BentoError(RuntimeError):
@@ -26,19 +27,22 @@ class BentoError(RuntimeError):
 
 
 def requirements() -> list[str]:
-    """What the bento's Python needs, as `name[extras]==version`: the base and those runtimes that are installed here.
+    """What the bento's Python needs, as `name[extras]==version`: base, service and installed runtimes.
 
     Raises:
         BentoError: run from a folder without being installed, so that nothing says what is needed.
     """
     try:
-        stated = [Requirement(line) for line in requires("marginalia") or []]
+        stated = [Requirement(line) for line in requires(DISTRIBUTION) or []]
     except PackageNotFoundError as error:
-        raise BentoError("marginalia is not installed here; run pip install '.[cpu]' in its folder") from error
+        raise BentoError(f"{DISTRIBUTION} is not installed here; run pip install '.[cpu]' in its folder") from error
     found = []
     for item in stated:
-        if item.marker is not None and not any(item.marker.evaluate({"extra": extra}) for extra in _RUNTIMES):
+        if item.marker is not None and not any(item.marker.evaluate({"extra": extra}) for extra in _EXTRAS):
             continue
+        if item.name == DISTRIBUTION:  # an extra that brings another
+            continue
+
         extras = f"[{','.join(sorted(item.extras))}]" if item.extras else ""
         try:
             found.append(f"{item.name}{extras}=={version(item.name)}")

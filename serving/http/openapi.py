@@ -197,7 +197,7 @@ def document(settings: Settings) -> dict[str, Any]:
     }
     secured: dict[str, Any] = {"security": [{"token": []}]} if settings.token else {}
     try:
-        release = version("marginalia")
+        release = version("marginalia-seg")
     except PackageNotFoundError:  # run from a folder without being installed
         release = "0"
     return {

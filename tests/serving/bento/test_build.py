@@ -87,7 +87,7 @@ def test_what_lies_in_it(packed: Packed) -> None:
     assert set(build.requirements()) == needed
     names = {line.partition("==")[0].partition("[")[0] for line in needed}
     assert {"bentoml", "numpy", "pillow", "starlette"} < names
-    assert names.isdisjoint({"torch", "dvc", "pytest", "onnx"})
+    assert names.isdisjoint({"torch", "dvc", "pytest", "onnx", build.DISTRIBUTION})
 
 
 def test_a_bad_bundle_makes_no_bento(tmp_path: Path) -> None:
