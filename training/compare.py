@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -159,32 +160,41 @@ def write(runs: Sequence[Run], comparison: gains.Comparison, out: Path = OUT) ->
     return rows
 
 
-# Column of the table -> key of a row, digits, factor.
+# Column of the table -> key of a row, digits.
 COLUMNS = {
-    "mIoU": ("miou", 2, 1),
-    "scatter": ("scatter", 2, 1),
-    "gain": ("gain", 2, 1),
-    "gain / scatter": ("gain_to_scatter", 1, 1),
-    "headroom closed %": ("share", 0, 100),
-    "kept": ("kept", 3, 1),
-    "precision": ("precision", 3, 1),
-    "s / step": ("seconds_per_step", 3, 1),
+    "mIoU": ("miou", 2),
+    "sd": ("scatter", 2),
+    "gain": ("gain", 2),
+    "/ sd": ("gain_to_scatter", 1),
+    "closed": ("share", 2),
+    "kept": ("kept", 2),
+    "precision": ("precision", 2),
+    "s/step": ("seconds_per_step", 2),
 }
 
 
 def show(rows: Sequence[dict[str, Any]], comparison: gains.Comparison, out: Path) -> None:
-    table = Table(title="test mIoU (%), teacher, last step; kept and precision at the end of training")
-    for column in ("method", "seeds", *COLUMNS):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    table = Table(
+        title="test mIoU (%), teacher, last step; kept and precision at the end",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
+    for column in ("seeds", *COLUMNS):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        cells = [_cell(row[key], digits, factor) for key, digits, factor in COLUMNS.values()]
+        cells = [_cell(row[key], digits) for key, digits in COLUMNS.values()]
         table.add_row(row["method"], str(row["seeds"]), *cells)
-    table.caption = f"gain over {comparison.baseline}; {comparison.verdict}; {out}/compare.png, runs.csv, table.csv"
+    table.caption = (
+        f"gain over {comparison.baseline}; / sd: in scatters of seeds; closed: share of the headroom\n"
+        f"{comparison.verdict}; {out}/compare.png, runs.csv, table.csv"
+    )
     Console().print(table)
 
 
-def _cell(value: float | None, digits: int, factor: float) -> str:
-    return "-" if value is None or math.isnan(value) else f"{factor * value:.{digits}f}"
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
