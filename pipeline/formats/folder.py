@@ -2,23 +2,42 @@
 
 images/ANY/PATH.jpg     every image; its *name id* is the path under images/ without the extension
 masks/ANY/PATH.png      that image's mask: class ids, or the classes' colours; or one binary mask for each class (see
-                        `pipeline.formats.common.binary_masks`); images without one are unlabelled
+                        `pipeline.formats.common.binary_masks`); images without one are unlabelled. Other names that can
+                        mean only one image are taken and reported (`pipeline.formats.names.matching`)
 classes.txt             line n (from 0) names class n, optionally followed by a colour: `road #804080` or
                         `road 128 64 128`; with `data.classes: null` the ids found in the masks are the classes.
                         Lines `ignore 0 0 0` at its end say which colours of a colour mask mean ignore
 labelled.txt ...        the images of each part, one a line (params.yaml: data.lists)
+
+Folders named train, val and test, below images/ or around images/ and masks/, are the splits where data.lists names none.
 """
 
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from pipeline import config
 from pipeline.formats.common import binary_masks, mask_encoding, split_lists
 from pipeline.formats.common import class_list as class_lists
-from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk_all
+from pipeline.formats.names import image_files, layout, matching
+from pipeline.formats.names.skipped import Skipped
 from pipeline.imaging import decode, label_maps
 from pipeline.imaging.mask_png import Colour
+
+# A mask that no image answers to.
+NO_IMAGE = "mask-without-image"
+
+
+@dataclass
+class Tree:
+    """The files of a source. Names are below images/ and masks/; where those lie in a split's folder, below SPLIT/."""
+
+    images: dict[str, Path] = field(default_factory=dict)
+    masks: dict[str, Path] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
 
 
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
@@ -30,38 +49,122 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         SourceError: no images, a class file or list that is not there, a list names an unknown image or one twice, a
             group that does not match, masks of mixed or unclear encoding; names the file.
     """
-    image_files, mask_files = walk(root / "images"), walk(root / "masks")
-    if not image_files:
-        raise SourceError(f"{root}: no files under images/; data.path must name a folder that holds images/ and masks/")
-    ids = {name_id(name) for name in image_files}
-    listed = split_lists.read(root, data.lists, ids, {f"images/{key}": key for key in ids})
-    groups = groups_by(data.group, sorted(ids))
-    file = class_lists.read(root, data)
-    known, ignored = file if file is not None else (None, [])
+    tree = find(root)
+    if not tree.images:
+        raise SourceError(
+            f"{root}: no files under images/; data.path must name a folder that holds images/ and masks/"
+            + "".join(f"; passed over: {name} ({kind})" for kind, name in tree.skipped[:3])
+        )
+    ids = {name_id(name) for name in tree.images}
+    listed = class_lists.read(root, data)
+    known, ignored = listed if listed is not None else (None, [])
+    source = Source(
+        files=[(f"images/{name}", path) for name, path in tree.images.items()],
+        classes=known or [],
+        lists=split_lists.read(root, data.lists, ids, {f"images/{key}": key for key in ids}),
+        groups=groups_by(data.group, sorted(ids)) or layout.groups_or_singles(tree.images),
+        skipped=tree.skipped,
+    )
+
     how: str = data.masks
-    if how == "auto" and _are_binary(mask_files, ids, known):
+    if how == "auto" and _are_binary(tree.masks, ids, known):
         how = "binary"
-    found = [(f"images/{name}", path) for name, path in image_files.items()]
     if how == "binary":
-        return _binary(root, data, mask_files, ids, known, Source(found, known or [], listed, groups), max_pixels)
+        source = _with_binary_masks(source, root, data, tree.masks, known, max_pixels)
+    else:
+        source = _with_whole_masks(source, root, data, tree, known, ignored, max_pixels)
+    return source if split_lists.given(data.lists) else _with_folder_splits(source, tree)
+
+
+def find(root: Path) -> Tree:
+    """images/ and masks/ of the source, and where it has none those in folders named as splits (`train/images`)."""
+    tree = Tree()
+    homes = {"": root}
+    if not (root / "images").is_dir() and root.is_dir():
+        folders = sorted(item for item in root.iterdir() if item.is_dir())
+        homes = {f"{item.name}/": item for item in folders if layout.split_word(item.name)}
+    for prefix, home in homes.items():
+        for kind, files in (("images", tree.images), ("masks", tree.masks)):
+            found = image_files.images_among(walk_all(home / kind))
+            files |= {f"{prefix}{name}": path for name, path in found.images.items()}
+            tree.skipped += [(what, f"{prefix}{kind}/{name}") for what, name in found.skipped]
+    return tree
+
+
+def _with_whole_masks(
+    source: Source,
+    root: Path,
+    data: config.Data,
+    tree: Tree,
+    known: class_lists.Classes | None,
+    ignored: list[Colour],
+    max_pixels: int,
+) -> Source:
+    """The source with one mask an image, of class ids or colours."""
+    twice = _same_names(tree.masks)
+    matched = matching.match([name for name in tree.masks if name not in twice], tree.images)
+    masks = {matched.images[name]: path for name, path in tree.masks.items() if name in matched.images}
+    how: str = data.masks
     colours = mask_encoding.colours_of(known, ignored, str(data.classes)) if known and _distinct(known) else {}
     if how == "auto":
-        how = mask_encoding.decide(list(mask_files.values()), len(known) if known else None, colours, max_pixels)
-    tally: Counter[str] = Counter()
-    origins: list[tuple[str, Path | Maker]] = [(f"masks/{name}", path) for name, path in mask_files.items()]
+        how = mask_encoding.decide(list(tree.masks.values()), len(known) if known else None, colours, max_pixels)
+    notes = [f"masks: {how}" + " (found by looking)" * (data.masks == "auto")] if tree.masks else []
+    notes += [f"masks matched to images by {rule}: {line}" for rule, line in matched.forgiven]
+
+    makers: dict[str, Path | Maker] = dict(masks)
     if how == "colours":
         colours = _needed(root, data, known, ignored)
-        origins = [
-            (f"masks/{name_id(name)}.png", partial(mask_encoding.render, path, colours, max_pixels, tally))
-            for name, path in mask_files.items()
-        ]
-    return Source(
-        files=[*found, *origins],
-        classes=known if known is not None else _infer_classes(mask_files, max_pixels),
-        lists=listed,
-        groups=groups,
-        notes=[f"masks: {how}" + " (found by looking)" * (data.masks == "auto")] if mask_files else [],
-        tally=tally,
+        makers = {
+            name: partial(mask_encoding.render, path, colours, max_pixels, source.tally) for name, path in masks.items()
+        }
+    elif data.masks == "auto" and len(known or (0, 1)) == 2 and mask_encoding.are_0_and_255(masks.values(), max_pixels):
+        makers = {name: partial(mask_encoding.render_0_and_255, path, max_pixels) for name, path in masks.items()}
+        notes.append("masks hold only 0 and 255 and there are two classes: 0 is the first, 255 the second")
+        known = known or class_lists.numbered(2)
+    return replace(
+        source,
+        files=[*source.files, *(_member(name, maker) for name, maker in makers.items())],
+        classes=known if known is not None else _infer_classes(masks, max_pixels),
+        notes=notes,
+        refused=[
+            *((f"masks/{name}", "duplicate-name", reason) for name, reason in twice.items()),
+            *((f"masks/{name}", NO_IMAGE, reason) for name, reason in matched.refused.items()),
+        ],
+    )
+
+
+def _same_names(names: Iterable[str]) -> dict[str, str]:
+    """Masks that differ only in their extension -> why none of them counts."""
+    found = defaultdict(list)
+    for name in names:
+        found[name_id(name)].append(name)
+    return {
+        name: f"masks/{key} is there as {matching.listed(same)}; keep the right one"
+        for key, same in found.items()
+        if len(same) > 1
+        for name in same
+    }
+
+
+def _member(image: str, maker: Path | Maker) -> tuple[str, Path | Maker]:
+    """A mask's member under its image's name id; its own extension where it goes in as it came."""
+    extension = maker.suffix if isinstance(maker, Path) else ".png"
+    return f"masks/{name_id(image)}{extension}", maker
+
+
+def _with_folder_splits(source: Source, tree: Tree) -> Source:
+    """The source with the lists that folders named train, val and test state, where there are any but train."""
+    parts = layout.parts(list(tree.images))
+    if not parts.keys() & {"val", "test"}:
+        return source
+    masked = {name_id(name.partition("/")[2]) for name, _ in source.files if name.startswith("masks/")}
+    lists, left_out, notes = split_lists.own(parts, masked)
+    stated = ", ".join(f"{len(ids)} {part}" for part, ids in sorted(parts.items()))
+    return replace(
+        source,
+        files=[(name, origin) for name, origin in source.files if name_id(name.partition("/")[2]) not in left_out],
+        lists=lists,
+        notes=[*source.notes, f"splits by their folders: {stated}", *notes],
     )
 
 
@@ -80,23 +183,30 @@ def _needed(
     return mask_encoding.colours_of(known, ignored, str(root / str(data.classes)))
 
 
-def _are_binary(mask_files: dict[str, Path], ids: set[str], known: class_lists.Classes | None) -> bool:
-    """No mask has an image's own name, and most name an image and a class."""
+def _are_binary(mask_files: Mapping[str, Path], ids: set[str], known: class_lists.Classes | None) -> bool:
+    """No mask has an image's own name, and most name an image and a class.
+
+    What only says that a file is a mask (`x_mask.png`) is no class, unless the class file names it.
+    """
     if not mask_files or any(name_id(name) in ids for name in mask_files):
         return False
-    _, left = binary_masks.group(mask_files, ids, [c["name"] for c in known] if known else None)
+    parts, left = binary_masks.group(mask_files, ids, [c["name"] for c in known] if known else None)
+    named = {name for by in parts.values() for name in by}
+    if known is None and all(matching.is_mask_word(name) for name in named):
+        return False
     return len(left) < len(mask_files) / 2
 
 
-def _binary(
+def _with_binary_masks(
+    source: Source,
     root: Path,
     data: config.Data,
-    mask_files: dict[str, Path],
-    ids: set[str],
+    mask_files: Mapping[str, Path],
     known: class_lists.Classes | None,
-    source: Source,
     max_pixels: int,
 ) -> Source:
+    """The source with one binary mask an image and class."""
+    ids = {name_id(name.partition("/")[2]) for name, _ in source.files}
     parts, left = binary_masks.group(mask_files, ids, [c["name"] for c in known] if known else None)
     classes, number, notes = class_lists.named(root, data, sorted({name for by in parts.values() for name in by}))
     empty, tally = class_lists.empty_id(data, number), source.tally
@@ -108,22 +218,21 @@ def _binary(
         for key, by in sorted(parts.items())
     ]
     reason = "no image and class go by this name; expected masks/NAME/CLASS, masks/CLASS/NAME or masks/NAME_CLASS"
-    return Source(
+    return replace(
+        source,
         files=[*source.files, *rendered],
         classes=classes,
-        lists=source.lists,
-        groups=source.groups,
-        refused=[(f"masks/{name}", "mask-without-image", reason) for name in left],
+        refused=[(f"masks/{name}", NO_IMAGE, reason) for name in left],
         notes=[
             "masks: binary, one file per class" + " (found by looking)" * (data.masks == "auto"),
             f"pixels in no class: {data.unannotated}",
             *notes,
         ],
-        tally=tally,
     )
 
 
-def _infer_classes(mask_files: dict[str, Path], max_pixels: int) -> class_lists.Classes:
+def _infer_classes(mask_files: Mapping[str, Path], max_pixels: int) -> class_lists.Classes:
+    """class_0 ... up to the highest id in the masks."""
     highest = -1
     for path in mask_files.values():
         try:
@@ -134,4 +243,4 @@ def _infer_classes(mask_files: dict[str, Path], max_pixels: int) -> class_lists.
             highest = max(highest, int(known.max()))
     if highest < 0:
         raise SourceError("no class file and no readable mask: name a file with one class a line in data.classes")
-    return [{"id": k, "name": f"class_{k}", "color": list(c)} for k, c in enumerate(label_maps.palette(highest + 1))]
+    return class_lists.numbered(highest + 1)

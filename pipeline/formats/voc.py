@@ -83,7 +83,7 @@ def classes(root: Path, data: config.Data) -> class_lists.Classes:
         return [{"id": k, "name": name, "color": colour(k)} for k, name in enumerate(NAMES)]
     lines: list[str] = []
     for number, line in enumerate(class_lists.read_lines(path, "write it"), 1):
-        if line.startswith("#"):
+        if not line or line.startswith("#"):
             continue
         name, _, rest = line.partition(":")
         stated = rest.partition(":")[0] or ",".join(
@@ -101,5 +101,5 @@ def _sets(root: Path, ids: set[str]) -> dict[str, list[str]]:
     for part in ("val", "test"):
         path = root / "ImageSets/Segmentation" / f"{part}.txt"
         if path.exists():
-            found[part] = split_lists.resolve(class_lists.read_lines(path, ""), path, ids, {})
+            found[part] = split_lists.resolve(list(filter(None, class_lists.read_lines(path, ""))), path, ids, {})
     return found

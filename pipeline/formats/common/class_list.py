@@ -12,27 +12,45 @@ from pipeline.imaging import label_maps
 from pipeline.imaging.mask_png import Colour
 
 IGNORE, BACKGROUND = "ignore", "background"
+LABELME_IGNORE = "__ignore__"  # first line of labelme's labels.txt: its word for 255, never a class
 _BACKGROUNDS = (BACKGROUND, "_background_", "__background__")
-_DEFAULT = config.Data().classes
+DEFAULT = "classes.txt"
+OTHER_NAMES = ("class_names.txt", "class_dict.csv")  # labelme2voc; CamVid's and many kaggle sets
 _HEX = re.compile(r"\s#([0-9a-fA-F]{6})$")
 _RGB = re.compile(r"\s(\d+)\s+(\d+)\s+(\d+)$")
+_CSV = re.compile(r"^(?P<name>[^,;\t]+?)\s*[,;\t]\s*(\d+)\s*[,;\t]\s*(\d+)\s*[,;\t]\s*(\d+)$")
+_HEADER = re.compile(r"^(name|class|class_name|label)s?\s*[,;\t]\s*(r|red)\b", re.IGNORECASE)  # of class_dict.csv
 Classes = list[dict[str, Any]]
 
 
 def parse(lines: Sequence[str], file: Path) -> tuple[Classes, list[Colour]]:
-    """`name`, `name #rrggbb` or `name r g b` lines -> ([{"id", "name", "color"}], colours that mean ignore).
+    """Lines of a class list -> ([{"id", "name", "color"}], colours that mean ignore).
 
-    Colours are 0..255 each; classes without one get a distinct one. Lines `ignore r g b` after the classes have no id:
-    they only say which colours of a colour mask mean ignore.
+    A line is `name`, `name #rrggbb`, `name r g b` or `name,r,g,b` (also below a header such as `name,r,g,b`). Colours are
+    0..255 each; classes without one get a distinct one. Lines that begin with `#` are comments, `__ignore__` (labelme)
+    names no class. Lines `ignore r g b` after the classes have no id: they only say which colours of a colour mask mean
+    ignore.
 
     Raises:
-        SourceError: no class, a name twice, a colour beyond 255, `ignore` before a class or without a colour, or more
-            than 255 classes (255 means ignore).
+        SourceError: no class, a name twice, an empty line between classes (their ids are counted by lines), a colour
+            beyond 255, `ignore` before a class or without a colour, or more than 255 classes (255 means ignore).
     """
     found: list[tuple[str, list[int] | None]] = []
     ignored: list[Colour] = []
+    empty: int | None = None
     for number, line in enumerate(lines, 1):
-        name, colour = _split(line, file, number)
+        if not line.strip():
+            empty = empty or number
+            continue
+        if line.startswith("#") or line.strip() == LABELME_IGNORE or (not found and _HEADER.match(line)):
+            continue
+        name, colour = _split(line.strip(), file, number)
+        if empty is not None and name != IGNORE and found:
+            raise SourceError(
+                f"{file}: line {empty} is empty, and the lines after it are classes: a class's id is its place in the list; "
+                "take the line out, or name what that id means"
+            )
+        empty = None
         if name == IGNORE:
             if colour is None:
                 raise SourceError(f"{file}: line {number}: `ignore` needs a colour: it says which one means ignore")
@@ -53,19 +71,22 @@ def parse(lines: Sequence[str], file: Path) -> tuple[Classes, list[Colour]]:
 
 
 def _split(line: str, file: Path, number: int) -> tuple[str, list[int] | None]:
+    """A line's name, and its colour if it states one."""
     if match := _HEX.search(line):
-        colour = list(bytes.fromhex(match[1]))
+        return line[: match.start()].strip(), list(bytes.fromhex(match[1]))
+    if match := _CSV.match(line):
+        name, colour = match["name"].strip(), [int(match[part]) for part in (2, 3, 4)]
     elif match := _RGB.search(line):
-        colour = [int(value) for value in match.groups()]
-        if max(colour) > 255:
-            raise SourceError(f"{file}: line {number}: {line!r}: red, green and blue are 0 to 255 each")
+        name, colour = line[: match.start()].strip(), [int(value) for value in match.groups()]
     else:
         return line, None
-    return line[: match.start()].strip(), colour
+    if max(colour) > 255:
+        raise SourceError(f"{file}: line {number}: {line!r}: red, green and blue are 0 to 255 each")
+    return name, colour
 
 
 def read_lines(path: Path, way_out: str) -> list[str]:
-    """Stripped lines that are not empty, a BOM dropped. Raises SourceError with near names where `path` is absent."""
+    """Stripped lines, a BOM and empty lines at the end dropped. Raises SourceError with near names where `path` is absent."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -75,16 +96,37 @@ def read_lines(path: Path, way_out: str) -> list[str]:
         raise SourceError(f"{path}: not found{hint}, though params.yaml names it; {way_out}") from error
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.rstrip().splitlines()]
 
 
-def read(root: Path, data: config.Data) -> tuple[Classes, list[Colour]] | None:
-    """(classes, ignored colours) of the file that `data.classes` names in `root`; None where it is null, or where the
-    default name is absent from a source that names its classes itself (any but `folder`)."""
+def find(root: Path, data: config.Data) -> Path | None:
+    """The class file that counts: the one `data.classes` names; where that is the default name and absent, what other
+    tools call it, if there is one.
+
+    Returns:
+        None with `data.classes: null`, and where a source that names its classes itself (any but `folder`) has none.
+
+    Raises:
+        SourceError: the default is absent and files by several other names are there.
+    """
     if data.classes is None:
         return None
     path = root / data.classes
-    if data.source != "folder" and data.classes == _DEFAULT and not path.exists():
+    if path.exists() or data.classes != DEFAULT:
+        return path
+    others = [root / name for name in OTHER_NAMES if (root / name).is_file()]
+    if len(others) > 1:
+        listed = ", ".join(other.name for other in others)
+        raise SourceError(f"{path}: not found, and there are {listed}; name the one that counts in data.classes")
+    if others:
+        return others[0]
+    return path if data.source == "folder" else None
+
+
+def read(root: Path, data: config.Data) -> tuple[Classes, list[Colour]] | None:
+    """(classes, ignored colours) of the class file that counts (`find`); None where there is none."""
+    path = find(root, data)
+    if path is None:
         return None
     return parse(read_lines(path, "write it, or set data.classes: null to take the classes from the labels"), path)
 
@@ -119,6 +161,11 @@ def named(
             f"{root / str(data.classes)}: data.unannotated: background needs a class named {BACKGROUND}; add the line"
         )
     return classes, ids | {name: label_maps.IGNORE for name in seen if name not in ids}, notes
+
+
+def numbered(count: int) -> Classes:
+    """class_0, class_1 ... where nothing names the ids."""
+    return [{"id": k, "name": f"class_{k}", "color": list(c)} for k, c in enumerate(label_maps.palette(count))]
 
 
 def background(ids: Mapping[str, int]) -> int | None:

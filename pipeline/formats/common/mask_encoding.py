@@ -6,7 +6,7 @@ class's, its colours count; where both could be meant and differ, the user is as
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,27 @@ def _kind(data: bytes, classes: int | None, colours: Mapping[Colour, int], max_p
     if as_ids and as_colours:
         return "ids" if by_colour == ids.tolist() else "either"
     return "colours" if as_colours else "ids"
+
+
+def are_0_and_255(paths: Iterable[Path], max_pixels: int) -> bool:
+    """Whether every readable mask holds no other ids than 0 and 255, and one has both or 255: masks of two classes as image
+    editors and many tools save them, not class 0 with ignored pixels."""
+    found = set[int]()
+    for path in paths:
+        try:
+            ids_HW = label_maps.decode_mask(path.read_bytes(), max_pixels=max_pixels)
+        except decode.Refused:
+            continue  # ingest quarantines it with its reason
+        found |= set(np.flatnonzero(np.bincount(ids_HW.ravel())).tolist())
+        if not found <= {0, 255}:
+            return False
+    return 255 in found and 0 in found
+
+
+def render_0_and_255(path: Path, max_pixels: int) -> bytes:
+    """Mask file of 0 and 255 -> PNG of the ids 0 and 1. Raises images.Refused as `label_maps.decode_mask`."""
+    ids_HW = label_maps.decode_mask(path.read_bytes(), max_pixels=max_pixels)
+    return label_maps.encode_png((ids_HW == label_maps.IGNORE).astype(np.uint8))
 
 
 def _load(data: bytes, max_pixels: int) -> tuple[str, ImageFile]:

@@ -1,11 +1,14 @@
 """What every label format becomes: archive members by reference, classes, lists, groups, and what cannot be used."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pipeline.formats.names.skipped import Skipped
 
 LISTS = ("labelled", "unlabelled", "val", "test")
 Maker = Callable[[], bytes]  # renders one mask PNG when asked; raises images.Refused, which quarantines that mask
@@ -26,6 +29,7 @@ class Source:
         groups: name id -> group; None: by `data.group`, else by the sub-folder.
         refused: (member name, code, reason) of records that cannot be used; they go to the quarantine list.
         notes: what the reader decided, one line each, for pull's table.
+        skipped: (kind, name) of files, shapes and records that were passed over, and why they do not count.
         tally: what happened while masks were rendered, counted by its makers.
     """
 
@@ -35,6 +39,7 @@ class Source:
     groups: dict[str, str] | None = None
     refused: Sequence[tuple[str, str, str]] = ()
     notes: Sequence[str] = ()
+    skipped: Sequence[Skipped] = ()
     tally: Counter[str] = field(default_factory=Counter)
 
 
@@ -47,10 +52,25 @@ def name_id(path: str) -> str:
 
 def walk(folder: Path) -> dict[str, Path]:
     """Regular files below a folder, {relative name: path} sorted by name, without hidden ones; {} where it is absent."""
-    if not folder.is_dir():
-        return {}
-    named = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    return {name: named[name] for name in sorted(named) if not any(part.startswith(".") for part in name.split("/"))}
+    return {
+        name: path for name, path in walk_all(folder).items() if not any(p.startswith(".") for p in name.split("/"))
+    }
+
+
+def walk_all(folder: Path) -> dict[str, Path]:
+    """As `walk`, with hidden files. Linked folders are followed, each place once."""
+    found: dict[str, Path] = {}
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above, or a second one to the same
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            if (path := Path(place, name)).is_file():
+                found[path.relative_to(folder).as_posix()] = path
+    return dict(sorted(found.items()))
 
 
 def groups_by(pattern: str | None, ids: Sequence[str]) -> dict[str, str] | None:

@@ -84,9 +84,15 @@ def groups(paths: Iterable[str]) -> dict[str, str] | None:
     return {key: group or key for key, group in found.items()}
 
 
-def parts(paths: Sequence[str]) -> dict[Part, list[str]]:
+def groups_or_singles(paths: Iterable[str]) -> dict[str, str]:
+    """As `groups`; where the folders tell nothing apart, each image is a group of its own."""
+    names = list(paths)
+    return groups(names) or {name_id(name): name_id(name) for name in names}
+
+
+def parts(paths: Sequence[str]) -> dict[str, list[str]]:
     """The name ids of the images whose folders state a split, by split, in the order given."""
-    found: dict[Part, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for path in paths:
         if part := split_in_path(path):
             found.setdefault(part, []).append(name_id(path))

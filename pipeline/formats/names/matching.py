@@ -17,9 +17,11 @@ EXACT, SAME_NAME = "exact", "same name"  # neither forgives anything
 SHOWN = 4  # names in a reason
 
 # What tools and people append to a mask's name, and put in front of an uploaded file's (Label Studio: 8 hex digits).
-_SUFFIX = re.compile(
-    r"[ ._-](mask|masks|label|labels|labelids|labeltrainids|gt|seg|segmentation|semantic|annotation|target|l|json)$"
-)
+_MASK_WORDS = (
+    "mask", "masks", "label", "labels", "labelids", "labeltrainids", "gt", "seg", "segm", "segmentation", "semantic",
+    "annotation", "annotations", "target", "l",
+)  # fmt: skip
+_SUFFIX = re.compile(rf"[ ._-]({'|'.join(_MASK_WORDS)})$")
 _PREFIX = re.compile(r"^[0-9a-f]{8}-(?=.)")
 _EXTENSION = re.compile(r"\.(png|jpe?g|webp|bmp|tiff?|gif|jp2|json|xml)$", re.IGNORECASE)
 _LAYOUT = re.compile(r"^(images|masks|jpegimages|segmentationclass|labels|annotations)/")
@@ -180,6 +182,11 @@ def _unclear(candidates: Sequence[str]) -> str:
 def listed(names: Sequence[str]) -> str:
     """`a, b, c, d and 3 more`."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def is_mask_word(word: str) -> bool:
+    """Whether a word only says that a file is a mask, as in `x_mask.png`, and names no class."""
+    return word.casefold() in _MASK_WORDS
 
 
 def same_image(name: str, other: str) -> bool:

@@ -34,12 +34,13 @@ def test_members_are_sorted_whole_and_without_hidden_files(source: Path) -> None
     found = read(source)
     names = ["images/a/00.png", "images/a/01.png", "images/b/00.png", "masks/a/00.png", "masks/a/01.png"]
     assert found.files == [(name, source / name) for name in names]
-    assert found.groups is None
+    assert found.groups == {"a/00": "a", "a/01": "a", "b/00": "b"}
+    assert [name for _, name in found.skipped] == ["images/.DS_Store", "images/.cache/thumb.png"]
     assert found.lists == dict.fromkeys(("labelled", "unlabelled", "val", "test"))
 
 
 def test_classes_keep_their_order_and_given_colours(source: Path) -> None:
-    (source / "classes.txt").write_text("road #102030\ncar\n\nsky blue #FFffFF\n")
+    (source / "classes.txt").write_text("# made by hand\nroad #102030\ncar\nsky blue #FFffFF\n\n")
     classes = read(source).classes
     assert [(c["id"], c["name"]) for c in classes] == [(0, "road"), (1, "car"), (2, "sky blue")]
     assert classes[0]["color"] == [16, 32, 48]
@@ -48,7 +49,13 @@ def test_classes_keep_their_order_and_given_colours(source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "0 classes"), ("a\nb\na\n", "line 3.*'a'"), ("\n".join(map(str, range(256))), "256")]
+    ("text", "message"),
+    [
+        ("", "0 classes"),
+        ("a\nb\na\n", "line 3.*'a'"),
+        ("\n".join(map(str, range(256))), "256"),
+        ("a\n\nb\n", "line 2 is empty"),
+    ],
 )
 def test_unusable_class_files_are_named(source: Path, text: str, message: str) -> None:
     (source / "classes.txt").write_text(text)
@@ -124,3 +131,56 @@ def test_real_photographs(shared_data: Path) -> None:
     assert [c["name"] for c in source.classes][:3] == ["sky", "building", "pole"]
     assert len(source.files) == 1402
     assert set((source.groups or {}).values()) == {"0001TP", "0006R0", "0016E5", "Seq05VD"}
+
+
+def test_a_csv_with_a_header_and_labelmes_ignore_name_the_classes(source: Path) -> None:
+    (source / "classes.txt").unlink()
+    (source / "class_dict.csv").write_text("name,r,g,b\nroad,16,32,48\nsky blue, 0, 255, 7\nwall,1,2,3\n")
+    classes = read(source).classes
+    assert [(c["name"], c["color"]) for c in classes] == [
+        ("road", [16, 32, 48]),
+        ("sky blue", [0, 255, 7]),
+        ("wall", [1, 2, 3]),
+    ]
+
+    (source / "class_names.txt").write_text("__ignore__\n_background_\ncar\n")
+    with pytest.raises(SourceError, match=r"there are class_names\.txt, class_dict\.csv; name the one that counts"):
+        read(source)
+    assert [c["name"] for c in read(source, classes="class_names.txt").classes] == ["_background_", "car"]
+
+
+def test_companions_of_images_are_passed_over_and_counted(source: Path) -> None:
+    before = read(source).files
+    for name in ("images/a/00.json", "images/a/00.pgw", "images/Thumbs.db", "masks/a/._00.png", "images/a/00.CR2"):
+        tiny_source.put(source, name, b"II*\x00 of a camera" if name.endswith("CR2") else b"no image")
+    found = read(source, group="^([ab])/")
+    assert found.files == before
+    assert len(found.skipped) == 5
+
+
+def test_folders_named_as_splits_are_the_splits(tmp_path: Path) -> None:
+    tiny_source.write_source(tmp_path, {"Train/cam0": 2, "Train/cam1": 1, "valid/cam2": 1, "TESTING/cam3": 1})
+    found = read(tmp_path)
+    assert found.lists == {"labelled": None, "unlabelled": None, "val": ["valid/cam2/00"], "test": ["TESTING/cam3/00"]}
+    assert found.groups is not None
+    assert found.groups["Train/cam0/00"] == "cam0"
+    assert "splits by their folders: 1 test, 3 train, 1 val" in found.notes
+
+
+def test_splits_around_images_and_masks_are_read_too(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        tiny_source.write_source(tmp_path / part, {"": 2})
+    (tmp_path / "train/classes.txt").rename(tmp_path / "classes.txt")
+    found = read(tmp_path)
+    assert found.lists["test"] == ["test/00", "test/01"]
+    assert ("masks/val/00.png", tmp_path / "val/masks/00.png") in found.files
+
+
+def test_linked_folders_are_followed_once(source: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("store")
+    tiny_source.put(elsewhere, "x.png", tiny_source.encode(tiny_source.picture(9)))
+    (source / "images/cam0").symlink_to(elsewhere)
+    (source / "images/loop").symlink_to(source / "images")
+    names = [name for name, _ in read(source).files]
+    assert "images/cam0/x.png" in names
+    assert len(names) == 6

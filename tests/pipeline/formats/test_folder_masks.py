@@ -235,3 +235,48 @@ def test_refused_masks_reach_the_quarantine_list(root: Path, tmp_path: Path) -> 
     }
     about = json.loads((project / "data/pulled/source.json").read_text())
     assert [name for name, _, _ in about["refused"]] == ["masks/a/00.png", "masks/a/01.png"]
+
+
+def test_masks_of_0_and_255_are_two_classes_where_the_list_has_two(root: Path) -> None:
+    (root / "classes.txt").write_text("background\nobject\n")
+    for name in ("a/00", "b"):
+        tiny_source.put(root, f"masks/{name}.png", png(np.where(IDS_HW == 1, 255, 0).astype(np.uint8)))
+    source = read(root)
+    np.testing.assert_array_equal(tiny_labels.labels(source)["b"], IDS_HW == 1)
+    assert any("0 is the first, 255 the second" in note for note in source.notes)
+
+    (root / "classes.txt").write_text(CLASSES)  # three classes: 255 means ignore
+    assert set(np.unique(tiny_labels.labels(read(root))["b"])) == {0, 255}
+    (root / "classes.txt").write_text("background\nobject\n")
+    tiny_source.put(
+        root, "masks/a/01.png", png(np.full(IDS_HW.shape, 1, np.uint8))
+    )  # one mask of ids: ids they all are
+    assert set(np.unique(tiny_labels.labels(read(root))["b"])) == {0, 255}
+
+
+def test_masks_by_other_names_are_matched_and_reported(root: Path) -> None:
+    data = png(IDS_HW)
+    for name in ("a/00_mask.png", "A/01.PNG", "b.png.png"):
+        tiny_source.put(root, f"masks/{name}", data)
+    tiny_source.put(root, "masks/c.png", data)
+    source = read(root, masks="ids")
+    assert sorted(tiny_labels.labels(source)) == ["a/00", "a/01", "b"]
+    assert len([note for note in source.notes if note.startswith("masks matched to images by")]) == 3
+    assert source.refused == [("masks/c.png", "mask-without-image", "no image has this name")]
+
+
+def test_a_suffix_of_all_masks_is_no_class(root: Path) -> None:
+    for name in ("a/00", "a/01", "b"):
+        tiny_source.put(root, f"masks/{name}_mask.png", png(IDS_HW % 2))
+    source = read(root, classes=None)
+    assert [c["name"] for c in source.classes] == ["class_0", "class_1"]
+    assert "masks: ids (found by looking)" in source.notes
+
+
+def test_two_masks_of_one_image_are_both_refused(root: Path) -> None:
+    for name in ("b.png", "b.bmp"):
+        tiny_source.put(root, f"masks/{name}", png(IDS_HW))
+    source = read(root)
+    assert "b" not in tiny_labels.labels(source)
+    assert len(source.refused) == 2
+    assert all("keep the right one" in reason for _, _, reason in source.refused)
