@@ -44,6 +44,7 @@ class Data(Section):
     unannotated: Literal["ignore", "background"] = "ignore"  # pixels in no polygon or segment
     cityscapes_ids: Literal["auto", "labelIds", "trainIds"] = "auto"
     tile: Annotated[int, Field(ge=64, le=8192)] = 512  # of geotiff: pixels a side
+    missing_classes: Literal["stop", "allow"] = "stop"  # a class of the class file that no mask holds
 
 
 class Ingest(Section):

@@ -21,6 +21,8 @@ NAMES = (
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
+ASSUMED = "Pascal VOC's own 21 classes, which count where no labelmap.txt, class_names.txt or classes.txt names others"
+
 
 def colour(index: int) -> list[int]:
     """VOC's palette: bits 0, 3, 6 of the index are red's highest bits first, 1, 4, 7 green's, 2, 5 blue's (VOClabelcolormap
@@ -57,6 +59,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     return Source(
         files=[(f"images/{n}", path) for n, path in image_files.items() if name_id(n) not in left_out] + files,
         classes=known,
+        class_list=ASSUMED if known == own_classes() else None,
         lists=listed,
         groups=groups_by(data.group, sorted(ids)),
         notes=notes,
@@ -74,13 +77,18 @@ def home(root: Path) -> Path:
     raise SourceError(f"{root}: no folder JPEGImages, which a VOC tree has")
 
 
+def own_classes() -> class_lists.Classes:
+    """VOC's own 21, in its own colours."""
+    return [{"id": k, "name": name, "color": colour(k)} for k, name in enumerate(NAMES)]
+
+
 def classes(root: Path, data: config.Data) -> class_lists.Classes:
     """Those of classes.txt, else labelmap.txt, else VOC's own 21."""
     if (file := class_lists.read(root, data)) is not None:
         return file[0]
     path = root / "labelmap.txt"
     if not path.exists():
-        return [{"id": k, "name": name, "color": colour(k)} for k, name in enumerate(NAMES)]
+        return own_classes()
     lines: list[str] = []
     for number, line in enumerate(class_lists.read_lines(path, "write it"), 1):
         if not line or line.startswith("#"):

@@ -8,7 +8,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from pipeline import console as progress
 from pipeline.demo import recipe as demo
 from pipeline.demo import vizdoom
 from pipeline.formats import cityscapes, coco, cvat, folder, geotiff, labelme, labelstudio, voc
-from pipeline.formats.common import unpack
+from pipeline.formats.common import class_list, unpack
 from pipeline.formats.common.source import LISTS, Source
+from pipeline.formats.names import skipped
 from pipeline.imaging import decode
+from pipeline.ingest import label_counts
 from pipeline.storage import atomic, shards
 
 PULLED, OFFERED = Path("data/pulled"), Path("data/offered")
@@ -92,34 +94,63 @@ def pull_demo(params: config.Params, console: Console) -> Pulled:
 
 def pull_labels(params: config.Params, console: Console) -> Pulled:
     """Pack what the format's reader finds into base.tar, rendering masks one at a time."""
-    data, path, counted = params.data, PULLED / "base.tar", Counter[str]()
+    data, path, images = params.data, PULLED / "base.tar", 0
     if data.source not in READERS:
         raise ValueError(f"data.source: {data.source} has no reader here; choose {', '.join(READERS)}")
     with unpack.opened(Path(data.path), params.ingest, PULLED.parent) as root:
         source = READERS[data.source](root, data, max_pixels=params.ingest.max_pixels)
         refused = list(source.refused)
+        counts = label_counts.LabelCounts(len(source.classes))
         with progress.bar("pack", len(source.files), console) as bar, shards.replacing_tar(path) as add:
             for name, origin in source.files:
                 bar.advance()
                 try:
-                    add(name, origin if isinstance(origin, Path) else origin())
+                    content = origin if isinstance(origin, Path) else origin()
                 except decode.Refused as error:
                     refused.append((name, error.code, str(error)))
                     continue
-                counted[name.partition("/")[0]] += 1
+                add(name, content)
+                if name.startswith("masks/"):
+                    data_ = content if isinstance(content, bytes) else content.read_bytes()
+                    counts.add(name, data_, params.ingest.max_pixels)
+                else:
+                    images += 1
+            listed_in = source.class_list or class_list.named_in(root, data)
+            _demand_enough(source, images, counts, refused, listed_in, params)
     about: dict[str, Any] = {"source": data.source, "classes": source.classes, "ignore": 255, "lists": source.lists}
     about |= {"groups": source.groups, "group_pattern": data.group}  # the pattern also serves later dumps
     if refused:
         about["refused"] = [list(item) for item in sorted(refused)]
-    return about, {path: counted["images"]}, told(source, counted["masks"], refused)
+    return about, {path: images}, told(source, counts, refused)
 
 
-def told(source: Source, masks: int, refused: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
+def _demand_enough(
+    source: Source,
+    images: int,
+    counts: label_counts.LabelCounts,
+    refused: Sequence[tuple[str, str, str]],
+    listed_in: str | None,
+    params: config.Params,
+) -> None:
+    """Stop here, where the cause is, when nothing can come of the source. Raises SourceError."""
+    where = params.data.path
+    reasons = [(name, reason) for name, _, reason in refused]
+    label_counts.demand_images(images, [item for item in reasons if not item[0].startswith("masks/")], where)
+    label_counts.demand_labels(counts, [*reasons, *counts.refused], where)
+    label_counts.demand_classes(counts.absent(source.classes), listed_in, params.data.missing_classes, where)
+
+
+def told(
+    source: Source, counts: label_counts.LabelCounts, refused: list[tuple[str, str, str]]
+) -> list[tuple[str, str]]:
     """What the reader decided and what came of it, as rows of the table."""
     rendered = sum(not isinstance(origin, Path) and name.startswith("masks/") for name, origin in source.files)
     rows = [("decided", line) for line in source.notes]
+    masks = counts.usable + len(counts.refused)
     rows.append(("masks", f"{masks}, {'rendered from labels' if rendered else 'as they came'}"))
+    rows += counts.shares(source.classes)
     rows += [(what, str(count)) for what, count in sorted(source.tally.items())]
+    rows += skipped.rows(source.skipped)
     for code, count in sorted(Counter(code for _, code, _ in refused).items()):
         first = next(f"{name}: {reason}" for name, found, reason in refused if found == code)
         rows.append((f"refused: {code}", f"{count}, the first: {first}"))

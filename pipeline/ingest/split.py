@@ -196,6 +196,26 @@ def summarise(
     }
 
 
+def demand_parts(counts: Mapping[str, int], unused: Mapping[str, str], lists: Lists, params: config.Split) -> None:
+    """Stop before hours of training where a part that it needs is empty. Raises ValueError that says what to do.
+
+    A part whose share is 0 and that no list names is left out on purpose.
+    """
+    if not counts["labelled"]:
+        raise ValueError(
+            "no labelled image is left to train on: give more images a mask, lower split.val and split.test, or check "
+            "data.lists.labelled"
+        )
+    for part in ("val", "test"):
+        wanted = lists.get(part) is not None or getattr(params, part) > 0
+        if wanted and not counts[part]:
+            held = f"; {len(unused)} images are unused, {next(iter(unused.values()))}" if unused else ""
+            raise ValueError(
+                f"no {part} image: {counts['labelled']} labelled images are left to draw from by group{held}. Label more "
+                f"images or groups, name some in data.lists.{part}, or set data.group to what really belongs together"
+            )
+
+
 def warnings(summary: Mapping[str, Any], lists: Lists, rows: Sequence[Row]) -> list[str]:
     """What a user should know before training: classes never seen (fault F13), listed images that are not there."""
     found = []
@@ -237,8 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         verify(rows)
         with progress.bar("count pixels", sum(row.split in check.NEEDS_MASK for row in rows), console) as bar:
             summary = summarise(rows, unused, source, params.ingest.max_pixels, bar.advance)
-        if not summary["counts"]["labelled"]:
-            raise ValueError("no labelled image: give some images a mask, or check data.lists.labelled")
+        demand_parts(summary["counts"], summary["unused"], source["lists"], params.split)
     except (config.ConfigError, ValueError, OSError) as error:
         Console(stderr=True).print(f"split: {error}", style="red", markup=False, soft_wrap=True)
         return 1

@@ -123,6 +123,12 @@ def find(root: Path, data: config.Data) -> Path | None:
     return path if data.source == "folder" else None
 
 
+def named_in(root: Path, data: config.Data) -> str | None:
+    """The class file that counts, as it is called; None where there is none (see `find`)."""
+    path = find(root, data)
+    return None if path is None else path.name
+
+
 def read(root: Path, data: config.Data) -> tuple[Classes, list[Colour]] | None:
     """(classes, ignored colours) of the class file that counts (`find`); None where there is none."""
     path = find(root, data)

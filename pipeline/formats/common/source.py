@@ -28,6 +28,7 @@ class Source:
         lists: labelled, unlabelled, val, test -> name ids, or None where the source says nothing.
         groups: name id -> group; None: by `data.group`, else by the sub-folder.
         refused: (member name, code, reason) of records that cannot be used; they go to the quarantine list.
+        class_list: the published list of classes that was taken for want of a class file, in words; None otherwise.
         notes: what the reader decided, one line each, for pull's table.
         skipped: (kind, name) of files, shapes and records that were passed over, and why they do not count.
         tally: what happened while masks were rendered, counted by its makers.
@@ -38,6 +39,7 @@ class Source:
     lists: dict[str, list[str] | None]
     groups: dict[str, str] | None = None
     refused: Sequence[tuple[str, str, str]] = ()
+    class_list: str | None = None
     notes: Sequence[str] = ()
     skipped: Sequence[Skipped] = ()
     tally: Counter[str] = field(default_factory=Counter)

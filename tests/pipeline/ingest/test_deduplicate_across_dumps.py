@@ -60,8 +60,8 @@ def test_an_unlabelled_image_whose_near_copy_later_becomes_test(tmp_path: Path, 
     """The copy is in a dump, and trains; then the source gets the original with a mask and lists it for test."""
     source, root = tmp_path / "source", tmp_path / "project"
     tiny_source.write_source(source, {"a": 3, "b": 2})
-    ingest = {"near_duplicate_cap": cap}
-    tiny_source.write_project(root, source, ingest=ingest)
+    ingest, no_val = {"near_duplicate_cap": cap}, {"val": 0}
+    tiny_source.write_project(root, source, ingest=ingest, split=no_val)
     assert tiny_source.run(root) == 0
     deliver(root, "early", near_copies([77]))
     assert tiny_source.run(root, dumps=("base", "early")) == 0
@@ -71,7 +71,7 @@ def test_an_unlabelled_image_whose_near_copy_later_becomes_test(tmp_path: Path, 
     tiny_source.put(source, "masks/t/77.png", tiny_source.encode(tiny_source.mask(77)))
     (source / "test.txt").write_text("t/77\n")
     data = {"source": "folder", "path": str(source), "lists": {"test": "test.txt"}}
-    settings(root, source, data, ingest=ingest)
+    settings(root, source, data, ingest=ingest, split=no_val)
     assert tiny_source.run(root, dumps=("base", "early")) == 0
     rows = tiny_source.rows(root)
     assert rows["base/t/77"].split == "test"
@@ -82,7 +82,7 @@ def test_the_manifest_does_not_depend_on_when_dumps_were_indexed(tmp_path: Path)
     """Week by week, or all at once: the same bytes."""
     source, root = tmp_path / "source", tmp_path / "project"
     tiny_source.write_source(source, {"a": 3, "b": 2})
-    tiny_source.write_project(root, source, ingest={"near_duplicate_cap": 2})
+    tiny_source.write_project(root, source, ingest={"near_duplicate_cap": 2}, split={"val": 0})
     assert tiny_source.run(root) == 0
     for n in range(3):
         deliver(root, f"week{n}", near_copies([50, 51, 60 + n]))

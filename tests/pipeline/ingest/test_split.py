@@ -177,5 +177,30 @@ def test_no_labelled_image_is_an_error(tmp_path: Path, capsys: pytest.CaptureFix
     tiny_source.write_source(source, {"a": 3}, masked=set())
     tiny_source.write_project(root, source)
     assert tiny_source.run(root) == 1
-    assert "no labelled image" in capsys.readouterr().err
+    assert "not one label can be used" in capsys.readouterr().err
     assert not (root / "data/split/manifest.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("counts", "lists", "shares", "message"),
+    [
+        ({"labelled": 0, "val": 1, "test": 1}, {}, (0.1, 0.2), "no labelled image"),
+        (
+            {"labelled": 2, "val": 0, "test": 1},
+            {},
+            (0.1, 0.2),
+            "no val image.*its group 'a' is in test.*data.lists.val",
+        ),
+        ({"labelled": 2, "val": 1, "test": 0}, {"test": ["x"]}, (0.1, 0), "no test image"),
+    ],
+)
+def test_an_empty_part_stops_before_training(counts, lists, shares, message) -> None:
+    unused = {"base/x": "its group 'a' is in test"}
+    params = config.Split(seed=0, val=shares[0], test=shares[1], labelled=None)
+    with pytest.raises(ValueError, match=message):
+        split.demand_parts(counts, unused, lists, params)
+
+
+def test_a_part_that_is_not_wanted_may_be_empty() -> None:
+    params = config.Split(seed=0, val=0, test=0, labelled=None)
+    split.demand_parts({"labelled": 1, "val": 0, "test": 0}, {}, {}, params)

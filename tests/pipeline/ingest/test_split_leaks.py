@@ -22,7 +22,8 @@ def test_missing_classes_are_warned_about_by_name(tmp_path: Path, capsys: pytest
         tiny_source.put(source, f"masks/{key}.png", tiny_source.encode(no_sky))
     for part, names in {"labelled": ids[:3], "val": ids[3:5], "test": ids[5:]}.items():
         (source / f"{part}.txt").write_text("\n".join(names))
-    tiny_source.write_project(root, source, {"lists": {p: f"{p}.txt" for p in ("labelled", "val", "test")}})
+    lists = {p: f"{p}.txt" for p in ("labelled", "val", "test")}
+    tiny_source.write_project(root, source, {"lists": lists, "missing_classes": "allow"})
     assert tiny_source.run(root) == 0
     assert tiny_source.summary(root)["missing"] == {"labelled": ["car"], "val": ["sky", "car"], "test": ["car"]}
     out = capsys.readouterr().out
