@@ -27,7 +27,7 @@ def prepare(bundle: Path | None = None) -> "Settings":
     """
     from export.bundle.bundle import BundleError
     from export.runtime.runtime import ProviderError
-    from serving.model import manager
+    from serving.model import loader
     from serving.model.champion import PointerError
     from serving.settings import SettingsError, from_environment
 
@@ -37,7 +37,7 @@ def prepare(bundle: Path | None = None) -> "Settings":
         if bundle or settings.bundle:
             update["bundle"] = (bundle or settings.bundle or Path()).absolute()
         settings = settings.model_copy(update=update)
-        manager.open_runtime(settings)
+        loader.open_runtime(settings)
     except (SettingsError, PointerError, BundleError, ProviderError) as error:
         raise StartError(str(error)) from error
     return settings

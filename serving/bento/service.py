@@ -29,11 +29,11 @@ def _refuse_absent_provider() -> None:
     """
     from export.bundle.bundle import BundleError
     from export.runtime.runtime import ProviderError
-    from serving.model import manager
+    from serving.model import loader
     from serving.model.champion import PointerError
 
     try:
-        manager.open_runtime(_settings)
+        loader.open_runtime(_settings)
     except ProviderError as error:
         raise SystemExit(f"marginalia: {error}") from error
     except (PointerError, BundleError, OSError):

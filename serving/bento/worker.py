@@ -9,7 +9,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving import settings
 from serving.bento import uvicorn_protocol
 from serving.http import app
-from serving.model import manager
+from serving.model.manager import ModelManager
+from serving.model.watcher import ChampionWatcher
 from serving.telemetry import metrics, prediction_stats, tracing
 
 _PROBES = ("/livez", "/readyz", "/healthz")
@@ -37,9 +38,10 @@ class Worker:
         metrics.set_up_logging()
         if others := settings.ignored():
             metrics.event("variables-ignored", names=others, reason="set by Kubernetes for a service of this name")
-        self._slot = manager.Slot(chosen)
-        self._slot.start()
-        ours, self._desk = app.build(chosen, self._slot)
+        self.models = ModelManager(chosen)
+        self._watcher = ChampionWatcher(self.models, chosen)
+        self._watcher.start()
+        ours, self._desk = app.build(chosen, self.models)
         self._desk.on_lost = _leave
         uvicorn_protocol.install(chosen, lambda bentoml: Front(bentoml, ours))
         self._dump = prediction_stats.Dump(
@@ -63,14 +65,15 @@ class Worker:
 
     def stop(self) -> None:
         """End the watcher, let the running work finish, write what it saw."""
-        self._slot.stop()
+        self._watcher.stop()
+        self.models.close()
         self._desk.close()
         self._dump.stop()
 
     @property
     def ready(self) -> bool:
         """True once a warmed-up model answers."""
-        return self._slot.runtime is not None and self.alive
+        return self.models.current is not None and self.alive
 
     @property
     def alive(self) -> bool:

@@ -11,10 +11,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.http import openapi, requests, responses
 from serving.http.batch import Many
-from serving.http.models import Models
+from serving.http.models import ModelRoutes
 from serving.http.requests import Problem
 from serving.http.segment import Desk
-from serving.model.manager import Slot
+from serving.model.manager import ModelManager
 from serving.settings import Settings
 from serving.telemetry import metrics, tracing
 
@@ -97,10 +97,10 @@ def _web_file(path: Path) -> Handler:
     return show
 
 
-def build(settings: Settings, slot: Slot) -> tuple[ASGIApp, Desk]:
-    """The ASGI application (HTTP only) over a slot, and the desk to close when it ends."""
-    desk = Desk(settings, slot)
-    models = Models(settings, slot)
+def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, Desk]:
+    """The ASGI application (HTTP only) over the models, and the desk to close when it ends."""
+    desk = Desk(settings, manager)
+    models = ModelRoutes(settings, manager)
     page = _web_file(WEB / "index.html")
     description = JSONResponse(openapi.document(settings)).body
 

@@ -120,7 +120,7 @@ class Many:
 
     def bundle(self) -> str | None:
         """The id of the model that answers now."""
-        runtime = self.desk.slot.runtime
+        runtime = self.desk.manager.current
         return runtime.bundle.manifest.id if runtime else None
 
 

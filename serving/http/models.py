@@ -1,11 +1,10 @@
-"""Routes about the models: which are held, load one, go back, run one in the shadow; and what they have seen."""
+"""Routes about the models: which are held, load one, go back, run one in the shadow; and their statistics."""
 
 import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,10 +16,13 @@ from export.bundle.bundle import BundleError
 from export.runtime.runtime import ProviderError, Runtime
 from serving.http import requests
 from serving.http.requests import Problem
-from serving.model import champion, checks, manager
-from serving.model.manager import Claim, Slot
+from serving.model import champion, checks
+from serving.model.card import ModelCard, ShadowCard
+from serving.model.claim import Claim
+from serving.model.events import Candidate, ModelEvent
+from serving.model.manager import Busy, ModelManager, NoPrevious
 from serving.settings import Settings
-from serving.telemetry import metrics as observe
+from serving.telemetry import metrics
 
 LARGEST_BODY = 16 << 10
 RETRY_AFTER_S = 2
@@ -42,80 +44,38 @@ class ShadowRequest(BaseModel):
     bundle: str | None
 
 
-class ModelCard(BaseModel):
-    """One model that is held in memory."""
-
-    bundle: str
-    name: str
-    created: str
-    method: str
-    path: str
-    provider: str
-    precision: str
-    classes: list[str]
-    metrics: dict[str, Any]
-
-
-class ShadowCard(ModelCard):
-    """The shadow, and how far it agrees with the model `against`: share of pixels, and by class intersection over union.
-
-    Of the images offered to it, `scored` went through it, `dropped` found it busy, `failed` made it fail.
-    """
-
-    against: str | None
-    images: int
-    agreement: float | None
-    agreement_by_class: dict[str, float]
-    scored: int
-    dropped: int
-    failed: int
-
-
-class Trial(BaseModel):
-    """What is being loaded and judged now: who asked (pointer, load, shadow), where it lies, since when (unix seconds)."""
-
-    source: str
-    path: str
-    since: float
-
-
 class ModelsAnswer(BaseModel):
     """The answer of GET /v1/models and of the routes that change it; the newest event is last."""
 
     current: ModelCard | None
     previous: ModelCard | None
-    candidate: Trial | None
+    candidate: Candidate | None
     shadow: ShadowCard | None
-    events: list[dict[str, Any]]
+    events: list[ModelEvent]
 
 
-def card(runtime: Runtime, settings: Settings) -> dict[str, Any]:
-    """The fields of a ModelCard."""
-    manifest = runtime.bundle.manifest
-    return {
-        "bundle": manifest.id,
-        **{name: getattr(manifest, name) for name in ("name", "created", "method", "metrics")},
-        "path": champion.shown(settings, runtime.bundle.folder),
-        "provider": runtime.provider,
-        "precision": runtime.precision,
-        "classes": [item.name for item in manifest.classes],
-    }
-
-
-def describe(slot: Slot, settings: Settings) -> ModelsAnswer:
+def describe(manager: ModelManager, settings: Settings) -> ModelsAnswer:
     """What is held now."""
-    current, previous = (ModelCard(**card(r, settings)) if r else None for r in slot.models())
-    trying, shadow = slot.candidate, slot.shadow
+
+    def path(runtime: Runtime) -> str:
+        return champion.shown(settings, runtime.bundle.folder)
+
+    current, previous = manager.models()
+    candidate = manager.candidate
+    shadow = None
+    if running := manager.shadow:
+        opened = running.opened.result()
+        shadow = ShadowCard.of(opened, path(opened), **dict(running.report()))
     return ModelsAnswer(
-        current=current,
-        previous=previous,
-        candidate=Trial(**trying | {"path": champion.shown(settings, trying["path"])}) if trying else None,
-        shadow=ShadowCard(**card(shadow.opened.result(), settings), **shadow.report()) if shadow else None,
-        events=list(slot.events),
+        current=ModelCard.of(current, path(current)) if current else None,
+        previous=ModelCard.of(previous, path(previous)) if previous else None,
+        candidate=candidate and candidate.model_copy(update={"path": champion.shown(settings, candidate.path)}),
+        shadow=shadow,
+        events=manager.events.newest(),
     )
 
 
-async def read(request: Request, shape: type[Asked], timeout_s: float) -> Asked:
+async def read_json(request: Request, shape: type[Asked], timeout_s: float) -> Asked:
     """A small JSON body. Raises Problem: 415 another type, 413 too large, 408 too slow, 400 not what is asked for."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Problem(415, "unsupported-type", "send a JSON object with Content-Type: application/json")
@@ -176,97 +136,101 @@ def operations(errors: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         "/v1/models/shadow": {
             "post": operation("shadow", "Compare another bundle in the shadow", "ModelsAnswer", change, "ShadowRequest")
         },
-        "/v1/statistics": {"get": operation("statistics", "What was seen, by bundle and window of time", "",
+        "/v1/statistics": {"get": operation("statistics", "Prediction statistics, by bundle and window of time", "",
                                             "400 401 405")},
     }  # fmt: skip
 
 
-class Models:
+class ModelRoutes:
     """The handlers."""
 
-    def __init__(self, settings: Settings, slot: Slot) -> None:
-        self.settings, self.slot = settings, slot
+    def __init__(self, settings: Settings, manager: ModelManager) -> None:
+        self._settings = settings
+        self._manager = manager
 
-    def _keeper(self, request: Request) -> None:
+    def _check_may_change(self, request: Request) -> None:
         """Only with a token may anybody change the models. Raises Problem."""
-        if self.settings.token is None:
+        if self._settings.token is None:
             raise Problem(
                 403,
                 "no-token",
                 "changing models needs a token and this service has none; set MARGINALIA_TOKEN and start it again",
             )
-        requests.check_token(request, self.settings)
+        requests.check_token(request, self._settings)
         requests.check_query(request, {})
 
     def _answer(self) -> Response:
-        return Response(describe(self.slot, self.settings).model_dump_json(), media_type="application/json")
+        return Response(describe(self._manager, self._settings).model_dump_json(), media_type="application/json")
 
     @contextlib.asynccontextmanager
     async def _problems(self) -> AsyncIterator[None]:
         try:
             yield
-        except manager.Busy as error:
+        except Busy as error:
             raise Problem(409, "busy", str(error), {"Retry-After": str(RETRY_AFTER_S)}) from error
-        except manager.NoPrevious as error:
+        except NoPrevious as error:
             raise Problem(409, "no-previous", str(error)) from error
         except champion.PathError as error:
             raise Problem(400, "bad-bundle-path", f"bundle: {error}") from error
         except FileNotFoundError as error:
-            raise Problem(404, "no-bundle", f"bundle: {champion.shown(self.settings, error)}") from error
-        except (checks.Refused, BundleError, ProviderError, OSError) as error:
-            said = champion.shown(self.settings, error)
-            raise Problem(422, "bundle-refused", f"the model that is served stays: {said}") from error
+            raise Problem(404, "no-bundle", f"bundle: {champion.shown(self._settings, error)}") from error
+        except (checks.CandidateRefused, BundleError, ProviderError, OSError) as error:
+            reason = champion.shown(self._settings, error)
+            raise Problem(422, "bundle-refused", f"the model that is served stays: {reason}") from error
 
     async def _wait(self, work: Callable[[Claim], None]) -> None:
         """Until it is done or the time is up. The claim is one side's only: either the swap happens or the answer is 504."""
         claim = Claim()
         done = asyncio.wrap_future(in_thread(lambda: work(claim)))
-        await asyncio.wait({done}, timeout=self.settings.load_timeout_s)
+        await asyncio.wait({done}, timeout=self._settings.load_timeout_s)
         if not done.done() and claim.take():
             done.add_done_callback(lambda future: future.exception())  # heard, so that asyncio does not complain
             raise Problem(
                 504,
                 "deadline",
-                f"not ready within {self.settings.load_timeout_s:g} seconds, the model that is served stays; "
+                f"not ready within {self._settings.load_timeout_s:g} seconds, the model that is served stays; "
                 "raise MARGINALIA_LOAD_TIMEOUT_S",
             )
         await done
 
     async def show(self, request: Request) -> Response:
         """GET /v1/models."""
-        requests.check_token(request, self.settings)
+        requests.check_token(request, self._settings)
         requests.check_query(request, {})
         return self._answer()
 
     async def load(self, request: Request) -> Response:
         """POST /v1/models/load: answers when the model is served, or not. Raises Problem."""
-        self._keeper(request)
-        asked = await read(request, LoadRequest, self.settings.body_timeout_s)
+        self._check_may_change(request)
+        asked = await read_json(request, LoadRequest, self._settings.body_timeout_s)
         async with self._problems():
-            folder = champion.named(self.settings, asked.bundle)
+            folder = champion.named(self._settings, asked.bundle)
             await self._wait(
-                lambda claim: self.slot.load(folder, allow_class_change=asked.allow_class_change, claim=claim)
+                lambda claim: self._manager.load(folder, allow_class_change=asked.allow_class_change, claim=claim)
             )
         return self._answer()
 
     async def rollback(self, request: Request) -> Response:
         """POST /v1/models/rollback. Raises Problem."""
-        self._keeper(request)
+        self._check_may_change(request)
         async with self._problems():
-            self.slot.rollback()
+            self._manager.rollback()
         return self._answer()
 
     async def shadow(self, request: Request) -> Response:
         """POST /v1/models/shadow. Raises Problem."""
-        self._keeper(request)
-        asked = await read(request, ShadowRequest, self.settings.body_timeout_s)
+        self._check_may_change(request)
+        asked = await read_json(request, ShadowRequest, self._settings.body_timeout_s)
         async with self._problems():
-            folder: Path | None = None if asked.bundle is None else champion.named(self.settings, asked.bundle)
-            await self._wait(lambda claim: self.slot.set_shadow(folder, claim))
+            if asked.bundle is None:
+                await self._wait(lambda claim: self._manager.end_shadow())
+            else:
+                folder = champion.named(self._settings, asked.bundle)
+                await self._wait(lambda claim: self._manager.start_shadow(folder, claim))
         return self._answer()
 
     async def statistics(self, request: Request) -> Response:
         """GET /v1/statistics: the JSON of `serving.telemetry.prediction_stats`."""
-        requests.check_token(request, self.settings)
+        requests.check_token(request, self._settings)
         requests.check_query(request, {})
-        return Response(await run_in_threadpool(observe.STATISTICS.text), media_type="application/json")
+        return Response(await run_in_threadpool(metrics.STATISTICS.text), media_type="application/json")

@@ -7,42 +7,14 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from export.bundle.manifest import ClassInfo, InputPolicy
-from export.runtime.runtime import Runtime
 from pipeline.imaging.decode import FORMATS
 from serving.http.geojson import FeatureCollection
 from serving.http.models import LoadRequest, ModelsAnswer, ShadowRequest, operations
 from serving.http.negotiate import KINDS, Kind
 from serving.http.query import Query
 from serving.http.responses import ErrorAnswer, Line, SegmentAnswer
+from serving.model.card import ModelAnswer
 from serving.settings import Settings
-
-
-class ModelAnswer(BaseModel):
-    """The answer of GET /v1/model."""
-
-    bundle: str
-    name: str
-    created: str
-    method: str
-    provider: str
-    precision: str
-    classes: list[ClassInfo]
-    ignore: int
-    input: InputPolicy
-    metrics: dict[str, Any]
-    data_hash: str
-    split_hash: str
-    test_hash: str
-    commit: str
-
-
-def model_answer(runtime: Runtime) -> ModelAnswer:
-    """What `runtime` serves."""
-    manifest = runtime.bundle.manifest
-    shared = {name: getattr(manifest, name) for name in ModelAnswer.model_fields if hasattr(manifest, name)}
-    return ModelAnswer(bundle=manifest.id, provider=runtime.provider, precision=runtime.precision, **shared)
-
 
 _ERRORS = {
     "400": "empty, not-an-image, truncated, corrupt, bad-multipart, bad-archive, bad-query, bad-accept, bad-json, "

@@ -25,13 +25,14 @@ from starlette.responses import Response
 from export.bundle.bundle import Bundle, BundleError
 from export.runtime.runtime import Runtime, Segmentation, restored
 from pipeline.imaging import decode, large_image, resize
-from serving.http import large_images, openapi, requests, responses, spool
+from serving.http import large_images, requests, responses, spool
 from serving.http.admission import RETRY_AFTER_S, Admission
 from serving.http.negotiate import Kind, negotiate
 from serving.http.query import Query, parse
 from serving.http.requests import Problem
 from serving.model.batcher import Batcher, Dropped, Job, Ran
-from serving.model.manager import Slot
+from serving.model.card import ModelAnswer
+from serving.model.manager import ModelManager
 from serving.settings import Settings
 from serving.telemetry import metrics
 
@@ -133,8 +134,8 @@ def largest_batch(runtime: Runtime, settings: Settings) -> int:
 class Desk:
     """Takes requests in: admission, a deadline, and the line for the three phases."""
 
-    def __init__(self, settings: Settings, slot: Slot) -> None:
-        self.settings, self.slot = settings, slot
+    def __init__(self, settings: Settings, manager: ModelManager) -> None:
+        self.settings, self.manager = settings, manager
         self.admission = Admission(settings)
         self._workers = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="worker")
         self._batcher = Batcher(lambda runtime: largest_batch(runtime, settings), metrics.batched)
@@ -150,7 +151,7 @@ class Desk:
     @property
     def healthy(self) -> bool:
         """False once the model that is served fails also on what it passed when it was loaded: a lost card, say."""
-        return self._lost is None or self._lost is not self.slot.runtime
+        return self._lost is None or self._lost is not self.manager.current
 
     async def answer(self, request: Request) -> Response:
         """POST /v1/segment. Raises Problem."""
@@ -223,7 +224,7 @@ class Desk:
         job.check()
         found = restored(ran.label_HW, ran.confidence_HW, prepared.plan)
         timings = {"queue": queue_s + ran.waited_s, "decode": prepared.spent_s, "run": ran.ran_s}
-        if shadow := self.slot.shadow:
+        if shadow := self.manager.shadow:
             shadow.offer(prepared.image_HWC, found.label_HW, runtime.bundle.manifest)
         return render(kind, query, prepared, found, runtime.bundle, timings)
 
@@ -323,7 +324,7 @@ class Desk:
 
     def _current(self) -> Runtime:
         """The model that answers now. Raises Problem(503)."""
-        runtime = self.slot.runtime
+        runtime = self.manager.current
         if runtime is None:
             raise Problem(503, "no-model", "no model is loaded yet; try again", {"Retry-After": str(RETRY_AFTER_S)})
         return runtime
@@ -332,7 +333,7 @@ class Desk:
         """GET /v1/model: what is being served."""
         requests.check_token(request, self.settings)
         requests.check_query(request, {})
-        facts = openapi.model_answer(self._current())
+        facts = ModelAnswer.of(self._current())
         return Response(facts.model_dump_json(), media_type="application/json")
 
     def close(self) -> None:

@@ -42,6 +42,16 @@ def bundle_folder(settings: Settings) -> Path:
     return named if named.is_absolute() else pointer.absolute().parent.parent / named
 
 
+def read_pointer(settings: Settings) -> bytes:
+    """What the pointer file holds, to see it change; as if it never did where a bundle is pinned."""
+    if settings.bundle is not None:
+        return b""
+    try:
+        return settings.champions.read_bytes()
+    except OSError:
+        return b"absent"
+
+
 def root(settings: Settings) -> Path:
     """The folder below which a request may name bundles: MARGINALIA_BUNDLES, else the one that holds `champions/`."""
     return (settings.bundles or settings.champions.absolute().parent.parent).resolve()

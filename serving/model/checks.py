@@ -13,15 +13,15 @@ ROUNDS = 5
 FAST_S = 0.005  # what answers within this is never called slow: below it the clock measures the machine, not the model
 
 
-class Refused(ValueError):
-    """A candidate that must not be served. `cause` is one of `observe.CAUSES`; the message says what to do."""
+class CandidateRefused(ValueError):
+    """A candidate that must not be served. `cause` is one of `metrics.CAUSES`; the message says what to do."""
 
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)
         self.cause = cause
 
 
-def probe(long_side: int) -> NDArray[np.uint8]:
+def test_image(long_side: int) -> NDArray[np.uint8]:
     """The same image each time: 3:4, `long_side` wide, patches of colour with noise, nothing quite black or white."""
     rng = np.random.default_rng(48)
     height, width = max(1, long_side * 3 // 4), long_side
@@ -30,73 +30,90 @@ def probe(long_side: int) -> NDArray[np.uint8]:
     return (image_HWC + rng.integers(0, 16, image_HWC.shape)).astype(np.uint8)
 
 
-def check_classes(fresh: Runtime, current: Runtime) -> None:
-    """Same ids and names (colours may change). Raises Refused."""
-    new, old = ({c.id: c.name for c in r.bundle.manifest.classes} for r in (fresh, current))
+def check_classes(candidate: Runtime, current: Runtime) -> None:
+    """Same ids and names (colours may change). Raises CandidateRefused."""
+    new = {item.id: item.name for item in candidate.bundle.manifest.classes}
+    old = {item.id: item.name for item in current.bundle.manifest.classes}
     if new == old:
         return
-    changes = [f"{i} {old.get(i, 'absent')!r} -> {new.get(i, 'absent')!r}" for i in sorted(old.keys() | new.keys())
-               if old.get(i) != new.get(i)]  # fmt: skip
-    raise Refused(
+
+    changed = [i for i in sorted(old.keys() | new.keys()) if old.get(i) != new.get(i)]
+    changes = [f"{i} {old.get(i, 'absent')!r} -> {new.get(i, 'absent')!r}" for i in changed]
+    raise CandidateRefused(
         "classes",
         f"has other classes than the model that is served ({', '.join(changes[:3])}); if callers know about it, load "
         "it with allow_class_change or set MARGINALIA_ALLOW_CLASS_CHANGE=true",
     )
 
 
-def check_output(fresh: Runtime, image_HWC: NDArray[np.uint8]) -> None:
-    """Right size, known ids, and finite scores. Raises Refused.
+def check_output(candidate: Runtime, image_HWC: NDArray[np.uint8]) -> None:
+    """Right size, known ids, and finite scores. Raises CandidateRefused.
 
     The graph's confidence is round(255 * the highest of K <= 255 softmax shares), so at least 1. NaN and infinite scores
-    become 0 in the cast to uint8: seen in ONNX Runtime and OpenVINO, and what CUDA's conversion is defined to do.
+    become 0 in the cast to uint8: observed in ONNX Runtime and OpenVINO, and what CUDA's conversion is defined to do.
     """
     try:
-        found = fresh.segment(image_HWC)
+        result = candidate.segment(image_HWC)
     except Exception as error:  # the runtimes' own exceptions share no base class
-        raise Refused("output", f"fails on the test image ({error}); export it again") from error
-    label_HW, confidence_HW = found.label_HW, found.confidence_HW
+        raise CandidateRefused("output", f"fails on the test image ({error}); export it again") from error
+
+    label_HW, confidence_HW = result.label_HW, result.confidence_HW
     if label_HW.shape != image_HWC.shape[:2] or confidence_HW.shape != image_HWC.shape[:2]:
-        raise Refused("output", f"answers {label_HW.shape} to an image of {image_HWC.shape[:2]}; export it again")
-    known = [c.id for c in fresh.bundle.manifest.classes]
-    if strange := np.setdiff1d(label_HW, known).tolist():
-        raise Refused("output", f"answers ids {strange[:5]} that are no class of its bundle.json; export it again")
+        raise CandidateRefused(
+            "output", f"answers {label_HW.shape} to an image of {image_HWC.shape[:2]}; export it again"
+        )
+    known = [c.id for c in candidate.bundle.manifest.classes]
+    if unknown := np.setdiff1d(label_HW, known).tolist():
+        raise CandidateRefused(
+            "output", f"answers ids {unknown[:5]} that are no class of its bundle.json; export it again"
+        )
     if lost := int((confidence_HW == 0).sum()):
-        raise Refused(
+        raise CandidateRefused(
             "output",
             f"{lost} of {confidence_HW.size} pixels of the test image have confidence 0, which a softmax cannot give: "
             "its scores are NaN or infinite; look for NaN in the weights and train again",
         )
 
 
-def check_speed(fresh: Runtime, current: Runtime, image_HWC: NDArray[np.uint8], max_slowdown: float,
-                clock: Callable[[], float] = time.perf_counter) -> None:  # fmt: skip
+def check_speed(
+    candidate: Runtime,
+    current: Runtime,
+    image_HWC: NDArray[np.uint8],
+    max_slowdown: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
     """Both models on the same image in turns, so that a busy machine slows both; the fastest round of each counts.
 
     Raises:
-        Refused: after ROUNDS the fresh one is still more than `max_slowdown` times as slow.
+        CandidateRefused: after ROUNDS the candidate is still more than `max_slowdown` times as slow.
     """
-    best = {"old": math.inf, "new": math.inf}
+
+    def time_once(runtime: Runtime) -> float:
+        start = clock()
+        runtime.segment(image_HWC)
+        return clock() - start
+
+    current_s = candidate_s = math.inf
     for _ in range(ROUNDS):
-        for name, runtime in (("old", current), ("new", fresh)):
-            start = clock()
-            runtime.segment(image_HWC)
-            best[name] = min(best[name], clock() - start)
-        if best["new"] <= max(FAST_S, max_slowdown * best["old"]):
+        current_s = min(current_s, time_once(current))
+        candidate_s = min(candidate_s, time_once(candidate))
+        if candidate_s <= max(FAST_S, max_slowdown * current_s):
             return
-    raise Refused(
+
+    raise CandidateRefused(
         "slow",
-        f"takes {best['new'] * 1e3:.1f} ms for the test image, {best['new'] / best['old']:.1f} times what the model that "
+        f"takes {candidate_s * 1e3:.1f} ms for the test image, {candidate_s / current_s:.1f} times what the model that "
         f"is served takes; make it smaller, or raise MARGINALIA_MAX_SLOWDOWN (now {max_slowdown:g})",
     )
 
 
-def judge(fresh: Runtime, current: Runtime | None, allow_class_change: bool) -> None:
-    """What it answers; the first model of a service has no other's classes to keep. Raises Refused."""
+def check_answers(candidate: Runtime, current: Runtime | None, allow_class_change: bool) -> None:
+    """What it answers; the first model of a service has no other's classes to keep. Raises CandidateRefused."""
     if current is not None and not allow_class_change:
-        check_classes(fresh, current)
-    check_output(fresh, probe((current or fresh).bundle.manifest.input.long_side))
+        check_classes(candidate, current)
+    check_output(candidate, test_image((current or candidate).bundle.manifest.input.long_side))
 
 
-def race(fresh: Runtime, current: Runtime, max_slowdown: float) -> None:
-    """How fast it answers, which is the one thing that has to be tried at full speed. Raises Refused."""
-    check_speed(fresh, current, probe(current.bundle.manifest.input.long_side), max_slowdown)
+def compare_speed(candidate: Runtime, current: Runtime, max_slowdown: float) -> None:
+    """How fast it answers, which is the one thing that has to be tried at full speed. Raises CandidateRefused."""
+    check_speed(candidate, current, test_image(current.bundle.manifest.input.long_side), max_slowdown)

@@ -19,7 +19,7 @@ T = TypeVar("T")
 PATIENCE_S = 5.0
 
 
-def quietly(work: Callable[[], T]) -> T:
+def run_at_idle_priority(work: Callable[[], T]) -> T:
     """work(), in a thread of its own that runs where a core is free, for at most PATIENCE_S; then as any other thread.
 
     At this thread's scheduling where that cannot be taken back. One at a time: the end of one call raises the threads of
@@ -38,7 +38,7 @@ def quietly(work: Callable[[], T]) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    thread = threading.Thread(target=run, name="quietly", daemon=True)
+    thread = threading.Thread(target=run, name="idle-priority", daemon=True)
     thread.start()
     thread.join(PATIENCE_S)
     _raise_all()
@@ -56,19 +56,19 @@ def _may_return() -> bool:
     """Whether a thread may be scheduled as idle and back again (Linux, and the right to: CAP_SYS_NICE or its limit)."""
     if not hasattr(os, "SCHED_IDLE"):
         return False
-    returned: list[bool] = []
+    outcome: list[bool] = []
 
     def attempt() -> None:
         with contextlib.suppress(OSError):
             if os.sched_getscheduler(0) == os.SCHED_OTHER:
                 _schedule(0, os.SCHED_IDLE)
                 _schedule(0, os.SCHED_OTHER)
-                returned.append(True)
+                outcome.append(True)
 
     thread = threading.Thread(target=attempt)  # which would stay idle where it may not go back
     thread.start()
     thread.join()
-    return bool(returned)
+    return bool(outcome)
 
 
 def _raise_all() -> None:

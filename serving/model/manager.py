@@ -1,35 +1,36 @@
-"""The models of the service: the current one, the previous one, one on trial, one in the shadow; and what changes them.
+"""The models of the service: the current one, the previous one, and one in the shadow; and what changes them.
 
-One change at a time: the watcher that follows the champion pointer, or a load that somebody asks for. A candidate is
-opened, verified, warmed up and judged (`serving.model.checks`) beside the current model, and only then takes its
-place; whatever
-is wrong with it, the current model serves on. Only a rollback waits for nobody, since it is the way out, also where a
-candidate hangs: what is being loaded meanwhile is refused. At most three models are in memory while that happens (and the
-shadow's), two afterwards; an older one is freed when the last request that started with it ends.
-
-An operator's choice (load, rollback) holds until the pointer next changes, or the service starts anew.
+One change at a time: the watcher that follows the champion pointer, or a load that an operator asks for. A candidate is
+opened, verified, warmed up and checked (`serving.model.loader`) beside the current model, and only then takes its place;
+whatever is wrong with it, the current model serves on. Only a rollback waits for nobody, since it is the way out, also
+where a candidate hangs: what is being loaded meanwhile is refused. At most three models are in memory while that happens
+(and the shadow's), two afterwards; an older one is freed when the last request that started with it ends.
 """
 
-import math
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from export.bundle.bundle import BundleError, open_bundle
-from export.runtime.runtime import ProviderError, Runtime
-from serving.model import checks
-from serving.model.champion import PathError, PointerError, bundle_folder, named, shown
-from serving.model.idle_priority import quietly
+from export.bundle.bundle import open_bundle
+from export.runtime.runtime import Runtime
+from serving.model import checks, loader
+from serving.model.champion import read_pointer
+from serving.model.claim import Claim
+from serving.model.events import (
+    BundleLoaded,
+    BundleRefused,
+    BundleSame,
+    Candidate,
+    EventLog,
+    RolledBack,
+    ShadowEnded,
+    ShadowStarted,
+)
 from serving.model.shadow import Shadow
 from serving.settings import Settings
 from serving.telemetry import metrics
-
-RETRY_S = 60.0  # the longest pause between two attempts at a champion that would not load
-EVENTS = 20
 
 
 class Busy(RuntimeError):
@@ -40,80 +41,50 @@ class NoPrevious(RuntimeError):
     """There is no model to go back to."""
 
 
-def open_runtime(
-    settings: Settings, folder: Path | None = None, threads: int | None = None, like: Runtime | None = None
-) -> Runtime:
-    """Find (the champion, unless `folder` is given), verify, load and warm up, also for the sizes that `like` met lately.
+@dataclass
+class Change:
+    """A change under way: what is being loaded, and whether a rollback has come in between."""
 
-    Raises PointerError, BundleError or ProviderError.
+    candidate: Candidate
+    overtaken: bool = False
+
+
+class ModelManager:
+    """Holds the models and changes them, from any thread.
+
+    There are two locks. `_turn` is held from the beginning to the end of a change that takes its time (a load, the
+    watcher's, a shadow's); nobody waits for it: a second change raises Busy. `_lock` guards `current`, `previous`,
+    `shadow`, the change under way and the settled pointer for the moment in which they are exchanged, so that they are
+    seen to change together; nothing slow happens under it. It may be taken inside the turn, never the turn inside it, and
+    a rollback takes it alone. `current` is also read without: a request reads it once, and keeps the model that it got.
     """
-    runtime = Runtime(
-        open_bundle(folder or bundle_folder(settings)),
-        provider=settings.provider,
-        precision=settings.precision,
-        threads=threads or settings.threads,
-    )
-    runtime.warm_up(list(like.recent) if like else ())
-    return runtime
 
-
-def cause(error: Exception) -> str:
-    """Why a candidate was refused, one of `metrics.CAUSES`."""
-    if isinstance(error, checks.Refused):
-        return error.cause
-    kinds = {PointerError: "pointer", BundleError: "bundle", ProviderError: "provider"}
-    return next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
-
-
-class Claim:
-    """What one of two sides takes first: the loader at the moment of the swap, or its caller when the time is up."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def take(self) -> bool:
-        """True for the first who asks."""
-        return self._lock.acquire(blocking=False)
-
-
-class Slot:
-    """Holds the models. Reading `runtime`, the current one, is atomic: a request keeps the one that it started with."""
-
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        self.runtime: Runtime | None = None
+    def __init__(self, settings: Settings) -> None:
+        self.current: Runtime | None = None
         self.previous: Runtime | None = None
-        self.candidate: dict[str, Any] | None = None  # what is on trial now: who asked, where it lies, since when
         self.shadow: Shadow | None = None
-        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
+        self.events = EventLog(settings)
         self._settings = settings
-        self._clock = clock
-        self._turn = threading.Lock()  # held by whoever changes the models
-        self._held = threading.Lock()  # held for the moment of an exchange: both names are seen to change at once
-        self._rollbacks = 0  # whoever changes the models began at one count, and is too late at another
-        self._settled: bytes | None = None  # the pointer that needs no more doing: its bundle is served, or overruled
-        self._failing: bytes | None = None  # the pointer that would not load, how often, what was said, and when next
-        self._failures = 0
-        self._said = ""
-        self._again_at = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="champion-watcher", daemon=True)
+        self._turn = threading.Lock()
+        self._lock = threading.Lock()
+        self._change: Change | None = None
+        self._settled_pointer: bytes | None = None  # needs no more doing: its bundle is served, or was overruled
 
-    def start(self) -> None:
-        """Load in the background, then watch the pointer (a pinned bundle is tried until it loads)."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the watcher and the shadow."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
-        if self.shadow is not None:
-            self.shadow.close(wait=True)
+    @property
+    def candidate(self) -> Candidate | None:
+        """What is being loaded now."""
+        change = self._change
+        return change.candidate if change else None
 
     def models(self) -> tuple[Runtime | None, Runtime | None]:
         """(current, previous), of one moment."""
-        with self._held:
-            return self.runtime, self.previous
+        with self._lock:
+            return self.current, self.previous
+
+    def close(self) -> None:
+        """End the shadow, and wait for it."""
+        if self.shadow is not None:
+            self.shadow.close(wait=True)
 
     def load(self, folder: Path, *, allow_class_change: bool = False, claim: Claim | None = None) -> None:
         """Put the bundle in `folder` in the current one's place if it passes; what is served already stays.
@@ -121,16 +92,13 @@ class Slot:
         Without its `claim` the swap does not happen.
 
         Raises:
-            Busy; trial.Refused, BundleError, ProviderError, or what else the candidate's runtime fails with.
+            Busy; CandidateRefused, BundleError, ProviderError, or what else the candidate's runtime fails with.
         """
-        with self._changing() as rollbacks:
-            settled = self._pointer()
-            try:
-                self._install("load", folder, rollbacks, self._settings.allow_class_change or allow_class_change, claim)
-            except Exception as error:
-                self._refused(error)
-                raise
-            self._settle(settled, rollbacks)
+        with self.changing(Candidate(source="load", path=str(folder))) as change:
+            pointer = read_pointer(self._settings)
+            with self._reporting(change):
+                self.install(change, folder, allow_class_change=allow_class_change, claim=claim)
+            self.settle(pointer, change)
 
     def rollback(self) -> None:
         """Exchange the current and the previous model; the pointer as it stands is not followed again.
@@ -140,226 +108,163 @@ class Slot:
         Raises:
             NoPrevious.
         """
-        pointer = self._pointer()
-        with self._held:
-            if self.previous is None or self.runtime is None:
+        pointer = read_pointer(self._settings)
+        with self._lock:
+            if self.previous is None or self.current is None:
                 raise NoPrevious("there is no previous model; load one by POST /v1/models/load")
-            self._rollbacks += 1
-            self._settled, self._failing = pointer, None
-            self.runtime, self.previous = now, before = self.previous, self.runtime
-        self._exchanged(now)
-        metrics.swapped("rolled-back")
-        self._tell("rolled-back", bundle=now.bundle.manifest.id, before=before.bundle.manifest.id)
+            if self._change is not None:
+                self._change.overtaken = True
+            self._settled_pointer = pointer
+            fresh, old = self.previous, self.current
+            self.current, self.previous = fresh, old
 
-    def set_shadow(self, folder: Path | None, claim: Claim | None = None) -> None:
-        """Run the bundle in `folder` in the shadow of the current one; None ends that.
+        self._after_exchange(fresh)
+        metrics.swapped("rolled-back")
+        self.events.add(RolledBack(bundle=fresh.bundle.manifest.id, before=old.bundle.manifest.id))
+
+    def start_shadow(self, folder: Path, claim: Claim | None = None) -> None:
+        """Run the bundle in `folder` in the shadow of the current one.
 
         What fails verification leaves the shadow that runs. What passes ends it before it is loaded, since two would be
         one too many in memory; if it then does not load, there is no shadow.
 
         Raises:
-            Busy; PathError, trial.Refused (too late), BundleError, ProviderError.
+            Busy; CandidateRefused (too late), BundleError, ProviderError.
         """
-        with self._changing():
-            if folder is None:
-                self._end_shadow()
-                return
-            self._on_trial("shadow", folder)
-            fresh = None
-            try:
-                open_bundle(folder)
-                self._end_shadow()
-                fresh = Shadow(lambda: open_runtime(self._settings, folder, threads=1), self._settings.shadow_share)
-                opened = fresh.opened.result()
-                if claim is not None and not claim.take():
-                    raise checks.Refused("late", "was not ready in time; raise MARGINALIA_LOAD_TIMEOUT_S")
-            except Exception as error:
-                if fresh is not None:
-                    fresh.close()
-                self._refused(error)
-                raise
-            self.shadow = fresh
-            self._publish()
-            self._tell("shadow-started", bundle=opened.bundle.manifest.id)
+        with self.changing(Candidate(source="shadow", path=str(folder))) as change, self._reporting(change):
+            open_bundle(folder)
+            self._end_shadow()
+            self._open_shadow(folder, claim)
 
-    def _watch(self) -> None:
-        metrics.ready(False)
-        wanted = self._settings.shadow
-        while True:
-            self.refresh()
-            if wanted and self._shadowed(wanted):
-                wanted = None
-            if self._stop.wait(self._settings.poll_s):
-                return
-
-    def _shadowed(self, path: str) -> bool:
-        """Start MARGINALIA_SHADOW; False where another change is under way, and it has to be tried again."""
-        if self.shadow is not None:
-            return True  # somebody's choice meanwhile
-        try:
-            self.set_shadow(named(self._settings, path))
-        except Busy:
-            return False
-        except (PathError, FileNotFoundError) as error:
-            self._tell("shadow-refused", error=f"MARGINALIA_SHADOW: {error}")
-        except Exception:
-            pass  # told already, and the service does not need it
-        return True
-
-    def refresh(self) -> None:
-        """Look once. What is served already is passed over; a bad bundle leaves the old model serving, with an event.
-
-        A pointer counts as done only when its bundle answers: one that fails is tried again after 1, 2, 4 ... 60 s, since
-        the reason may pass (a folder still being copied, no free file handle). The same failure is told once, and what
-        the trial refused is not tried again before the pointer changes.
-        """
-        if self._pointer() == self._settled:  # mostly; the turn is not taken from somebody for that
-            self._failing = None
-            return
-        try:
-            with self._changing() as rollbacks:
-                self._follow(rollbacks)
-        except Busy:
-            return  # whoever is at it settles the pointer, or the next round does
-
-    def _follow(self, rollbacks: int) -> None:
-        pointer = self._pointer()
-        if pointer == self._settled:
-            return
-        if pointer != self._failing:
-            self._failing, self._failures, self._said = pointer, 0, ""
-        elif self._clock() < self._again_at:
-            return
-        try:
-            self._install("pointer", None, rollbacks, self._settings.allow_class_change)
-        except Exception as error:  # the watcher must outlive any bad candidate
-            if not isinstance(error, PointerError):  # a pointer that cannot be read for a moment is no change of mind
-                self._settle(None, rollbacks)
-            self._failed(error)
-            return
-        self._settle(pointer, rollbacks)
-        self._failing = None
-
-    def _settle(self, pointer: bytes | None, rollbacks: int) -> None:
-        """What a change found out of the pointer holds, unless a rollback has settled it since."""
-        with self._held:
-            if rollbacks == self._rollbacks:
-                self._settled = pointer
-
-    def _pointer(self) -> bytes:
-        try:
-            return b"" if self._settings.bundle else self._settings.champions.read_bytes()
-        except OSError:
-            return b"absent"
+    def end_shadow(self) -> None:
+        """Run none. Raises Busy."""
+        with self._taking_turn():
+            self._end_shadow()
 
     @contextmanager
-    def _changing(self) -> Iterator[int]:
-        """Take the turn; gives the count of rollbacks at which it began. Raises Busy."""
+    def _taking_turn(self) -> Iterator[None]:
         if not self._turn.acquire(blocking=False):
             raise Busy("another model is being loaded; try again when it is done")
         try:
-            yield self._rollbacks
+            yield
         finally:
-            self.candidate = None
             self._turn.release()
 
-    def _install(
-        self, source: str, folder: Path | None, rollbacks: int, allow_class_change: bool, claim: Claim | None = None
+    @contextmanager
+    def changing(self, candidate: Candidate) -> Iterator[Change]:
+        """The turn, for one change. Raises Busy."""
+        with self._taking_turn():
+            change = Change(candidate)
+            with self._lock:
+                self._change = change
+            try:
+                yield change
+            finally:
+                with self._lock:
+                    self._change = None
+
+    def install(
+        self, change: Change, folder: Path, *, allow_class_change: bool = False, claim: Claim | None = None
     ) -> None:
-        self._on_trial(source, folder)
-        folder = folder or bundle_folder(self._settings)
-        self._on_trial(source, folder)
-        old = self.runtime
+        """Load the bundle in `folder` and put it in the current one's place, for whoever has the turn.
 
-        def candidate() -> Runtime:
-            runtime = open_runtime(self._settings, folder, like=old)
-            if old is None or old.bundle.manifest != runtime.bundle.manifest:
-                checks.judge(runtime, old, allow_class_change)
-            return runtime
-
-        fresh = quietly(candidate) if old else candidate()
-        if old is not None and old.bundle.manifest == fresh.bundle.manifest:
+        Raises:
+            CandidateRefused, BundleError, ProviderError, or what else the candidate's runtime fails with.
+        """
+        old = self.current
+        allow_class_change = allow_class_change or self._settings.allow_class_change
+        fresh = loader.open_candidate(self._settings, folder, old, allow_class_change=allow_class_change)
+        source = change.candidate.source
+        if loader.is_same(fresh, old):
             metrics.swapped("same")
-            self._tell("bundle-same", bundle=fresh.bundle.manifest.id, source=source)
+            self.events.add(BundleSame(bundle=fresh.bundle.manifest.id, source=source))
             return
+
         if old is not None:
-            checks.race(fresh, old, self._settings.max_slowdown)
-        if claim is not None and not claim.take():
-            raise checks.Refused("late", "was not ready in time; raise MARGINALIA_LOAD_TIMEOUT_S")
-        with self._held:
-            if rollbacks != self._rollbacks:
-                raise checks.Refused("late", "the service was rolled back while it was loaded; load it again if wanted")
-            self.runtime, self.previous = fresh, self.runtime
-        self._exchanged(fresh)
+            checks.compare_speed(fresh, old, self._settings.max_slowdown)
+        if claim is not None:
+            claim.take_in_time()
+        self._exchange(fresh, change)
+
+        self._after_exchange(fresh)
         metrics.swapped("loaded")
         metrics.ready(True)
-        self._tell(
-            "bundle-loaded",
-            bundle=fresh.bundle.manifest.id,
-            before=old.bundle.manifest.id if old else None,
-            source=source,
-            provider=fresh.provider,
-            precision=fresh.precision,
-            passed_over=fresh.passed_over or None,
-            threads=fresh.threads,
+        self.events.add(
+            BundleLoaded(
+                bundle=fresh.bundle.manifest.id,
+                before=old.bundle.manifest.id if old else None,
+                source=source,
+                provider=fresh.provider,
+                precision=fresh.precision,
+                passed_over=fresh.passed_over or None,
+                threads=fresh.threads,
+            )
         )
 
-    def _exchanged(self, now: Runtime) -> None:
+    def _exchange(self, fresh: Runtime, change: Change) -> None:
+        """Raises CandidateRefused where a rollback has come in between."""
+        with self._lock:
+            if change.overtaken:
+                late = "the service was rolled back while it was loaded; load it again if wanted"
+                raise checks.CandidateRefused("late", late)
+            self.previous = self.current
+            self.current = fresh
+
+    def _after_exchange(self, current: Runtime) -> None:
         shadow = self.shadow
-        if shadow is not None and shadow.opened.result().bundle.manifest.id == now.bundle.manifest.id:
+        if shadow is not None and shadow.opened.result().bundle.manifest.id == current.bundle.manifest.id:
             self._end_shadow()  # it would be compared with itself
         self._publish()
 
+    def is_settled(self, pointer: bytes) -> bool:
+        """Whether nothing is left to be done about that content of the champion pointer."""
+        return pointer == self._settled_pointer
+
+    def settle(self, pointer: bytes | None, change: Change) -> None:
+        """That content of the pointer is done with (None: none is), unless a rollback has settled it since."""
+        with self._lock:
+            if not change.overtaken:
+                self._settled_pointer = pointer
+
+    @contextmanager
+    def _reporting(self, change: Change) -> Iterator[None]:
+        """Reports the candidate's failure, which goes on to the caller."""
+        try:
+            yield
+        except Exception as error:
+            self.events.add_refusal(BundleRefused.of(change.candidate, error, self.current), error)
+            raise
+
+    def _open_shadow(self, folder: Path, claim: Claim | None) -> None:
+        fresh = Shadow(lambda: loader.open_runtime(self._settings, folder, threads=1), self._settings.shadow_share)
+        try:
+            opened = fresh.opened.result()
+            if claim is not None:
+                claim.take_in_time()
+        except Exception:
+            fresh.close()
+            raise
+
+        with self._lock:
+            self.shadow = fresh
+        self._publish()
+        self.events.add(ShadowStarted(bundle=opened.bundle.manifest.id))
+
     def _end_shadow(self) -> None:
-        with self._held:
-            ended, self.shadow = self.shadow, None
+        with self._lock:
+            ended = self.shadow
+            self.shadow = None
         if ended is None:
             return
+
         ended.close()
         metrics.agreed(None, {})
         self._publish()
-        self._tell("shadow-ended", bundle=ended.opened.result().bundle.manifest.id)
+        self.events.add(ShadowEnded(bundle=ended.opened.result().bundle.manifest.id))
 
     def _publish(self) -> None:
-        with self._held:
+        with self._lock:
             shadow = self.shadow.opened.result() if self.shadow else None
-            held = {"current": self.runtime, "previous": self.previous, "shadow": shadow}
-            metrics.models({slot: (r.bundle.manifest.id, r.provider, r.precision) for slot, r in held.items() if r})
-
-    def _on_trial(self, source: str, folder: Path | None) -> None:
-        path = folder or self._settings.champions
-        self.candidate = {"source": source, "path": str(path), "since": round(time.time(), 3)}
-
-    def _failed(self, error: Exception) -> None:
-        final = isinstance(error, checks.Refused)
-        pause = math.inf if final else min(RETRY_S, 2.0 ** min(self._failures, 10))
-        self._failures += 1
-        self._again_at = self._clock() + pause
-        said = repr(error)
-        if said == self._said:
-            return
-        self._said = said
-        self._refused(error, retry_s=None if final else pause)
-
-    def _refused(self, error: Exception, **facts: object) -> None:
-        why, trying = cause(error), self.candidate or {}
-        metrics.swapped("refused", why)
-        facts |= {
-            "source": trying.get("source"),
-            "path": trying.get("path"),
-            "cause": why,
-            "still_serving": self.runtime.bundle.manifest.id if self.runtime else None,
-        }
-        if why != "failed":
-            self._tell("bundle-refused", error=str(error), **facts)
-        else:
-            metrics.failure("bundle-refused", error, **facts)
-            self._remember("bundle-refused", error=repr(error), **facts)
-
-    def _tell(self, kind: str, **facts: object) -> None:
-        metrics.event(kind, **facts)
-        self._remember(kind, **facts)
-
-    def _remember(self, kind: str, **facts: object) -> None:
-        plain = {k: shown(self._settings, v) if isinstance(v, str | Path) else v for k, v in facts.items()}
-        self.events.append({"time": round(time.time(), 3), "event": kind, **plain})
+            held = {"current": self.current, "previous": self.previous, "shadow": shadow}
+            facts = {name: (r.bundle.manifest.id, r.provider, r.precision) for name, r in held.items() if r}
+            metrics.models(facts)

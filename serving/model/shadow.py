@@ -1,4 +1,4 @@
-"""A candidate that sees a share of the requests and answers nobody: how often would it have said the same?
+"""A candidate that runs on a share of the requests and answers nobody: how often would it have answered the same?
 
 One thread of the lowest priority with one inference thread, and a queue of WAITING images: what finds the queue full is
 dropped, so that a request is never later, and never fails, for the shadow's sake.
@@ -13,13 +13,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle.manifest import Manifest
 from export.runtime.runtime import Runtime
+from serving.model.card import ShadowReport
 from serving.telemetry import metrics
 
 WAITING = 2
@@ -32,8 +32,8 @@ Counts = NDArray[np.int64]
 
 
 @dataclass
-class Agreement:
-    """Pixels by class id of the served model `against`: what it said, what the shadow said, and both the same."""
+class ShadowAgreement:
+    """Pixels by class id of the served model `against`: its own, the shadow's, and those on which both agree."""
 
     against: Manifest
     images: int = 0
@@ -56,7 +56,7 @@ class Agreement:
             self.same += np.bincount(ours_HW[ours_HW == theirs_HW], minlength=257)
 
     def shares(self) -> tuple[float | None, dict[str, float]]:
-        """(share of all pixels with the same class, intersection over union by name of the classes that either saw)."""
+        """(share of all pixels with the same class, intersection over union by name of the classes that either found)."""
         total = int(self.ours.sum())
         union = self.ours + self.theirs - self.same
         classes = {c.name: float(self.same[c.id] / union[c.id]) for c in self.against.classes if union[c.id]}
@@ -81,7 +81,7 @@ class Shadow:
         self.opened: Future[Runtime] = Future()
         self.scored, self.dropped, self.failed = 0, 0, 0
         self._open, self._share = open_candidate, share
-        self._agreement: Agreement | None = None
+        self._agreement: ShadowAgreement | None = None
         self._lock = threading.Lock()  # of the counts
         self._waiting: queue.Queue[tuple[Labels, Labels, Manifest] | None] = queue.Queue(WAITING)
         self._closed = False
@@ -89,7 +89,7 @@ class Shadow:
         self._thread.start()
 
     def offer(self, image_HWC: Labels, label_HW: Labels, manifest: Manifest) -> None:
-        """Take an image and what the served model, `manifest`, said of it, or leave it. Never waits, never raises.
+        """Take an image and what the served model, `manifest`, answered, or leave it. Never waits, never raises.
 
         Neither array may be changed afterwards.
         """
@@ -104,20 +104,20 @@ class Shadow:
                 self.dropped += 1
             metrics.shadowed("dropped")
 
-    def report(self) -> dict[str, Any]:
-        """Counts of images, and the agreement with the model `against` that was served last; a swap starts it anew."""
+    def report(self) -> ShadowReport:
+        """Counts of images, and the agreement with the model that was served last; a swap starts it anew."""
         with self._lock:
-            found = self._agreement
-            share, classes = found.shares() if found else (None, {})
-            return {
-                "against": found.against.id if found else None,
-                "images": found.images if found else 0,
-                "agreement": share,
-                "agreement_by_class": classes,
-                "scored": self.scored,
-                "dropped": self.dropped,
-                "failed": self.failed,
-            }
+            agreement = self._agreement
+            share, classes = agreement.shares() if agreement else (None, {})
+            return ShadowReport(
+                against=agreement.against.id if agreement else None,
+                images=agreement.images if agreement else 0,
+                agreement=share,
+                agreement_by_class=classes,
+                scored=self.scored,
+                dropped=self.dropped,
+                failed=self.failed,
+            )
 
     def close(self, wait: bool = False) -> None:
         """Score nothing more."""
@@ -144,7 +144,7 @@ class Shadow:
             shadow_HW = runtime.segment(image_HWC).label_HW
             with self._lock:
                 if self._agreement is None or self._agreement.against.id != manifest.id:
-                    self._agreement = Agreement(manifest)
+                    self._agreement = ShadowAgreement(manifest)
                 self._agreement.add(label_HW, shadow_HW, runtime.bundle.manifest)
                 self.scored += 1
                 shares = self._agreement.shares()

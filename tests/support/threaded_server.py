@@ -20,7 +20,7 @@ from serving import settings
 from serving.bento import uvicorn_protocol
 from serving.http import app
 from serving.http.segment import Desk
-from serving.model import manager
+from serving.model.manager import ModelManager
 from tests.support import tiny_onnx
 from tests.support.live_server import free_port, until
 
@@ -43,11 +43,11 @@ class Held(Runtime):
         return super().run(images_NHWC)
 
 
-def slot_of(runtime: Runtime) -> manager.Slot:
-    """A slot that serves `runtime` and watches nothing."""
-    slot = manager.Slot(settings.Settings())
-    slot.runtime = runtime
-    return slot
+def manager_of(runtime: Runtime) -> ModelManager:
+    """Serves `runtime` and watches nothing."""
+    manager = ModelManager(settings.Settings())
+    manager.current = runtime
+    return manager
 
 
 @dataclass
@@ -80,7 +80,7 @@ def told(caplog: pytest.LogCaptureFixture, kind: str) -> list[dict[str, Any]]:
 def serving(runtime: Runtime, **chosen: Any) -> Iterator[Own]:
     """A server with these settings (and patient ones) over `runtime`, ended at the end."""
     these = settings.Settings(**{"timeout_s": LONGEST, "head_timeout_s": LONGEST} | chosen)
-    web, desk = app.build(these, slot_of(runtime))
+    web, desk = app.build(these, manager_of(runtime))
     protocol = type(
         "Limited", (uvicorn_protocol.Connection,), {"settings": these, "front": staticmethod(lambda app: app)}
     )

@@ -18,7 +18,9 @@ from export.runtime.runtime import Runtime
 from pipeline.storage import atomic
 from serving import settings
 from serving.bento import run
-from serving.model import manager
+from serving.model import loader
+from serving.model.manager import ModelManager
+from serving.model.watcher import ChampionWatcher
 from serving.telemetry import metrics
 from tests.support import live_server, tiny_onnx
 from tests.support.image_files import save
@@ -168,21 +170,25 @@ import sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from starlette.testclient import TestClient
-from serving.http import app; from serving import settings; from serving.model import manager as slots
+from serving.http import app
+from serving import settings
+from serving.model.manager import ModelManager
+from serving.model.watcher import ChampionWatcher
 from tests.support import live_server, tiny_onnx
 folder = Path({str(tmp_path)!r})
 chosen = settings.Settings(champions=folder / "champions" / "champion.json", poll_s=0.05)
-slot = slots.Slot(chosen)
-web, desk = app.build(chosen, slot)
-slot.start()
+models = ModelManager(chosen)
+watcher = ChampionWatcher(models, chosen)
+web, desk = app.build(chosen, models)
+watcher.start()
 http = TestClient(web)
 answer = http.get("/v1/model")
 print(answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"])
 made = tiny_onnx.write(folder / "champions" / "one" / "bundle")
 live_server.point(folder / "champions", made.folder)
-live_server.until(lambda: slot.runtime)
+live_server.until(lambda: models.current)
 print(http.get("/v1/model").json()["bundle"] == made.manifest.id)
-slot.stop()
+watcher.stop()
 desk.close()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -201,29 +207,30 @@ def test_a_passing_failure_does_not_lose_a_champion(
     away = made.folder.rename(tmp_path / "away")
     pin = {"bundle": made.folder} if pinned else {}
     chosen = settings.Settings(champions=tmp_path / "champions" / "champion.json", provider="cpu", threads=1, **pin)
-    slot = manager.Slot(chosen, clock=lambda: now[0])
-    opened = manager.open_runtime
+    models = ModelManager(chosen)
+    watcher = ChampionWatcher(models, chosen, clock=lambda: now[0])
+    opened = loader.open_runtime
     tries: list[float] = []
 
     def counting(these: settings.Settings, folder: Path, **rest: Any) -> Runtime:
         tries.append(now[0])
         return opened(these, folder, **rest)
 
-    monkeypatch.setattr(manager, "open_runtime", counting)
+    monkeypatch.setattr(loader, "open_runtime", counting)
     while now[0] < 250:
-        slot.refresh()
+        watcher.refresh()
         now[0] += 0.5
     assert tries == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
     assert [kind for kind, _ in told] == ["bundle-refused"]  # not once a try
     away.rename(made.folder)
-    slot.refresh()
-    assert slot.runtime is None
+    watcher.refresh()
+    assert models.current is None
     now[0] = 303
-    slot.refresh()
-    assert slot.runtime is not None
-    assert slot.runtime.bundle.manifest.id == made.manifest.id
+    watcher.refresh()
+    assert models.current is not None
+    assert models.current.bundle.manifest.id == made.manifest.id
     now[0] = 1000
-    slot.refresh()
+    watcher.refresh()
     assert len(tries) == 11  # what is served is not opened again
 
 

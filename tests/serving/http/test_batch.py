@@ -24,7 +24,8 @@ from serving.http.negotiate import MANY_KINDS, one
 from serving.http.query import Query
 from serving.http.requests import Problem
 from serving.http.segment import Desk
-from serving.model import manager
+from serving.model import loader
+from serving.model.manager import ModelManager
 from serving.settings import Settings
 from tests.support import tiny_onnx
 from tests.support.image_files import save
@@ -407,9 +408,9 @@ def desk_settings(tmp_path: Path) -> Settings:
 
 
 async def opened(settings: Settings) -> Desk:
-    slot = manager.Slot(settings)
-    slot.refresh()
-    return Desk(settings, slot)
+    models = ModelManager(settings)
+    models.current = loader.open_runtime(settings)
+    return Desk(settings, models)
 
 
 def test_an_answer_goes_out_before_later_images_are_looked_at(desk_settings: Settings) -> None:

@@ -28,7 +28,7 @@ from serving.http.segment import Desk, largest_batch, segment
 from serving.model.batcher import Job
 from tests.support.image_files import save
 from tests.support.live_server import error, until
-from tests.support.threaded_server import LONGEST, RAW, Held, serving, slot_of, told
+from tests.support.threaded_server import LONGEST, RAW, Held, manager_of, serving, told
 
 RNG = np.random.default_rng(8)
 MASK = KINDS[0]
@@ -88,7 +88,7 @@ def test_pixels_are_counted_and_an_image_alone_is_let_in(model: Held) -> None:
 
 
 def test_an_answer_that_is_larger_than_its_image_takes_the_room_of_the_answer(model: Held) -> None:
-    desk = Desk(settings.Settings(concurrency=1, max_pixels_at_once=5000), slot_of(model))
+    desk = Desk(settings.Settings(concurrency=1, max_pixels_at_once=5000), manager_of(model))
 
     async def story() -> None:
         model.gate.clear()
@@ -156,7 +156,7 @@ def test_a_dropped_request_skips_the_phases_that_have_not_begun(model: Held, mon
         return original(*arguments)
 
     monkeypatch.setattr(responses, "render", render)
-    desk = Desk(settings.Settings(concurrency=1), slot_of(model))
+    desk = Desk(settings.Settings(concurrency=1), manager_of(model))
 
     async def story() -> None:
         gone = asyncio.Event()
@@ -206,7 +206,7 @@ def test_decode_and_encode_go_on_while_the_model_runs(model: Held) -> None:
 
 def test_bad_images_are_refused_before_they_take_a_place(model: Held) -> None:
     """With no place to be had, a bomb still hears that it is one."""
-    desk = Desk(settings.Settings(concurrency=1, queue=0, max_pixels=4000), slot_of(model))
+    desk = Desk(settings.Settings(concurrency=1, queue=0, max_pixels=4000), manager_of(model))
     desk.admission.enter(1)
     for body, code in ((b"nothing", "not-an-image"), (PICTURE, "too-many-pixels"), (picture(20, 20), "overloaded")):
         with pytest.raises(Problem) as caught:
@@ -255,7 +255,7 @@ def test_a_failed_run_puts_the_model_to_the_test(tmp_path: Path, caplog: pytest.
         assert lost.wait(LONGEST)
         assert not own.desk.healthy
         assert "device lost" in told(caplog, "model-lost")[0]["error"]
-        own.desk.slot.runtime = Held(tmp_path / "next")  # another model in its place is another matter
+        own.desk.manager.current = Held(tmp_path / "next")  # another model in its place is another matter
         assert own.desk.healthy
 
 
@@ -273,7 +273,7 @@ def held_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[wor
 
 def test_a_worker_tells_a_lost_model(held_worker: worker.Worker, model: Held) -> None:
     assert (held_worker.alive, held_worker.ready) == (True, False)
-    held_worker._slot.runtime = model
+    held_worker.models.current = model
     assert (held_worker.alive, held_worker.ready) == (True, True)
     held_worker._desk._lost = model
     assert (held_worker.alive, held_worker.ready) == (False, False)

@@ -210,18 +210,20 @@ def test_speed_is_compared_round_by_round_with_the_best_of_each() -> None:
     assert look(Timed(0.1, 0.1), Timed(0.2, 9), 2.01) == 1
     assert look(Timed(0.1, 0.1, 0.1), Timed(0.5, 0.5, 0.2), 2.01) == 0  # a busy moment is no slow model
     assert look(Timed(0.0001), Timed(0.004), 1.0) == 0  # too fast to be called slow
-    with pytest.raises(checks.Refused, match=r"500\.0 ms .* 5\.0 times .* \(now 2\)") as caught:
+    with pytest.raises(checks.CandidateRefused, match=r"500\.0 ms .* 5\.0 times .* \(now 2\)") as caught:
         look(Timed(0.3, 0.1, 0.3, 0.3, 0.3), Timed(0.6, 0.6, 0.5, 0.6, 0.6), 2.0)
     assert caught.value.cause in metrics.CAUSES
 
 
 def test_the_probe_is_no_candidate_s_bad_luck(tmp_path: Path) -> None:
-    image_HWC = checks.probe(64)
+    image_HWC = checks.test_image(64)
     assert (image_HWC.shape, image_HWC.dtype) == ((48, 64, 3), np.uint8)
     assert image_HWC.min() > 0
-    assert np.array_equal(image_HWC, checks.probe(64))
-    checks.judge(Runtime(tiny_onnx.write(tmp_path / "b"), provider="cpu", threads=1), None, allow_class_change=False)
-    assert checks.probe(1).shape == (1, 1, 3)
+    assert np.array_equal(image_HWC, checks.test_image(64))
+    checks.check_answers(
+        Runtime(tiny_onnx.write(tmp_path / "b"), provider="cpu", threads=1), None, allow_class_change=False
+    )
+    assert checks.test_image(1).shape == (1, 1, 3)
 
 
 def test_no_error_was_internal(server: Server) -> None:

@@ -39,7 +39,7 @@ def test_work_and_the_threads_it_starts_are_idle_and_then_raised() -> None:
         pool[0].start()
         return policy(), policy(pool[0].native_id or 0)
 
-    assert idle_priority.quietly(work) == (os.SCHED_IDLE, os.SCHED_IDLE)
+    assert idle_priority.run_at_idle_priority(work) == (os.SCHED_IDLE, os.SCHED_IDLE)
     assert policy(pool[0].native_id or 0) == os.SCHED_OTHER == policy()
     assert {policy(thread) for thread in threads() - before} == {os.SCHED_OTHER}
     go.set()
@@ -49,7 +49,7 @@ def test_work_and_the_threads_it_starts_are_idle_and_then_raised() -> None:
 @needs_the_right
 def test_a_sessions_own_pool_is_raised(tmp_path: Path) -> None:
     opened, before = tiny_onnx.write(tmp_path / "b"), threads()
-    model = idle_priority.quietly(lambda: runtime.Runtime(opened, provider="cpu", threads=3))
+    model = idle_priority.run_at_idle_priority(lambda: runtime.Runtime(opened, provider="cpu", threads=3))
     started = threads() - before
     assert started, "ONNX Runtime started no pool: this test looks at nothing"
     assert {policy(thread) for thread in started} == {os.SCHED_OTHER}
@@ -67,7 +67,7 @@ def test_work_that_does_not_end_is_quiet_no_longer(monkeypatch: pytest.MonkeyPat
             time.sleep(0.001)
         return policy()
 
-    assert idle_priority.quietly(work) == os.SCHED_OTHER
+    assert idle_priority.run_at_idle_priority(work) == os.SCHED_OTHER
 
 
 def test_without_the_right_it_works_as_the_caller_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,9 +79,9 @@ def test_without_the_right_it_works_as_the_caller_does(monkeypatch: pytest.Monke
         real(thread, wanted, parameters)
 
     monkeypatch.setattr(os, "sched_setscheduler", only_down)
-    assert idle_priority.quietly(policy) == os.SCHED_OTHER == policy()
+    assert idle_priority.run_at_idle_priority(policy) == os.SCHED_OTHER == policy()
 
 
 def test_what_the_work_raises_reaches_the_caller() -> None:
     with pytest.raises(KeyError, match="lost"):
-        idle_priority.quietly(lambda: {}["lost"])
+        idle_priority.run_at_idle_priority(lambda: {}["lost"])

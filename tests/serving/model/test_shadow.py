@@ -14,7 +14,7 @@ from PIL import Image
 
 from export.bundle.bundle import Bundle
 from export.runtime.runtime import Runtime
-from serving.model.shadow import WAITING, Agreement, Shadow
+from serving.model.shadow import WAITING, Shadow, ShadowAgreement
 from serving.telemetry import metrics
 from tests.support import admin_client, live_server, tiny_onnx
 from tests.support.image_files import save
@@ -143,16 +143,16 @@ def test_what_finds_the_shadow_busy_is_dropped_at_once(made: Bundle) -> None:
     assert held.inside.acquire(timeout=60)  # it works on the first
     for _ in range(WAITING + 7):
         shadow.offer(IMAGE, LABEL, made.manifest)  # would wait for ever if it waited
-    assert shadow.report()["dropped"] == 7
+    assert shadow.report().dropped == 7
     for _ in range(WAITING + 1):
         held.go.release()
-    until(lambda: shadow.report()["scored"] == WAITING + 1)
+    until(lambda: shadow.report().scored == WAITING + 1)
     huge = np.broadcast_to(np.zeros(3, np.uint8), (8000, 8000, 3))
     shadow.offer(huge, LABEL, made.manifest)
-    assert shadow.report()["dropped"] == 8
+    assert shadow.report().dropped == 8
     shadow.close(wait=True)
     shadow.offer(IMAGE, LABEL, made.manifest)
-    assert shadow.report()["dropped"] == 8
+    assert shadow.report().dropped == 8
 
 
 def test_a_failing_shadow_is_told_once_and_goes_on(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,11 +164,11 @@ def test_a_failing_shadow_is_told_once_and_goes_on(made: Bundle, monkeypatch: py
     for count in (1, 2):
         held.go.release()
         shadow.offer(IMAGE, LABEL, made.manifest)
-        until(lambda count=count: shadow.report()["failed"] == count)
+        until(lambda count=count: shadow.report().failed == count)
     held.fails = False
     held.go.release()
     shadow.offer(IMAGE, LABEL, made.manifest)
-    until(lambda: shadow.report()["scored"] == 1)
+    until(lambda: shadow.report().scored == 1)
     assert told == ["shadow-failed: the candidate's own trouble"]
     shadow.close(wait=True)
 
@@ -183,7 +183,7 @@ def test_a_share_of_the_images_is_offered_on(made: Bundle, monkeypatch: pytest.M
         shadow.offer(IMAGE, LABEL, made.manifest)
         held.go.release()
         until(lambda: shadow._waiting.empty())
-    until(lambda: shadow.report()["scored"] == 3)
+    until(lambda: shadow.report().scored == 3)
     shadow.close(wait=True)
 
 
@@ -216,14 +216,14 @@ def test_classes_are_matched_by_name_and_a_swap_begins_anew(
     ).manifest
     rng = np.random.default_rng(1)
     label_HW, shadow_HW = (rng.integers(0, 4, (9, 7)).astype(np.uint8) for _ in range(2))
-    counts = Agreement(ours)
+    counts = ShadowAgreement(ours)
     counts.add(label_HW, shadow_HW, theirs)
     translated = np.array([3, 0, 99, 1], np.uint8)[shadow_HW]
     share, each = counted([(label_HW, translated)], [0, 1, 2, 3])
     found, by_name = counts.shares()
     assert found == pytest.approx(share)
     assert by_name == pytest.approx({tiny_onnx.CLASSES[i]["name"]: value for i, value in each.items()})
-    assert Agreement(ours).shares() == (None, {})
+    assert ShadowAgreement(ours).shares() == (None, {})
 
 
 def test_no_error_was_internal(server: Server) -> None:

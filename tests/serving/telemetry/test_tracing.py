@@ -24,7 +24,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 from serving.http import app
 from serving import settings
-from serving.model import manager as slots
+from serving.model import loader
+from serving.model.manager import ModelManager
 from serving.telemetry import tracing as spans
 from tests.support import live_server, tiny_onnx
 from tests.support.image_files import save
@@ -34,9 +35,10 @@ provider = TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(exporter))
 trace.set_tracer_provider(provider)
 made = tiny_onnx.write(Path(sys.argv[1]) / "one")
-slot = slots.Slot(settings.Settings(bundle=made.folder, provider="cpu", threads=1, token="hush-hush"))
-slot.refresh()
-web, desk = app.build(settings.Settings(bundle=made.folder, token="hush-hush"), slot)
+chosen = settings.Settings(bundle=made.folder, provider="cpu", threads=1, token="hush-hush")
+models = ModelManager(chosen)
+models.current = loader.open_runtime(chosen)
+web, desk = app.build(chosen, models)
 http = TestClient(web, headers={"Authorization": "Bearer hush-hush"})
 parent = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
 picture = save(Image.fromarray(np.zeros((20, 30, 3), np.uint8)))
