@@ -42,9 +42,18 @@ class Data(Section):
     annotations: str | None = None
     masks: Literal["auto", "ids", "colours", "binary"] = "auto"  # of folder: what a mask's pixels say
     unannotated: Literal["ignore", "background"] = "ignore"  # pixels in no polygon or segment
+    no_shapes: Literal["unlabelled", "background"] = "unlabelled"  # an image whose labels hold no shape
     cityscapes_ids: Literal["auto", "labelIds", "trainIds"] = "auto"
     tile: Annotated[int, Field(ge=64, le=8192)] = 512  # of geotiff: pixels a side
     missing_classes: Literal["stop", "allow"] = "stop"  # a class of the class file that no mask holds
+
+    @model_validator(mode="after")
+    def _background_is_one(self) -> "Data":
+        if self.no_shapes == "background" and self.unannotated != "background":
+            raise ValueError(
+                "no_shapes: background says that pixels in no shape are background: set unannotated: background too"
+            )
+        return self
 
 
 class Ingest(Section):

@@ -1,75 +1,87 @@
 """COCO: instances and stuff (polygons, run lengths) and panoptic PNGs -> one label map for each image.
 
-Which files: `data.annotations`, a path or pattern in the source; else annotations/*.json, else every JSON below it, without
-COCO's captions, keypoints and image_info. Several files may label one image (instances and stuff).
+Which files: `data.annotations`, a path or pattern in the source; else annotations/*.json, else every JSON below it that is
+a COCO file, without COCO's captions, keypoints and image_info. Several files may label one image (instances and stuff), but
+not with the same categories: those are two versions of its labels.
 
 The map is painted by area, the largest annotation first, so that what lies on something stays visible; equal areas in the
 file's order. `iscrowd` regions are of their class like any other: Datumaro and CVAT set it on every run-length mask.
-An image without an annotation is unlabelled. One broken annotation refuses its image's mask.
+An image without an annotation is unlabelled, or all background where `data.no_shapes` says so. One broken annotation
+refuses its image's mask; one without area (a box alone, a ring of two points) is left out and counted, unless its pixels
+would become background.
 
 Images are looked for by file_name in the source, its images/, the folder of the JSON file, and the folder that the JSON
-file's name ends in (instances_train2017.json -> train2017/). That end also says which images are val or test. Each image
-is a group of its own, or belongs to the folder in its file_name.
+file's name ends in (instances_train2017.json -> train2017/), then by `pipeline.formats.names.matching` among all images.
+That end also says which images are val or test. Each image is a group of its own, or belongs to the folder in its file_name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pipeline import config
-from pipeline.formats import coco_panoptic
+from pipeline.formats import coco_masks, coco_panoptic
+from pipeline.formats.common import annotations as annotations_
 from pipeline.formats.common import class_list as class_lists
-from pipeline.formats.common import parsing, rasterize, split_lists
-from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id
-from pipeline.imaging import decode, label_maps
+from pipeline.formats.common import parsing, split_lists
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.formats.names import image_files, layout, matching
+from pipeline.formats.names.skipped import Skipped
 from pipeline.storage import archives
 
-MAX_HELD = 1 << 30  # bytes of one image's annotations, each cut to its box
 _OTHERS = ("captions_", "person_keypoints_", "image_info_")
 
 
 class Picture(NamedTuple):
-    """One image of the label files. `key` is its name id, `name` its file_name; height and width are as the file says, to
-    be checked; `part` is val, test or train, as the label file's name says."""
+    """One image of the label files. `key` is its name id, `name` its file_name; `part` is val, test or train, as the label
+    file's name or the folders say."""
 
     key: str
     path: Path
     name: str
-    height: Any
-    width: Any
+    size: coco_masks.Size
     part: str
 
 
-class Found(NamedTuple):
+@dataclass
+class Found:
     """All label files together: the images by name id, and for each its annotations with their class names."""
 
-    pictures: dict[str, Picture]
-    drawn: dict[str, list[tuple[Any, Any]]]  # name id -> (class name or None where the category is unknown, annotation)
-    panoptic: dict[str, tuple[Path, Any, dict[int, str]]]  # name id -> PNG, its annotation, category id -> name
-    names: list[str]
-    refused: list[tuple[str, str, str]]
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    # name id -> (class name or None where the category is unknown, annotation)
+    drawn: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
+    # name id -> PNG, its annotation, category id -> name
+    panoptic: dict[str, tuple[Path, Any, dict[int, str]]] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+    # name id -> the first annotation of it that covers no pixel
+    no_area: dict[str, str] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+    # (name id, class name) -> the label file that labels it so
+    labelled_by: dict[tuple[str, Any], str] = field(default_factory=dict)
 
 
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     """Read a COCO tree. Raises SourceError: no label file, one that is no COCO, bad lists; names the file."""
-    found = Found({}, {}, {}, [], [])
-    used = label_files(root, data)
-    for path in used:
-        _collect(root, path, found)
+    found = Found()
+    images = Images(root)
+    used = []
+    for path in label_files(root, data):
+        if _collect(images, path, found, named=data.annotations is not None):
+            used.append(path)
+    if not used:
+        raise SourceError(
+            f"{root}: no COCO label file ({found.skipped[0][1]}: {found.skipped[0][0]}); see data.annotations"
+        )
     if both := next((key for key in found.panoptic if key in found.drawn), None):
         raise SourceError(f"{both} has panoptic labels and instances; name one kind of file in data.annotations")
+
     classes, ids, notes = class_lists.named(root, data, found.names)
-    empty = class_lists.empty_id(data, ids)
-    made: dict[str, Maker] = {}
-    for key, annotations in found.drawn.items():
-        made[key] = partial(render, found.pictures[key], annotations, ids, empty, max_pixels)
-    for key, (png, annotation, names) in found.panoptic.items():
-        numbers = {category: ids[name] for category, name in names.items()}
-        made[key] = partial(coco_panoptic.render, png, annotation, numbers, empty, max_pixels)
+    made = _makers(found, data, ids, class_lists.empty_id(data, ids), max_pixels)
     keys = sorted(found.pictures)
+    paths = [f"{key}{found.pictures[key].path.suffix}" for key in keys]
     stated = {name_id(found.pictures[key].name): key for key in keys}
     aliases = (stated if len(stated) == len(keys) else {}) | {f"images/{key}": key for key in keys}
     listed, left_out = split_lists.read(root, data.lists, set(keys), aliases), set[str]()
@@ -78,22 +90,97 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         listed, left_out, said = split_lists.own(parts, set(made))
         notes += said
     files: list[tuple[str, Path | Maker]] = [
-        (f"images/{key}{found.pictures[key].path.suffix}", found.pictures[key].path)
-        for key in keys
+        (f"images/{path}", found.pictures[key].path)
+        for key, path in zip(keys, paths, strict=True)
         if key not in left_out
     ]
     return Source(
         files=files + [(f"masks/{key}.png", made[key]) for key in sorted(made)],
         classes=classes,
         lists=listed,
-        groups=groups_by(data.group, keys) or {k: found.pictures[k].name.rpartition("/")[0] or k for k in keys},
+        groups=groups_by(data.group, keys) or layout.groups_or_singles(paths),
         refused=found.refused,
         notes=[
             f"label files: {', '.join(path.name for path in used)}",
-            f"{len(keys)} images, {len(made)} with annotations; pixels in none: {data.unannotated}",
+            f"{len(keys)} images, {len(made)} with labels; pixels in no shape: {data.unannotated}",
+            *images.forgiven(),
             *notes,
         ],
+        skipped=found.skipped,
     )
+
+
+def _makers(found: Found, data: config.Data, ids: Mapping[str, int], empty: int, max_pixels: int) -> dict[str, Maker]:
+    """Who renders each image's mask. Images whose labels would lose pixels to the background are refused instead."""
+    made: dict[str, Maker] = {}
+    for key, annotations in found.drawn.items():
+        picture = found.pictures[key]
+        made[key] = partial(coco_masks.render, picture.size, annotations, ids, empty, max_pixels)
+    for key, (png, annotation, names) in found.panoptic.items():
+        numbers = {category: ids[name] for category, name in names.items()}
+        made[key] = partial(coco_panoptic.render, png, annotation, numbers, empty, max_pixels)
+
+    for key, where in found.no_area.items():
+        if data.unannotated == "background":
+            made.pop(key, None)
+            found.refused.append((f"masks/{key}.png", annotations_.NO_AREA, f"{where}: {annotations_.LOST}"))
+        else:
+            found.skipped.append(("shape without area", f"{where} of {key}"))
+    if data.no_shapes == "background":
+        lost = {key for key in found.no_area if key not in found.drawn}
+        for key in found.pictures.keys() - made.keys() - lost:
+            made[key] = partial(coco_masks.render, found.pictures[key].size, (), ids, empty, max_pixels)
+    return made
+
+
+class Images:
+    """The images of a source, found by what label files call them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._index: matching.Index | None = None
+        self._forgiven: dict[str, list[str]] = {}
+
+    def find(self, name: str, file: Path) -> Path:
+        """The image that `name` in the label file means.
+
+        Raises:
+            parsing.Broken: none, or several, or one outside the source.
+        """
+        try:
+            safe = archives.safe_name(name, file)
+            path = next((place / safe for place in self._places(file) if (place / safe).is_file()), None)
+        except archives.DumpRefused:
+            path = None
+        if path is None:
+            path = self._similar(name)
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise parsing.Broken("it lies outside data.path")
+        return path
+
+    def forgiven(self) -> list[str]:
+        """What was done to names, a line each with the first of them."""
+        return [
+            f"images matched to file_name by {rule}: {len(names)}, the first: {names[0]}"
+            for rule, names in self._forgiven.items()
+        ]
+
+    def _places(self, file: Path) -> list[Path]:
+        """Folders that may hold a label file's images."""
+        last = file.stem.rpartition("_")[2]
+        named = [self.root / last, self.root / "images" / last] if last not in ("", "..", ".") else []
+        return [self.root, self.root / "images", *named, file.parent, self.root / "data", file.parent / "images"]
+
+    def _similar(self, name: str) -> Path:
+        if self._index is None:
+            everything = image_files.images_among(walk(self.root))
+            self._index = matching.Index(everything.images)
+        found = self._index.find(name)
+        if found.image is None:
+            listed = f": {matching.listed(found.candidates)} could be meant" if found.candidates else ""
+            raise parsing.Broken(f"no image in data.path has this file_name{listed}")
+        self._forgiven.setdefault(found.rule, []).append(f"{name} is {found.image}")
+        return self.root / found.image
 
 
 def label_files(root: Path, data: config.Data) -> list[Path]:
@@ -114,145 +201,91 @@ def label_files(root: Path, data: config.Data) -> list[Path]:
     return found
 
 
-def _collect(root: Path, path: Path, found: Found) -> None:
-    """Add one label file's images and annotations to `found`."""
-    document = parsing.read_json(path)
+def _collect(images: Images, path: Path, found: Found, *, named: bool) -> bool:
+    """Add one label file's images and annotations to `found`; False where it is no COCO file and nobody named it."""
     try:
+        document = parsing.read_json(path)
         pictures = parsing.field(document, "images", list)
         annotations = parsing.field(document, "annotations", list)
         categories = parsing.field(document, "categories", list)
         names = {parsing.whole(c.get("id"), "id"): parsing.field(c, "name", str) for c in categories}
-    except (parsing.Broken, AttributeError) as error:
+    except (parsing.Broken, AttributeError, SourceError) as error:
+        if not named:
+            found.skipped.append((f"no COCO file ({str(error).removeprefix(f'{path}: ')})", path.name))
+            return False
         raise SourceError(f"{path}: not a COCO file: {error}") from error
     found.names.extend(name for _, name in sorted(names.items()) if name not in found.names)
-    places = _places(root, path)
+
     by_id: dict[Any, str] = {}
     taken: set[str] = set()
     for record in pictures:
-        key = _add_picture(root, record, places, by_id, found, path.name, _part(root, path))
+        key = _add_picture(images, record, by_id, found, path)
         if key in taken:
             reason = f"{path.name} names this image, or another with its name id, twice"
             found.refused.append((f"labels/{path.name}:images", "duplicate-name", f"{key}: {reason}"))
         elif key is not None:
-            by_id[record["id"]] = key
+            by_id[parsing.hashable(record, "id")] = key
             taken.add(key)
     for number, annotation in enumerate(annotations):
-        key = by_id.get(_hashable(annotation, "image_id"))
+        key = by_id.get(parsing.hashable(annotation, "image_id"))
+        where = f"labels/{path.name}:annotations[{number}]"
         if key is None:
-            known = isinstance(annotation, dict) and isinstance(annotation.get("image_id"), int | str)
+            known = isinstance(annotation, dict) and isinstance(annotation.get("image_id"), int | str | float)
             reason = f"image_id {annotation['image_id']!r:.40} is no image here" if known else "it has no image_id"
-            found.refused.append((f"labels/{path.name}:annotations[{number}]", "label-without-image", reason))
+            found.refused.append((where, "label-without-image", reason))
         elif "segments_info" in annotation:
-            png = coco_panoptic.find(root, path, annotation)
+            png = coco_panoptic.find(images.root, path, annotation)
             if key in found.panoptic:
                 raise SourceError(f"{path}: annotations[{number}]: image {key} has panoptic labels already; keep one")
             found.panoptic[key] = (png, annotation, names)
+        elif not coco_masks.has_area(annotation.get("segmentation")):
+            found.no_area.setdefault(key, where)
         else:
-            what = names.get(_hashable(annotation, "category_id"))
+            category: Any = parsing.hashable(annotation, "category_id")
+            what = names.get(category)
+            _demand_one_version(found, key, what, path)
             found.drawn.setdefault(key, []).append((what, annotation))
+    return True
 
 
-def _hashable(record: Any, name: str) -> Any:
-    value = record.get(name) if isinstance(record, dict) else None
-    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+def _demand_one_version(found: Found, key: str, what: Any, path: Path) -> None:
+    """Raises SourceError where two files label one image with the same category: an old and a new version of its labels."""
+    other = found.labelled_by.setdefault((key, what), path.name)
+    if other != path.name:
+        raise SourceError(
+            f"{path}: labels {key} as {what!r}, as {other} does: two versions of its labels; name the one that counts in "
+            "data.annotations"
+        )
 
 
-def _places(root: Path, path: Path) -> list[Path]:
-    """Folders that may hold a label file's images, relative to nothing outside the source."""
-    last = path.stem.rpartition("_")[2]
-    named = [root / last, root / "images" / last] if last not in ("", "..", ".") else []
-    return [root, root / "images", *named, path.parent]
+def _part(root: Path, path: Path, name: str) -> str:
+    """train, val or test: by a word in the label file's name (instances_val2017.json), by its folder (valid/), by the
+    image's folders."""
+    own = layout.split_in_name(path.stem)
+    around = layout.split_word(path.parent.name) if path.parent != root else None
+    return own or around or layout.split_in_path(name) or "train"
 
 
-def _part(root: Path, path: Path) -> str:
-    """train, val or test: by the end of the label file's name (instances_val2017.json), or by its folder (valid/)."""
-    words = (path.stem.rpartition("_")[2], path.parent.name if path.parent != root else "")
-    return next((part for part in ("val", "test") if any(word.startswith(part) for word in words)), "train")
-
-
-def _add_picture(
-    root: Path, record: Any, places: Sequence[Path], by_id: Mapping[Any, str], found: Found, file: str, part: str
-) -> str | None:
+def _add_picture(images: Images, record: Any, by_id: Mapping[Any, str], found: Found, file: Path) -> str | None:
     """Name id of one entry of `images`, None (and a refusal) where it cannot be used."""
-    shown = f"labels/{file}:images"
     try:
-        number, name = _hashable(record, "id"), parsing.field(record, "file_name", str)
+        number, name = parsing.hashable(record, "id"), parsing.field(record, "file_name", str)
         if number is None or number in by_id:
             raise parsing.Broken(f"its id {number!r:.40} is missing or stands there twice")
-        safe = archives.safe_name(name, Path(file))
-    except (parsing.Broken, archives.DumpRefused) as error:
-        found.refused.append((shown, "label-file", f"an image's record cannot be used: {error}"))
+    except parsing.Broken as error:
+        reason = f"an image's record cannot be used: {error}"
+        found.refused.append((f"labels/{file.name}:images", "label-file", reason))
         return None
-    path = next((place / safe for place in places if (place / safe).is_file()), None)
-    if path is None or not path.resolve().is_relative_to(root.resolve()):
-        found.refused.append((f"images/{safe}", "image-missing", f"{file} names it, but it is not below data.path"))
+    try:
+        path = images.find(name, file)
+    except parsing.Broken as error:
+        found.refused.append((f"images/{name}", "image-missing", f"{file.name} names it: {error}"))
         return None
-    key = name_id(path.relative_to(root).as_posix().removeprefix("images/"))
-    known = found.pictures.setdefault(key, Picture(key, path, safe, record.get("height"), record.get("width"), part))
+
+    key = name_id(path.relative_to(images.root).as_posix().removeprefix("images/"))
+    size = coco_masks.Size(record.get("height"), record.get("width"))
+    known = found.pictures.setdefault(key, Picture(key, path, name, size, _part(images.root, file, name)))
     if known.path != path:
-        found.refused.append((f"images/{safe}", "duplicate-name", f"same name id as {known.path.name}; rename one"))
+        found.refused.append((f"images/{name}", "duplicate-name", f"same name id as {known.path.name}; rename one"))
         return None
     return key
-
-
-def render(
-    picture: Picture, annotations: Sequence[tuple[Any, Any]], ids: Mapping[str, int], empty: int, max_pixels: int
-) -> bytes:
-    """Annotations of one image -> PNG of class ids.
-
-    Raises:
-        images.Refused: "label-file", "bad-polygon", "bad-rle", "too-many-pixels"; names the annotation.
-    """
-    try:
-        height = parsing.whole(picture.height, "the image's height")
-        width = parsing.whole(picture.width, "the image's width")
-        decode.check_pixels(width, height, max_pixels)
-    except parsing.Broken as error:
-        raise decode.Refused("label-file", str(error)) from error
-    pieces: list[tuple[int, tuple[slice, slice], rasterize.Mask_HW, int]] = []
-    held = 0
-    for name, annotation in annotations:
-        where = f"annotation {_hashable(annotation, 'id')}"
-        if name is None:
-            raise decode.Refused("label-file", f"{where}: no category {annotation.get('category_id')!r:.40}")
-        try:
-            inside_HW = pixels(annotation.get("segmentation"), height, width)
-        except decode.Refused as error:
-            raise decode.Refused(error.code, f"{where}: {error}") from error
-        window = _window(inside_HW)
-        held += inside_HW[window].size
-        if held > MAX_HELD:
-            raise decode.Refused("label-file", f"{where}: the image's annotations cover {held} pixels; merge some")
-        pieces.append((int(inside_HW.sum()), window, inside_HW[window].copy(), ids[name]))
-    label_HW = np.full((height, width), empty, np.uint8)
-    for _, window, inside_HW, number in sorted(pieces, key=lambda piece: -piece[0]):
-        label_HW[window][inside_HW] = number
-    return label_maps.encode_png(label_HW)
-
-
-def _window(inside_HW: rasterize.Mask_HW) -> tuple[slice, slice]:
-    """The rows and columns that hold every pixel inside."""
-    spans = [np.flatnonzero(inside_HW.any(axis=axis)) for axis in (1, 0)]
-    rows, columns = (slice(int(s[0]), int(s[-1]) + 1) if s.size else slice(0, 0) for s in spans)
-    return rows, columns
-
-
-def pixels(segmentation: Any, height: int, width: int) -> rasterize.Mask_HW:
-    """COCO's segmentation -> H x W: polygons (their union), or run lengths, column by column, as text or list.
-
-    Raises:
-        images.Refused: "bad-polygon", "bad-rle" (wrong total, or another size than the image's), "label-file".
-    """
-    if isinstance(segmentation, dict):
-        inside_HW = label_maps.from_rle(segmentation, max_pixels=height * width)
-        if inside_HW.shape != (height, width):
-            raise decode.Refused(
-                "bad-rle", f"run lengths of {inside_HW.shape} for an image of {(height, width)} rows and columns"
-            )
-        return inside_HW
-    if not isinstance(segmentation, list) or not segmentation:
-        raise decode.Refused(
-            "label-file", "no segmentation (a box alone is no mask); draw it, or delete the annotation"
-        )
-    flat = [segmentation] if isinstance(segmentation[0], int | float) else segmentation
-    return rasterize.union([rasterize.ring(points) for points in flat], height, width)

@@ -17,6 +17,10 @@ Label = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Points = NDArray[np.float64]  # N x 2: x, y
 IGNORE = 255
+# A shape that covers no pixel. Where pixels in no shape are ignored it costs nothing and is counted; where they are
+# background, what it stands for would become background, so its image's mask is refused.
+NO_AREA = "shape-without-area"
+LOST = "it covers no pixel, and what it stands for would become background; draw its area, or delete it"
 IGNORE_NAMES = ("ignore", "void", "ignored pixels", "ignore (255)")  # the first that is no class is 255 in a tool
 
 

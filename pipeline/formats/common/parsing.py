@@ -57,6 +57,14 @@ def field(record: Any, name: str, kind: type | tuple[type, ...]) -> Any:
     return value
 
 
+def hashable(record: Any, name: str) -> int | str | None:
+    """record[name] where it can be an id: text, or a whole number, also where it was written as 3.0; None otherwise."""
+    value = record.get(name) if isinstance(record, dict) else None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
 def number(value: Any, what: str) -> float:
     """A finite number. Raises Broken."""
     # NaN fails the comparison too; math.isfinite overflows at whole numbers of 400 digits, which JSON may hold

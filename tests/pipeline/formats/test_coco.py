@@ -123,9 +123,10 @@ def test_things_and_stuff_of_two_files_meet_on_one_image(tmp_path: Path) -> None
     stuff["categories"] = [{"id": 100, "name": "grass"}]
     stuff["annotations"] = [{"id": 1, "image_id": 5, "category_id": 100, "segmentation": [box(0, 0, 6, 4)]}]
     (root / "annotations/stuff.json").write_text(json.dumps(stuff))
-    for name in ("captions_x.json", "person_keypoints_x.json", "image_info_x.json"):
+    for name in ("captions_x.json", "person_keypoints_x.json", "image_info_x.json", "._labels.json", "foreign.json"):
         (root / "annotations" / name).write_text("{}")
     source = read(root)
+    assert [name for _, name in source.skipped] == ["._labels.json", "foreign.json"]
     assert [c["name"] for c in source.classes] == ["mat", "cup", "grass"]
     assert tiny_labels.labels(source)["a"][:, 0].tolist() == [1, 2, 2, 2]
 
@@ -169,7 +170,7 @@ def test_images_that_are_not_there_or_lie_outside_are_refused(tmp_path: Path) ->
     source = read(root, classes=None)
     assert [name for name, _ in source.files] == ["images/a.png"]
     codes = sorted(code for _, code, _ in source.refused)
-    assert codes == ["duplicate-name", "image-missing", "image-missing"] + ["label-file"] * 5
+    assert codes == ["duplicate-name"] + ["image-missing"] * 4 + ["label-file"] * 3
 
 
 def test_the_published_lists_for_coco(tmp_path: Path) -> None:
@@ -187,8 +188,10 @@ def test_what_is_no_coco_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no JSON label file"):
         read(tmp_path)
     tiny_source.put(tmp_path, "annotations/x.json", b"[1]")
-    with pytest.raises(SourceError, match=r"x\.json: not a COCO file: 'images'"):
+    with pytest.raises(SourceError, match=r"no COCO label file \(x\.json: no COCO file \('images'"):
         read(tmp_path)
+    with pytest.raises(SourceError, match=r"x\.json: not a COCO file: 'images'"):
+        read(tmp_path, annotations="annotations/x.json")
     with pytest.raises(SourceError, match=r"no file other\.json"):
         read(tmp_path, annotations="other.json")
     with pytest.raises(SourceError, match=r"data\.annotations: '/.*relative to data\.path"):
@@ -200,3 +203,85 @@ def test_random_masks_come_back_through_both_forms_of_run_lengths(tmp_path: Path
     for compressed in (False, True):
         root = tree(tmp_path, [MAT | {"segmentation": label_maps.to_rle(mask_HW, compressed=compressed)}])
         np.testing.assert_array_equal(tiny_labels.labels(read(root))["a"] == 0, mask_HW)
+
+
+def test_two_versions_of_the_labels_are_refused_and_named(tmp_path: Path) -> None:
+    root = tree(tmp_path, [CUP | {"segmentation": [box(0, 0, 6, 1)]}])
+    old = (root / "annotations/labels.json").read_text()
+    (root / "annotations/old.json").write_text(old)
+    with pytest.raises(SourceError, match=r"labels a as 'cup', as labels\.json does: two versions.*data\.annotations"):
+        read(root)
+    assert sorted(tiny_labels.labels(read(root, annotations="annotations/old.json"))) == ["a"]
+
+
+@pytest.mark.parametrize("segmentation", [[], [[0, 0, 3, 3]], [[[0, 0], [3, 3]]], None])
+def test_what_covers_no_pixel_is_counted_and_refused_only_where_it_would_become_background(
+    tmp_path: Path, segmentation: Any
+) -> None:
+    root = tree(tmp_path, [MAT | {"segmentation": [box(0, 0, 6, 1)]}, CUP | {"segmentation": segmentation}])
+    source = read(root)
+    assert tiny_labels.labels(source)["a"][:, 0].tolist() == [0, 255, 255, 255]
+    assert source.skipped == [("shape without area", "labels/labels.json:annotations[1] of a")]
+
+    source = read(root, unannotated="background")
+    assert tiny_labels.refusals(source) == {"masks/a.png": "shape-without-area"}
+
+
+def test_a_short_ring_beside_a_long_one_is_left_out(tmp_path: Path) -> None:
+    source = read(tree(tmp_path, [MAT | {"segmentation": [box(0, 0, 6, 1), [0, 0, 3, 3]]}]), unannotated="background")
+    assert tiny_labels.labels(source)["a"][:, 0].tolist() == [1, 0, 0, 0]
+
+
+def test_an_image_without_shapes_is_background_where_the_settings_say_so(tmp_path: Path) -> None:
+    images = [
+        {"id": 5, "file_name": "a.png", "width": 6, "height": 4},
+        {"id": 6, "file_name": "b.png", "width": 2, "height": 1},
+    ]
+    root = tree(tmp_path, [CUP | {"segmentation": [box(0, 0, 6, 1)]}], images=images)
+    assert "b" not in tiny_labels.labels(read(root, unannotated="background"))
+    found = tiny_labels.labels(read(root, unannotated="background", no_shapes="background"))
+    assert found["b"].tolist() == [[0, 0]]
+    with pytest.raises(ValueError, match="set unannotated: background too"):
+        read(root, no_shapes="background")
+
+
+def test_whole_ids_written_with_a_point_are_read(tmp_path: Path) -> None:
+    source = read(tree(tmp_path, [CUP | {"image_id": 5.0, "category_id": 7.0, "segmentation": [box(0, 0, 6, 1)]}]))
+    assert tiny_labels.labels(source)["a"][0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "lies"),
+    [
+        ("..\\..\\media\\upload\\4\\0a1b2c3d-x.png", "images/0a1b2c3d-x.png"),
+        ("x.png", "data/x.png"),
+        ("X.PNG", "images/x.png"),
+        ("/home/me/x.png", "images/x.png"),
+    ],
+)
+def test_a_file_name_means_the_one_image_that_answers(tmp_path: Path, name: str, lies: str) -> None:
+    images = [{"id": 5, "file_name": name, "width": 6, "height": 4}]
+    root = tree(tmp_path, [CUP | {"segmentation": [box(0, 0, 6, 1)]}], images=images)
+    tiny_source.put(root, lies, b"x")
+    source = read(root)
+    assert source.refused == []
+    assert root / lies in dict(source.files).values()
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [("instances_Test.json", "test"), ("VALID.json", "val"), ("test-labels.json", "test"), ("labels.json", None)],
+)
+def test_a_label_files_name_states_the_split_in_any_case(tmp_path: Path, file: str, part: str | None) -> None:
+    root = tree(tmp_path, [CUP | {"segmentation": [box(0, 0, 6, 1)]}])
+    (root / "annotations/labels.json").rename(root / "annotations" / file)
+    lists = read(root).lists
+    assert lists["test"] == (["a"] if part else None)  # val alone is the test set, as in papers
+
+
+def test_a_layout_folder_in_file_names_is_no_group(tmp_path: Path) -> None:
+    images = [{"id": n, "file_name": f"JPEGImages/{n}.png", "width": 6, "height": 4} for n in range(2)]
+    root = tree(tmp_path, [], images=images)
+    for n in range(2):
+        tiny_source.put(root, f"JPEGImages/{n}.png", b"x")
+    assert read(root, classes=None).groups == {"JPEGImages/0": "JPEGImages/0", "JPEGImages/1": "JPEGImages/1"}

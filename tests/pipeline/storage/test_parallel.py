@@ -65,5 +65,7 @@ def test_an_error_of_the_work_is_the_readers(backend: str) -> None:
 def test_a_missing_engine_is_named_with_its_extra(backend: str, package: str) -> None:
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed here")
-    with pytest.raises(parallel.ScaleError, match=rf"scale\.backend {backend}: .*pip install 'marginalia-seg\[scale\]'"):
+    with pytest.raises(
+        parallel.ScaleError, match=rf"scale\.backend {backend}: .*pip install 'marginalia-seg\[scale\]'"
+    ):
         list(parallel.ordered(square, range(3), config.Scale(backend=backend)))  # type: ignore[arg-type]
