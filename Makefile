@@ -55,9 +55,9 @@ demo: setup
 serve: setup
 	$(BIN)/marginalia serve
 
-# Methods over seeds as DVC experiments: COMPARE="--methods fixmatch s4mc --seeds 0 1".
+# Methods over seeds as DVC experiments: COMPARE="--methods fixmatch,s4mc --seeds 0,1".
 compare: setup
-	$(BIN)/python -m training.compare $(COMPARE)
+	$(BIN)/marginalia compare $(COMPARE)
 
 # Ratios of one run on this machine; run it when the machine is otherwise idle.
 bench: setup

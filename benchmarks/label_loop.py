@@ -25,7 +25,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import seeds
-from pipeline import config
+from pipeline import config, paths
 from pipeline.ingest import split
 from pipeline.labels import ranking
 from pipeline.storage import atomic, manifest
@@ -175,8 +175,8 @@ def main() -> None:
     settings = config.Train.model_validate(params.train.model_dump() | changes)
     view = config.Input(long_side=arguments.long_side, stride=params.input.stride)
     params = params.model_copy(update={"train": settings, "input": view})
-    summary = atomic.read_json(train.SUMMARY)
-    loop = Loop(params, manifest.read(train.MANIFEST), summary, arguments.add)
+    summary = atomic.read_json(paths.SPLIT_SUMMARY)
+    loop = Loop(params, manifest.read(paths.SPLIT_MANIFEST), summary, arguments.add)
     about = {
         "train": settings.model_dump(mode="json", exclude={"seed"}), "input": view.model_dump(), "first": arguments.first,
         "add": arguments.add, "model": params.model.model_dump(), "split_hash": summary["split_hash"],

@@ -27,7 +27,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pipeline import config, console
+from pipeline import config, console, paths
 from pipeline.champions import metrics as scores
 from pipeline.storage import atomic, manifest
 from training import gains, inference, metrics, train
@@ -130,8 +130,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     params = config.load()
-    rows = manifest.read(train.MANIFEST)
-    data = train.Data.read(rows, atomic.read_json(train.SUMMARY))
+    rows = manifest.read(paths.SPLIT_MANIFEST)
+    data = train.Data.read(rows, atomic.read_json(paths.SPLIT_SUMMARY))
     kept = atomic.read_json(arguments.out) if arguments.out and arguments.out.exists() else {}
     about = {
         "train": params.train.model_dump(mode="json", exclude={"method", "seed"}), "split_hash": data.split_hash,

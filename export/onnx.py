@@ -6,16 +6,13 @@ its probability as uint8. Batch, height and width are free, the latter two multi
 
 import copy
 import json
-import sys
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.export import Dim
@@ -24,15 +21,13 @@ from export import onnx_proto, quantize
 from export.bundle import bundle
 from export.bundle.manifest import INPUT, MODEL, OUTPUTS, Option
 from export.tensorrt import builder
-from pipeline import config
+from pipeline import config, console, paths
+from pipeline.stage import Result
 from pipeline.storage import atomic, manifest
 from training import inference
 from training.models import segmenter
 
 OPSET = 20
-STUDENT = Path("models/student/student.safetensors")
-DRAFT = Path("models/exported")
-SPLIT = Path("data/split")
 # What parity is to try of each file. OpenVINO computes in bf16 from the fp32 file.
 OFFERED = (
     Option(runtime="onnxruntime", device="cpu", precision="fp32"),
@@ -176,7 +171,7 @@ def describe(meta: dict[str, Any], scores: dict[str, Any]) -> dict[str, str]:
 def calibration(params: config.Params, policy: config.Input) -> list[Any]:
     """Training images, spread evenly over labelled and unlabelled ones, as the graph takes them, one N x H x W x 3 each."""
     rows = sorted(
-        (r for r in manifest.read(SPLIT / "manifest.parquet") if r.split in ("labelled", "unlabelled")),
+        (r for r in manifest.read(paths.SPLIT_MANIFEST) if r.split in ("labelled", "unlabelled")),
         key=lambda row: row.id,
     )
     count = min(len(rows), params.export.calibration_images)
@@ -217,13 +212,15 @@ def others(
     return made, said
 
 
-def run(params: config.Params, console: Console) -> None:
+def run(params: config.Params) -> Result:
     """The stage: student, scores and some training images -> models/exported/ and reports/export.json."""
-    model, meta = segmenter.load(STUDENT)
-    scores = atomic.read_json(Path("reports/scores.json"))
-    weights = atomic.sha256(STUDENT)
+    model, meta = segmenter.load(paths.STUDENT_WEIGHTS)
+    scores = atomic.read_json(paths.SCORES)
+    weights = atomic.sha256(paths.STUDENT_WEIGHTS)
     if scores["weights"] != weights:
-        raise ExportError(f"{STUDENT} is not what reports/scores.json was measured on; run the evaluate stage again")
+        raise ExportError(
+            f"{paths.STUDENT_WEIGHTS} is not what {paths.SCORES} was measured on; run the evaluate stage again"
+        )
     policy = config.Input.model_validate(meta["params"]["input"])
     metadata, gpu = describe(meta, scores), builder.look()
     with console.status("tracing the network"):
@@ -234,13 +231,13 @@ def run(params: config.Params, console: Console) -> None:
     for key, of in (("per_class", "iou"), ("per_class_ci", "ci")):
         metrics[key] = {name: row[of] for name, row in scores["per_class"].items()}
     made = bundle.create(
-        DRAFT,
+        paths.DRAFT,
         graph.data,
         classes=meta["classes"],
         long_side=policy.long_side,
         stride=policy.stride,
         metrics=metrics,
-        card=Path("reports/model_card.md").read_text(encoding="utf-8"),
+        card=paths.MODEL_CARD.read_text(encoding="utf-8"),
         opset=graph.opset,
         ir_version=graph.ir_version,
         others=forms,
@@ -253,7 +250,7 @@ def run(params: config.Params, console: Console) -> None:
         "seconds": round(graph.seconds, 2), "torch": torch.__version__, "onnx": onnx.__version__,
         "tensorrt": gpu.as_dict(),
     }  # fmt: skip
-    atomic.write_json(Path("reports/export.json"), report)
+    atomic.write_json(paths.EXPORT, report)
     table = Table(title="exported, to be judged by parity", show_header=False)
     table.add_row("graph", f"{graph.nodes} nodes, opset {graph.opset}, IR {graph.ir_version}")
     for name, size in report["bytes"].items():
@@ -262,19 +259,4 @@ def run(params: config.Params, console: Console) -> None:
         table.add_row(name, what)
     table.add_row("tracing took", f"{graph.seconds:.1f} s")
     table.add_row("TensorRT", report["tensorrt"]["says"])
-    console.print(table)
-
-
-def main() -> int:
-    try:
-        run(config.load(), Console())
-    except (
-        ExportError, bundle.BundleError, segmenter.WeightsError, config.ConfigError, manifest.ManifestError, FileNotFoundError
-    ) as error:  # fmt: skip
-        Console(stderr=True).print(f"export: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Result((table,), record=report)

@@ -6,7 +6,6 @@ on test images, which have trained nothing and calibrated nothing.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from export.bundle import bundle
@@ -23,14 +21,12 @@ from export.parity_metrics import Measured, measure, report
 from export.runtime import cpu
 from export.runtime.runtime import Runtime
 from export.runtime.sessions import ProviderError
-from pipeline import config
+from pipeline import config, console, paths
+from pipeline.stage import Exit, Result
 from pipeline.storage import atomic, manifest
 from training import inference
 from training.models import segmenter
 
-STUDENT = Path("models/student/student.safetensors")
-DRAFT = Path("models/exported")
-SPLIT = Path("data/split")
 BASE = Option(runtime="onnxruntime", device="cpu", precision="fp32")
 ROUNDS, TIMED = 7, 4
 
@@ -127,7 +123,7 @@ def _points(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _show(said: dict[str, Any], console: Console) -> None:
+def _shown(said: dict[str, Any]) -> list[Table | str]:
     verdict = "passed" if said["passed"] else "FAILED"
     table = Table(
         "agreement on", "working grid", "original", title=f"parity {verdict}: onnxruntime cpu fp32 against torch"
@@ -141,7 +137,6 @@ def _show(said: dict[str, Any], console: Console) -> None:
         cells = ["-" if v is None else f"{v:.6f}" for v in (share, said["original"]["per_class"][name])]
         table.add_row(name, *cells)
     table.add_row("all pixels", *(f"{said[place]['agreement']:.6f}" for place in ("grid", "original")), style="bold")
-    console.print(table)
     forms = Table("option", "ms", "speed-up", "agreement", "lowest class", "borders", "mIoU drop", "bundle")
     forms.title = f"forms of the network: one image of {said['timed_on']} pixels, {said['threads']} threads"
     for row in said["options"]:
@@ -154,19 +149,18 @@ def _show(said: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
     if unseen := [name for name, v in said["class_drop"].items() if v is None]:
         forms.caption = f"no test image shows {', '.join(unseen)}: nothing here speaks of these classes"
-    console.print(forms)
     left_out = {row["name"]: row["left_out"] for row in said["options"] if row["left_out"]}
-    for name, reason in (left_out | said["not_judged"]).items():
-        console.print(f"  left out: {name}: {reason}", style="dim", markup=False, soft_wrap=True)
+    reasons = (left_out | said["not_judged"]).items()
+    return [table, forms, *(f"  left out: {name}: {reason}" for name, reason in reasons)]
 
 
-def run(params: config.Params, console: Console) -> bool:
+def run(params: config.Params) -> Result:
     """The stage: draft, student and test images -> reports/parity.json (written pass or fail) and bundle/ (on pass)."""
-    draft = bundle.open_bundle(DRAFT)
-    model, meta = segmenter.load(STUDENT)
+    draft = bundle.open_bundle(paths.DRAFT)
+    model, meta = segmenter.load(paths.STUDENT_WEIGHTS)
     names = [c["name"] for c in meta["classes"]]
     policy = config.Input.model_validate(meta["params"]["input"])
-    rows = pick([r for r in manifest.read(SPLIT / "manifest.parquet") if r.split == "test"], params.parity.images)
+    rows = pick([r for r in manifest.read(paths.SPLIT_MANIFEST) if r.split == "test"], params.parity.images)
     if not rows:
         raise ParityError("the test split has no image: raise split.test, or name test images in the source's lists")
     opened, refused = open_all(draft)
@@ -191,34 +185,12 @@ def run(params: config.Params, console: Console) -> bool:
     first = records[0]
     said = {k: v for k, v in first.items() if k not in ("left_out", "runtime", "device", "precision", "file", "name")}
     said |= {
-        "weights": atomic.sha256(STUDENT), "provider": "onnxruntime cpu fp32", "bundle": None, "options": records,
+        "weights": atomic.sha256(paths.STUDENT_WEIGHTS), "provider": "onnxruntime cpu fp32", "bundle": None, "options": records,
         "not_judged": {str(o): reason for o, reason in refused.items()}, "timed_on": ", ".join(sizes),
         "threads": opened[BASE].threads, "machine": cpu.name(),
     }  # fmt: skip
     if said["passed"]:
-        said["bundle"] = finish(draft, records, Path("bundle")).manifest.id
-    atomic.write_json(Path("reports/parity.json"), said)
-    _show(said, console)
-    for failure in said["failures"]:
-        Console(stderr=True).print(f"parity: {failure}", style="red", markup=False, soft_wrap=True)
-    return bool(said["passed"])
-
-
-def main() -> int:
-    """Exit code 0 when every bar holds, 1 otherwise."""
-    try:
-        return 0 if run(config.load(), Console()) else 1
-    except (
-        ParityError,
-        inference.MaskError,
-        bundle.BundleError,
-        manifest.ManifestError,
-        segmenter.WeightsError,
-        config.ConfigError,
-    ) as error:
-        Console(stderr=True).print(f"parity: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        said["bundle"] = finish(draft, records, paths.BUNDLE).manifest.id
+    atomic.write_json(paths.PARITY, said)
+    problems = tuple(f"parity: {failure}" for failure in said["failures"])
+    return Result(_shown(said), (), problems, Exit.DONE if said["passed"] else Exit.REFUSED, said)

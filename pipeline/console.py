@@ -1,7 +1,7 @@
-"""One look for long work: a bar with count, rate and time left."""
+"""One look for long work: a bar with count, rate and time left, on standard error where a person watches it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -24,7 +24,16 @@ class Bar:
 
 @contextmanager
 def bar(what: str, total: int, console: Console | None = None) -> Iterator[Bar]:
-    """A bar for `total` steps; call `.advance(n)` as they are done."""
+    """A bar for `total` steps; call `.advance(n)` as they are done. Nothing is drawn where no terminal is."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    console = console or Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Bar(progress, total, what)
+
+
+@contextmanager
+def status(what: str) -> Iterator[None]:
+    """A spinner while something without steps goes on."""
+    console = Console(stderr=True)
+    with console.status(what) if console.is_terminal else nullcontext():
+        yield

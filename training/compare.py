@@ -1,6 +1,6 @@
 """Methods against each other: a grid of DVC experiments over seeds, one table and one figure.
 
-`make compare`, or `python -m training.compare --methods fixmatch s4mc --seeds 0 1 2 -S train.steps=400`. Each run is an
+`make compare`, or `marginalia compare --methods fixmatch,s4mc --seeds 0,1,2 -S train.steps=400`. Each run is an
 experiment (`dvc exp show` lists them) in a copy of the workspace; those that exist already are not run again.
 
 `ceiling` among the methods trains on the hidden labels of the unlabelled images: what a method gains is then also shown as
@@ -8,7 +8,6 @@ the share that it closes of the headroom between labels alone and the ceiling. I
 hidden labels.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -23,18 +22,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from pipeline import console
+from pipeline import console, paths, stage
 from pipeline.storage import atomic, manifest
 from training import gains
 from training.reports import evaluation
 
-OUT = Path("reports/compare")
 MEANS = ("kept", "precision", "seconds_per_step")
-SCORES, TRAINED = "reports/scores.json", "reports/train/train.json"
-MANIFEST = Path("data/split/manifest.parquet")
+SCORES, TRAINED = paths.SCORES.as_posix(), paths.TRAIN_SCORES.as_posix()
 METHODS = ("supervised", "ceiling", "fixmatch", "unimatch", "s4mc", "corrmatch", "s4mc+corrmatch")
 
 
@@ -93,7 +89,7 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def hidden_labels(path: Path = MANIFEST) -> bool:
+def hidden_labels(path: Path = paths.SPLIT_MANIFEST) -> bool:
     """Whether some unlabelled image of the split, if there is one yet, has a mask all the same."""
     if not path.exists():
         return False
@@ -146,7 +142,7 @@ def draw(runs: Sequence[Run], rows: Sequence[dict[str, Any]], path: Path) -> Non
     evaluation.save(figure, path)
 
 
-def write(runs: Sequence[Run], comparison: gains.Comparison, out: Path = OUT) -> list[dict[str, Any]]:
+def write(runs: Sequence[Run], comparison: gains.Comparison, out: Path = paths.COMPARISON) -> list[dict[str, Any]]:
     """table.csv, runs.csv and compare.png under `out`; returns the table's rows."""
     rows = summarise(runs, comparison)
     out.mkdir(parents=True, exist_ok=True)
@@ -173,65 +169,62 @@ COLUMNS = {
 }
 
 
-def show(rows: Sequence[dict[str, Any]], comparison: gains.Comparison, out: Path) -> None:
-    table = Table(
+def table(rows: Sequence[dict[str, Any]], comparison: gains.Comparison, out: Path) -> Table:
+    shown = Table(
         title="test mIoU (%), teacher, last step; kept and precision at the end",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
     )
-    table.add_column("method", no_wrap=True)
+    shown.add_column("method", no_wrap=True)
     for column in ("seeds", *COLUMNS):
-        table.add_column(column, justify="right", no_wrap=True)
+        shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         cells = [_cell(row[key], digits) for key, digits in COLUMNS.values()]
-        table.add_row(row["method"], str(row["seeds"]), *cells)
-    table.caption = (
+        shown.add_row(row["method"], str(row["seeds"]), *cells)
+    shown.caption = (
         f"gain over {comparison.baseline}; / sd: in scatters of seeds; closed: share of the headroom\n"
         f"{comparison.verdict}; {out}/compare.png, runs.csv, table.csv"
     )
-    Console().print(table)
+    return shown
 
 
 def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", help=f"default: {' '.join(METHODS)}, the ceiling where it can be had")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "-S", "--set", action="append", default=[], help="another setting for every run, as DVC takes it"
-    )
-    given = parser.parse_args(arguments)
-    problems = Console(stderr=True)
-    methods = given.methods
-    if methods is None:
-        methods = list(METHODS) if hidden_labels() else [method for method in METHODS if method != gains.CEILING]
-        if gains.CEILING not in methods:
-            problems.print("compare: without the ceiling: data/split shows no hidden labels of unlabelled images")
-    params = Path("params.yaml").read_bytes()
-    grid = {name_of(m, s, given.set, params): (m, s) for s in given.seeds for m in methods}
-    try:
-        there = set(dvc("exp", "list", "--name-only").split())
-        with console.bar("compare", len(grid)) as bar:
-            for name, (method, seed) in grid.items():
-                if name not in there:
-                    settings = [f"train.method={method}", f"train.seed={seed}", *given.set]
-                    dvc("exp", "run", "--temp", "-n", name, *(v for s in settings for v in ("-S", s)), "evaluate")
-                bar.advance()
-        found = parse(dvc("exp", "show", "--json"))
-        if missing := [name for name in grid if name not in found]:
-            raise CompareError(f"no scores in {', '.join(missing)}; `dvc exp remove` them and run this again")
-        runs = [found[name] for name in grid]
-    except CompareError as error:
-        problems.print(f"compare: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
+def default_methods() -> list[str]:
+    """METHODS, without the ceiling where the split has no hidden labels to train it on."""
+    if hidden_labels():
+        return list(METHODS)
+    stage.warn("without the ceiling: data/split shows no hidden labels of unlabelled images")
+    return [method for method in METHODS if method != gains.CEILING]
+
+
+def run(methods: Sequence[str], seeds: Sequence[int], settings: Sequence[str] = ()) -> stage.Result:
+    """Run what is missing of the grid, and write reports/compare/.
+
+    Args:
+        settings: of every run, as DVC takes them: "train.steps=400".
+
+    Raises:
+        CompareError: DVC could not run an experiment, or one has no scores.
+    """
+    params = paths.PARAMS.read_bytes()
+    grid = {name_of(m, s, settings, params): (m, s) for s in seeds for m in methods}
+    there = set(dvc("exp", "list", "--name-only").split())
+    with console.bar("compare", len(grid)) as bar:
+        for name, (method, seed) in grid.items():
+            if name not in there:
+                wanted = [f"train.method={method}", f"train.seed={seed}", *settings]
+                dvc("exp", "run", "--temp", "-n", name, *(v for s in wanted for v in ("-S", s)), "evaluate")
+            bar.advance()
+
+    found = parse(dvc("exp", "show", "--json"))
+    if missing := [name for name in grid if name not in found]:
+        raise CompareError(f"no scores in {', '.join(missing)}; `dvc exp remove` them and run this again")
+    runs = [found[name] for name in grid]
     comparison = hold_together(runs, methods)
-    show(write(runs, comparison), comparison, OUT)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    rows = write(runs, comparison)
+    plain = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # NaN is not JSON
+    return stage.Result((table(rows, comparison, paths.COMPARISON),), record=plain)

@@ -4,9 +4,7 @@ Each image is answered as a request would be (`training.inference`), brought bac
 counted against the mask as it was delivered, exactly once, whatever the number of processes.
 """
 
-import argparse
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pipeline import config
+from pipeline import config, paths, stage
 from pipeline import console as progress
 from pipeline.champions import metrics as scores
 from pipeline.champions import store
@@ -29,8 +26,6 @@ from training.metrics import Result
 from training.models import segmenter
 from training.reports import evaluation
 
-STUDENT = Path("models/student")
-SPLIT = Path("data/split")
 SEED = 0
 
 
@@ -118,7 +113,7 @@ class Scoring:
     result: Result
 
 
-def evaluate(weights: Path, params: config.Params, *, split: Path = SPLIT, same_split: bool = True) -> Scoring:
+def evaluate(weights: Path, params: config.Params, *, split: Path = paths.SPLIT, same_split: bool = True) -> Scoring:
     """Score one weights file on the test split; `scores` lacks only "last", "best" and "chosen"."""
     model, meta = segmenter.load(weights, inference.device())
     summary = atomic.read_json(split / "summary.json")
@@ -144,7 +139,7 @@ def evaluate(weights: Path, params: config.Params, *, split: Path = SPLIT, same_
 
 
 def score_split(
-    model: nn.Module, meta: dict[str, Any], name: str, params: config.Params, *, split: Path = SPLIT
+    model: nn.Module, meta: dict[str, Any], name: str, params: config.Params, *, split: Path = paths.SPLIT
 ) -> Result:
     """Count one split ("test" or "val") with a loaded network; an empty split gives an empty result."""
     policy = config.Input.model_validate(meta["params"]["input"])
@@ -189,7 +184,7 @@ def _val_miou(weights: Path, params: config.Params) -> float | None:
     return metrics.summary(result.total)["miou"] if result.rows else None
 
 
-def _show(value: dict[str, Any], console: Console) -> None:
+def _table(value: dict[str, Any]) -> Table:
     low, high = map(evaluation.percent, value["miou_ci"] or (None, None))
     title = f"test mIoU {evaluation.percent(value['miou'])} [{low}, {high}] on {value['test_images']} images"
     table = Table("class", "IoU", "95% interval", "precision", "recall", "pixels", title=title)
@@ -204,12 +199,12 @@ def _show(value: dict[str, Any], console: Console) -> None:
         f"mIoU over all classes {overall}, boundary IoU {edge}, pixel accuracy {value['pixel_accuracy']:.4f}, "
         f"calibration error {value['ece']:.4f}; best on val: test mIoU {best}"
     )
-    console.print(table)
+    return table
 
 
-def run(params: config.Params, console: Console) -> None:
+def run(params: config.Params) -> stage.Result:
     """The stage: models/student and data/split -> reports/."""
-    last_file, best_file = STUDENT / "student.safetensors", STUDENT / "best.safetensors"
+    last_file, best_file = paths.STUDENT_WEIGHTS, paths.BEST_WEIGHTS
     last = evaluate(last_file, params)
     same = not best_file.exists() or atomic.sha256(best_file) == last.scores["weights"]
     best = last if same else evaluate(best_file, params)
@@ -217,14 +212,12 @@ def run(params: config.Params, console: Console) -> None:
     vals.append(vals[0] if same else _val_miou(best_file, params))
     value = last.scores | {"last": _short(last.scores, vals[0]), "best": _short(best.scores, vals[1]), "chosen": "last"}
     names = list(value["per_class"])
-    write_confusions(Path("reports/confusions.npz"), last, names)
+    write_confusions(paths.CONFUSIONS, last, names)
     model, meta = segmenter.load(last_file, inference.device())
-    evaluation.write(Path("reports/evaluate"), value, last.result, previews(model, meta, last.result, params), meta)
-    atomic.write_text(
-        Path("reports/model_card.md"), evaluation.card(value, meta, atomic.read_json(SPLIT / "summary.json"))
-    )
-    atomic.write_json(Path("reports/scores.json"), value)
-    _show(value, console)
+    evaluation.write(paths.EVALUATION, value, last.result, previews(model, meta, last.result, params), meta)
+    atomic.write_text(paths.MODEL_CARD, evaluation.card(value, meta, atomic.read_json(paths.SPLIT_SUMMARY)))
+    atomic.write_json(paths.SCORES, value)
+    return stage.Result((_table(value),), record=value)
 
 
 def previews(
@@ -246,14 +239,14 @@ def previews(
         yield sample, resize.restore(label[0], sample.fit), float(right[i])
 
 
-def rescore_champion(params: config.Params, home: Path = Path("champions")) -> Path:
+def rescore_champion(params: config.Params, home: Path = paths.CHAMPIONS) -> stage.Result:
     """Score the champion on today's test split, so that the gate can compare again after the test set changed."""
     record = store.current(home)
     if record is None:
         raise EvaluateError(f"{home}/champion.json: there is no champion to score yet")
     folder = home / str(record["id"])
     weights = folder / "student.safetensors"
-    rows = manifest.read(SPLIT / "manifest.parquet")
+    rows = manifest.read(paths.SPLIT_MANIFEST)
     warm_start.refuse_seen(weights, segmenter.read_meta(weights), (row.id for row in rows if row.split == "test"))
     scoring = evaluate(folder / "student.safetensors", params, same_split=False)
     value = scoring.scores | {
@@ -263,33 +256,4 @@ def rescore_champion(params: config.Params, home: Path = Path("champions")) -> P
     }
     write_confusions(folder / "confusions.npz", scoring, list(value["per_class"]))
     atomic.write_json(folder / "scores.json", value)
-    return folder
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--champion", action="store_true", help="score the champion again, on the test split as it is now"
-    )
-    champion = parser.parse_args(arguments).champion
-    try:
-        params = config.load()
-        if champion:
-            print(f"scored again: {rescore_champion(params)}")
-        else:
-            run(params, Console())
-    except (
-        EvaluateError,
-        inference.MaskError,
-        manifest.ManifestError,
-        segmenter.WeightsError,
-        store.ChampionError,
-        config.ConfigError,
-    ) as error:
-        Console(stderr=True).print(f"evaluate: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return stage.Result((f"scored again: {folder}",), record=value)

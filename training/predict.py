@@ -5,7 +5,6 @@ shortlist of images worth labelling, the student's label map as an index PNG nam
 `pipeline.labels.ranking` read them.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.imaging import label_maps, resize
 from pipeline.labels import ranking
+from pipeline.stage import Result
 from pipeline.storage import atomic, manifest, predictions, shards
 from training import inference
 from training.methods.s4mc import margin, refine
 from training.models import segmenter
 
-STUDENT = Path("models/student/student.safetensors")
-SPLIT = Path("data/split")
 POOL_SPLITS = ("labelled", "unlabelled")
 SEED = 0
 
@@ -152,12 +149,12 @@ def write_prelabels(
             bar.advance(len(samples))
 
 
-def run(params: config.Params, console: Console) -> None:
+def run(params: config.Params) -> Result:
     """The stage: student and data/split -> data/pool/. Raises PredictError when there is no image."""
-    model, meta = segmenter.load(STUDENT, inference.device())
-    summary = atomic.read_json(SPLIT / "summary.json")
+    model, meta = segmenter.load(paths.STUDENT_WEIGHTS, inference.device())
+    summary = atomic.read_json(paths.SPLIT_SUMMARY)
     policy = config.Input.model_validate(meta["params"]["input"])
-    rows = choose_rows(manifest.read(SPLIT / "manifest.parquet"), params.pool.max_images)
+    rows = choose_rows(manifest.read(paths.SPLIT_MANIFEST), params.pool.max_images)
     if not rows:
         raise PredictError("neither labelled nor unlabelled images are in data/split; check the source and its lists")
     columns = survey(
@@ -179,17 +176,4 @@ def run(params: config.Params, console: Console) -> None:
             if here.any():
                 means = (f"{getattr(seen, key)[here].mean():.3f}" for key in ("confidence", "margin", "entropy"))
                 table.add_row(dump, split, str(int(here.sum())), *means)
-    console.print(table)
-
-
-def main() -> int:
-    try:
-        run(config.load(), Console())
-    except (PredictError, manifest.ManifestError, segmenter.WeightsError, config.ConfigError) as error:
-        Console(stderr=True).print(f"predict: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Result((table,))

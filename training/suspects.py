@@ -10,7 +10,6 @@ thresholds are means over all of them.
 
 import csv
 import io
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +19,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.imaging import label_maps, resize
+from pipeline.stage import Result
 from pipeline.storage import atomic, manifest
 from training import confident_learning, inference
 from training.confident_learning import Region
 from training.models import segmenter
 
-STUDENT, SPLIT = Path("models/student/student.safetensors"), Path("data/split")
-TABLE, PICTURES = Path("reports/suspect_labels.csv"), Path("reports/suspects")
 SPLITS = ("labelled", "val", "test")
 COLUMNS = (
     "split", "place", "score", "name", "dump", "group", "id", "given", "suggested", "region_pixels", "left", "top", "right",
@@ -112,7 +109,7 @@ def table_csv(by_split: dict[str, list[Suspect]], names: Sequence[str], pictured
 
 
 def picture(split: str, place: int) -> Path:
-    return PICTURES / f"{split}-{place:03d}.jpg"
+    return paths.SUSPECTS / f"{split}-{place:03d}.jpg"
 
 
 def strip(
@@ -135,17 +132,19 @@ def strip(
     return buffer.getvalue()
 
 
-def run(params: config.Params, console: Console) -> None:
+def run(params: config.Params) -> Result:
     """The stage. Raises SuspectsError when the student was trained for other classes or on another split."""
-    model, meta = segmenter.load(STUDENT, inference.device())
-    summary = atomic.read_json(SPLIT / "summary.json")
+    model, meta = segmenter.load(paths.STUDENT_WEIGHTS, inference.device())
+    summary = atomic.read_json(paths.SPLIT_SUMMARY)
     if any(meta[key] != summary[key] for key in ("classes", "split_hash")):
-        raise SuspectsError(f"{STUDENT} was trained for other classes or on another split: train again (`dvc repro`)")
+        raise SuspectsError(
+            f"{paths.STUDENT_WEIGHTS} was trained for other classes or on another split: train again (`dvc repro`)"
+        )
     policy, ignore = config.Input.model_validate(meta["params"]["input"]), meta["ignore"]
     names, palette = ([c[key] for c in meta["classes"]] for key in ("name", "color"))
-    rows = manifest.read(SPLIT / "manifest.parquet")
+    rows = manifest.read(paths.SPLIT_MANIFEST)
     found: dict[str, list[Suspect]] = {}
-    with atomic.replacing_folder(PICTURES) as folder:
+    with atomic.replacing_folder(paths.SUSPECTS) as folder:
         for split in SPLITS:
             ours = [row for row in rows if row.split == split]
             found[split], threshold_K = rank(model, ours, policy, params, ignore, split)
@@ -159,30 +158,11 @@ def run(params: config.Params, console: Console) -> None:
                 label_HW = probability_KHW.argmax(0).astype(np.uint8)
                 data = strip(image_HWC, mask_HW, label_HW, suggested_HW, [tuple(c) for c in palette])
                 atomic.write_bytes(folder / picture(split, first[sample.row.id]).name, data)
-    atomic.write_text(TABLE, table_csv(found, names, params.pool.suspects))
-    shown = Table("split", "", "image", "score", "mask says", "student says", title=f"suspect masks: {PICTURES}")
+    atomic.write_text(paths.SUSPECT_LABELS, table_csv(found, names, params.pool.suspects))
+    shown = Table("split", "", "image", "score", "mask says", "student says", title=f"suspect masks: {paths.SUSPECTS}")
     for split, suspects in found.items():
         for place, s in enumerate(suspects[:5], 1):
             first_region = s.regions[0]
             pair = names[first_region.given], names[first_region.suggested]
             shown.add_row(split, str(place), s.row.name, f"{s.score:.3f}", *pair)
-    console.print(shown)
-
-
-def main() -> int:
-    try:
-        run(config.load(), Console())
-    except (
-        SuspectsError,
-        manifest.ManifestError,
-        inference.MaskError,
-        segmenter.WeightsError,
-        config.ConfigError,
-    ) as error:
-        Console(stderr=True).print(f"suspects: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Result((shown,))

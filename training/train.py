@@ -1,9 +1,7 @@
 """Stage `train`: split manifest -> student weights, curves and previews."""
 
-import argparse
 import math
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pipeline import config, console
+from pipeline import config, console, paths
 from pipeline.champions import metrics as scores
 from pipeline.config import Params
+from pipeline.stage import Result, warn
 from pipeline.storage import atomic, manifest
 from pipeline.storage.manifest import Row
 from training import inference, metrics, warm_start
@@ -30,10 +28,6 @@ from training.methods.pseudo_labels import relabel
 from training.models import segmenter
 from training.reports import curves
 
-MANIFEST = Path("data/split/manifest.parquet")
-SUMMARY = Path("data/split/summary.json")
-OUT = Path("models/student")
-REPORTS = Path("reports/train")
 # They look at weights and cannot change a run's: editing them must not cost a half-finished run. One that is missing here
 # costs no more than that.
 ONLOOKERS = frozenset(
@@ -244,23 +238,23 @@ def _named(values: dict[str, float], classes: list[dict[str, Any]]) -> dict[str,
 
 
 def open_live() -> Any:
-    """DVCLive's logger on REPORTS/live. Raises ConfigError in a git repository without a commit, which it cannot handle."""
+    """DVCLive's logger on `paths.LIVE`. Raises ConfigError in a git repository without a commit, which it cannot handle."""
     from dvclive import Live
     from scmrepo.exceptions import SCMError
 
     try:
-        return Live(str(REPORTS / "live"), report=None, save_dvc_exp=False, dvcyaml=None)
+        return Live(str(paths.LIVE), report=None, save_dvc_exp=False, dvcyaml=None)
     except SCMError as error:
         raise config.ConfigError(
             f"git: {error}; commit once (`git add -A && git commit -m start`), then run again"
         ) from error
 
 
-def stage(params: Params) -> None:
+def stage(params: Params) -> Result | None:
     """The stage: train, write weights and reports, print one table. Of several processes only the first writes."""
     group = distributed.connect()
-    summary = atomic.read_json(SUMMARY)
-    data = Data.read(manifest.read(MANIFEST), summary)
+    summary = atomic.read_json(paths.SPLIT_SUMMARY)
+    data = Data.read(manifest.read(paths.SPLIT_MANIFEST), summary)
     start_at = warm_start.champion()
     began = time.monotonic()
     ready = prepare(params, data, start_at, group.ranks)
@@ -272,9 +266,9 @@ def stage(params: Params) -> None:
     )  # fmt: skip
     if group.ranks.rank:
         fit()
-        return
+        return None
     for other in checkpoint.unfinished(ready.identity):
-        Console(stderr=True).print(f"train: {other}", style="yellow", markup=False, soft_wrap=True)
+        warn(str(other))
     with open_live() as live, console.bar(f"train {params.train.method}", params.train.steps) as bar:
         done = 0
 
@@ -296,61 +290,46 @@ def stage(params: Params) -> None:
         "params": params.model_dump(mode="json", include={"model", "input"}),
         "trained_on": ready.seen,
     }
-    segmenter.save(OUT / "student.safetensors", result.teacher, {**shared, "weights": "teacher, last step"})
+    segmenter.save(paths.STUDENT_WEIGHTS, result.teacher, {**shared, "weights": "teacher, last step"})
     if result.best is not None:
         best = {**shared, "weights": f"teacher, step {result.best_step}, best on val"}
-        segmenter.save(OUT / "best.safetensors", result.best, best)
-    atomic.write_json(OUT / "train.json", about | lineage(params, summary))
-    atomic.write_json(REPORTS / "train.json", about)  # beside the curves, where DVC reads it as a metric
-    curves.curves(result.history, data.classes, REPORTS / "curves.png")
+        segmenter.save(paths.BEST_WEIGHTS, result.best, best)
+    atomic.write_json(paths.TRAINING, about | lineage(params, summary))
+    atomic.write_json(paths.TRAIN_SCORES, about)  # beside the curves, where DVC reads it as a metric
+    curves.curves(result.history, data.classes, paths.CURVES)
     some = Images(
         data.unlabelled[:: max(1, len(data.unlabelled) // 6)][:6],
         params.input,
         ignore=data.ignore,
         max_pixels=params.ingest.max_pixels,
     )
-    model = segmenter.load(OUT / "student.safetensors")[0]
+    model = segmenter.load(paths.STUDENT_WEIGHTS)[0]
     bar_at_end = result.history[-1].get("threshold", math.nan)
-    curves.previews(model, some, ready.method, params, data.classes, bar_at_end, REPORTS / "pseudo_labels.png")
+    curves.previews(model, some, ready.method, params, data.classes, bar_at_end, paths.PSEUDO_LABELS)
     checkpoint.discard(work)
-    show(about)
+    return Result((table(about),), record=about)
 
 
-def show(about: dict[str, Any]) -> None:
+def table(about: dict[str, Any]) -> Table:
     columns = ("labelled", "unlabelled", "offline", "steps", "val_miou", "best_step", "kept", "precision")
-    table = Table(title=f"train: {about['method']} ({about['preset']}), {about['seconds']} s on {about['device']}")
+    shown = Table(title=f"train: {about['method']} ({about['preset']}), {about['seconds']} s on {about['device']}")
     for column in columns:
-        table.add_column(column.replace("_miou", " mIoU").replace("_", " "), justify="right")
-    table.add_row(*("-" if about[k] is None else str(about[k]) for k in columns))
-    table.caption = f"precision of kept pseudo-labels against {about['precision_on']}"
-    Console().print(table)
+        shown.add_column(column.replace("_miou", " mIoU").replace("_", " "), justify="right")
+    shown.add_row(*("-" if about[k] is None else str(about[k]) for k in columns))
+    shown.caption = f"precision of kept pseudo-labels against {about['precision_on']}"
+    return shown
 
 
-def main() -> int:
-    """Exit code 75 when interrupted by SIGTERM (the same command resumes), 1 with a message when training cannot go on.
+def run(params: Params) -> Result | None:
+    """The stage, as the command line runs it: where the device's memory is full it says what to lower.
 
-    Under torchrun the code is torchrun's own, 1, whatever its processes say.
+    Raises:
+        trainer.Interrupted: SIGTERM; the same command resumes. Under torchrun the exit code is torchrun's own, 1.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    problems = Console(stderr=True)
     try:
-        stage(config.load(parser.parse_args().params))
-    except trainer.Interrupted as reason:
-        problems.print(f"train: {reason}", style="yellow", markup=False, soft_wrap=True)
-        return 75
+        return stage(params)
     except torch.OutOfMemoryError as error:
-        problems.print(
-            f"train: the device's memory is full ({error}). Set train.precision: bf16, train.accumulate: 2, or a smaller "
-            "train.crop or batch; presets/ states what its settings need",
-            style="red", markup=False, soft_wrap=True,
-        )  # fmt: skip
-        return 1
-    except (OSError, ValueError, RuntimeError) as error:
-        problems.print(f"train: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise RuntimeError(
+            f"the device's memory is full ({error}). Set train.precision: bf16, train.accumulate: 2, or a smaller "
+            "train.crop or batch; presets/ states what its settings need"
+        ) from error

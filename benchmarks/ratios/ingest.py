@@ -6,7 +6,7 @@ first ingest (ingest and index of all images).
 Real: `--images` different JPEGs of 480 x 360 are ingested as the pipeline does it (decoded, hashed, written to shards, by
 threads as for any dump below `check.FEW`), in several sizes, and the cost of one image is the slope. Simulated: the rows
 of the history. Their hashes are those of photographs (or of noise) with ten bits turned at random; ids are made up; no
-image lies behind them. The index over history + 1 % is run for real on those rows, by the stage's own main(). DVC's own
+image lies behind them. The index over history + 1 % is run for real on those rows, by the stage's own function. DVC's own
 start, 0.6 s or so, and its hashing of what changed are not in it, on either side.
 
 All seconds are of processor time, of this process and its workers, so that other work on the machine does not count.
@@ -32,12 +32,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.support.timing import machine
-from pipeline import config
+from pipeline import config, paths, stage
 from pipeline.imaging import perceptual_hash
 from pipeline.ingest import check, deduplicate, dump_registry
 from pipeline.storage import atomic, manifest, shards
 
-QUIET = Console(quiet=True)
 SOURCE: dict[str, Any] = {
     "source": "folder", "classes": [{"id": 0, "name": "thing", "color": [9, 9, 9]}], "ignore": 255, "lists": {},
     "groups": None, "group_pattern": None,
@@ -74,7 +73,7 @@ def seconds_to_ingest(pictures: Sequence[bytes], name: str) -> float:
     archive = Path("data/dumps") / f"{name}.tar"
     shards.write_tar(archive, ((f"images/{name}-{n:06d}.jpg", data) for n, data in enumerate(pictures)))
     began = spent()
-    check.ingest(archive, name, SOURCE, config.Ingest(), QUIET, config.Scale(workers=WORKERS))
+    check.ingest(archive, name, SOURCE, config.Ingest(), config.Scale(workers=WORKERS))
     get_reusable_executor().shutdown(wait=True)
     return (spent() - began) / WORKERS
 
@@ -92,8 +91,8 @@ def fabricate(count: int, dump: str, hashes: np.ndarray, rng: np.random.Generato
         )
         for n in range(count)
     ]  # fmt: skip
-    manifest.write(check.INGESTED / dump / "rows.parquet", rows)
-    atomic.write_json(check.INGESTED / dump / "quarantine.json", [])
+    manifest.write(paths.INGESTED / dump / "rows.parquet", rows)
+    atomic.write_json(paths.INGESTED / dump / "quarantine.json", [])
 
 
 def seconds_to_index(dumps: Sequence[str]) -> float:
@@ -101,7 +100,7 @@ def seconds_to_index(dumps: Sequence[str]) -> float:
     dump_registry.write(dump_registry.Registry(dumps=entries))
     began = spent()
     with redirect_stdout(io.StringIO()):
-        assert deduplicate.main([]) == 0
+        assert stage.run("index", deduplicate.run) == 0
     return spent() - began
 
 
@@ -136,7 +135,7 @@ def main() -> None:
     )
     here = machine()
     with tempfile.TemporaryDirectory() as place, chdir(place):
-        atomic.write_json(check.SOURCE, SOURCE)
+        atomic.write_json(paths.SOURCE, SOURCE)
         atomic.write_text(Path("params.yaml"), "data: {source: folder}\n")
         sizes = [arguments.images // 4, arguments.images // 2, arguments.images]
         seconds_to_ingest(pictures[:64], "warm")  # modules, the file cache

@@ -1,13 +1,8 @@
-"""Every engine of a bundle built on this machine's card, compared with ONNX Runtime, and timed. One command:
+"""`marginalia engines`: every engine of a bundle built on this machine's card, compared with ONNX Runtime, and timed."""
 
-python -m export.tensorrt.check BUNDLE [--precision fp32 ...] [--rebuild]
-"""
-
-import argparse
 import contextlib
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +10,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from export.bundle import bundle
 from export.runtime import telemetry
 from export.tensorrt import builder, cudart
 from export.tensorrt.builder import EngineError, Profile
-from export.tensorrt.cache import HERE, Cache, default_folder
+from export.tensorrt.cache import Cache, default_folder
 from export.tensorrt.session import EngineSession
+from pipeline import paths
+from pipeline.stage import Exit, Result
 from pipeline.storage import atomic
 
 # The precisions of a bundle's files. model.int8.onnx is not among them: its unsigned form is for CPUs.
@@ -92,7 +88,7 @@ def build_all(
     return rows
 
 
-def _show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+def _table(rows: list[dict[str, Any]], title: str) -> Table:
     def cell(row: dict[str, Any], name: str, digits: int) -> str:
         return "-" if row.get(name) is None else f"{row[name]:.{digits}f}"
 
@@ -101,58 +97,45 @@ def _show(rows: list[dict[str, Any]], title: str, console: Console) -> None:
         times = (cell(row, "p50_plain_ms", 3), cell(row, "p50_graph_ms", 3))
         cached = "-" if "cached" not in row else "yes" if row["cached"] else "no"
         table.add_row(row["file"], row["precision"], cell(row, "seconds", 1), cached, cell(row, "agreement", 5), *times)
-    console.print(table)
+    return table
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 when every engine was built and agrees, 1 otherwise."""
-    parser = argparse.ArgumentParser(
-        prog="python -m export.tensorrt.check",
-        description="Build, check and time a bundle's TensorRT engines on this card.",
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--precision", nargs="+", choices=builder.PRECISIONS, help="default: all the bundle has")
-    parser.add_argument("--max-batch", type=int, help="default: as the runtime has it")
-    parser.add_argument("--cache", type=Path, help=f"default: {HERE}, or the user's cache folder")
-    parser.add_argument("--report", type=Path, default=Path("reports/engines.json"))
-    parser.add_argument("--rebuild", action="store_true", help="build even what the cache has")
-    options = parser.parse_args(arguments)
-    errors = Console(stderr=True)
+def run(
+    folder: Path,
+    precisions: Sequence[str] = (),
+    *,
+    max_batch: int | None = None,
+    cache: Path | None = None,
+    rebuild: bool = False,
+) -> Result:
+    """Build, check and time; writes reports/engines.json. Fails where an engine could not be built or disagrees.
 
-    def complain(text: str) -> None:
-        errors.print(f"engines: {text}", style="red", markup=False, soft_wrap=True)
+    Args:
+        precisions: default: all that the bundle has.
+        max_batch: default: as the runtime has it.
 
-    try:
-        opened = bundle.open_bundle(options.bundle)
-        present = [p for p in builder.PRECISIONS if (opened.folder / FILES[p]).exists()]
-        if absent := sorted(set(options.precision or ()) - set(present)):
-            raise EngineError(f"{opened.folder / FILES[absent[0]]}: not in this bundle; it has {', '.join(present)}")
-        policy = opened.manifest.input
-        profile = Profile.of(long_side=policy.long_side, stride=policy.stride, max_batch=options.max_batch)
-        found = builder.look()
-        if not found.usable:
-            for place, answer in found.looked_for.items():
-                errors.print(f"  {place}: {answer}", markup=False, highlight=False, soft_wrap=True)
-            raise EngineError(found.as_dict()["says"])
-        card = builder.card()
-        rows = build_all(
-            opened, options.precision or present, profile, options.cache or default_folder(), rebuild=options.rebuild
-        )
-        cuda_version = cudart.version()
-    except (EngineError, cudart.CudaError, bundle.BundleError, ValueError) as error:
-        complain(str(error))
-        return 1
+    Raises:
+        bundle.BundleError: the bundle does not verify.
+        EngineError: it lacks a precision, or this machine has no card or no TensorRT. cudart.CudaError: its driver fails.
+    """
+    opened = bundle.open_bundle(folder)
+    present = [p for p in builder.PRECISIONS if (opened.folder / FILES[p]).exists()]
+    if absent := sorted(set(precisions) - set(present)):
+        raise EngineError(f"{opened.folder / FILES[absent[0]]}: not in this bundle; it has {', '.join(present)}")
+    policy = opened.manifest.input
+    profile = Profile.of(long_side=policy.long_side, stride=policy.stride, max_batch=max_batch)
+    found = builder.look()
+    if not found.usable:
+        looked = [f"  {place}: {answer}" for place, answer in found.looked_for.items()]
+        raise EngineError("\n".join([found.as_dict()["says"], *looked]))
+
+    card = builder.card()
+    rows = build_all(opened, precisions or present, profile, cache or default_folder(), rebuild=rebuild)
     said = {
         "bundle": opened.manifest.id, "card": dataclasses.asdict(card), "modules": found.modules,
-        "cuda_runtime": cuda_version, "engines": rows,
+        "cuda_runtime": cudart.version(), "engines": rows,
     }  # fmt: skip
-    atomic.write_json(options.report, said)
-    _show(rows, f"{card.name}, driver {card.driver}, batch {profile.opt_NHW[0]}", Console())
-    for row in rows:
-        if row["failure"]:
-            complain(row["failure"])
-    return int(any(row["failure"] for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    atomic.write_json(paths.ENGINES_REPORT, said)
+    table = _table(rows, f"{card.name}, driver {card.driver}, batch {profile.opt_NHW[0]}")
+    failures = tuple(row["failure"] for row in rows if row["failure"])
+    return Result((table,), (), failures, Exit.FAILED if failures else Exit.DONE, said)

@@ -252,9 +252,9 @@ def _said(*command: str) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def show(result: dict[str, Any], console: Console | None = None) -> None:
-    """Print the table."""
-    console, where = console or Console(), result["machine"]
+def shown(result: dict[str, Any]) -> list[Table | str]:
+    """The table, what failed and why, and what the columns mean."""
+    where = result["machine"]
     load = f"{where['cpu']}, {where['cores']} cores, load {where['load']:.1f}"
     title = f"bundle {result['bundle']}, {result['rounds']} rounds"
     table = Table(title=title, caption=load, title_justify="left", box=SIMPLE_HEAD)
@@ -273,13 +273,11 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
             cells += [f"{item[key]:.1f}" for key in ("p50_ms", "p99_ms", "images_per_s")] + [f"{item['peak_mb']:.0f}"]
             cells += ["-" if item[key] is None else f"{item[key]:.2f}" for key in ("r2", "speedup")]
         table.add_row(*cells)
-    console.print(table)
-    for item in result["rows"]:
-        if "failed" in item:
-            console.print(f"{_name(item)}: {item['failed']}", soft_wrap=True, markup=False)
-    console.print(
+    failures = [f"{_name(item)}: {item['failed']}" for item in result["rows"] if "failed" in item]
+    legend = (
         "MB: peak of the process; R2: img/s from JPEG to PNG over the bare runtime's; x fp32: over ONNX Runtime's fp32."
     )
+    return [table, *failures, legend]
 
 
 def _name(item: dict[str, Any]) -> str:

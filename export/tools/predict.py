@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -275,15 +276,23 @@ def _write_lists(result: Result, classes: Sequence[str]) -> None:
             [item.file, item.mask, item.width, item.height, *areas, f"{item.confidence:.4f}", f"{item.seconds:.4f}"]
         )
     atomic.write_text(result.output / "predictions.csv", text.getvalue())
-    facts = {
+    atomic.write_json(result.output / LISTED, _facts(result))
+    atomic.write_json(result.output / "quarantine.json", [item._asdict() for item in result.quarantined])
+
+
+def _facts(result: Result) -> dict[str, Any]:
+    return {
         "bundle": result.bundle,
         "provider": result.provider,
         "precision": result.precision,
         "seconds": result.seconds,
         "images": [asdict(item) for item in result.written],
     }
-    atomic.write_json(result.output / LISTED, facts)
-    atomic.write_json(result.output / "quarantine.json", [item._asdict() for item in result.quarantined])
+
+
+def record(result: Result) -> dict[str, Any]:
+    """The run as plain values: what LISTED says, and what was quarantined."""
+    return _facts(result) | {"quarantined": [item._asdict() for item in result.quarantined]}
 
 
 def class_areas(written: Sequence[Written]) -> dict[str, float]:
@@ -293,9 +302,8 @@ def class_areas(written: Sequence[Written]) -> dict[str, float]:
     return {name: sum(item.area[name] * item.width * item.height for item in written) / total for name in names}
 
 
-def show(result: Result, console: Console | None = None, most: int = 20) -> None:
-    """Print one table of the run, and after it what was quarantined (the first `most`)."""
-    console = console or Console()
+def shown(result: Result, most: int = 20) -> list[Table | str]:
+    """One table of the run, and after it what was quarantined (the first `most`)."""
     table = Table(title=f"predictions in {escape(str(result.output))}", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
@@ -307,8 +315,7 @@ def show(result: Result, console: Console | None = None, most: int = 20) -> None
     table.add_section()
     for name, value in (("provider", result.provider), ("precision", result.precision), ("bundle", result.bundle)):
         table.add_row(name, value)
-    console.print(table)
-    for item in result.quarantined[:most]:
-        console.print(f"[yellow]{escape(item.file)}[/yellow]: {escape(item.reason)}", soft_wrap=True)
+    lines = [f"{item.file}: {item.reason}" for item in result.quarantined[:most]]
     if (more := len(result.quarantined) - most) > 0:
-        console.print(f"and {more} more in {escape(str(result.output / 'quarantine.json'))}", soft_wrap=True)
+        lines.append(f"and {more} more in {result.output / 'quarantine.json'}")
+    return [table, *lines]

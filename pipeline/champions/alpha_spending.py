@@ -93,5 +93,5 @@ def worn(gate: config.Gate, comparison: int, images: int, test_hash: str) -> str
     price = f"a gain must be {wider:.1f} times as clear as at first" if wider > 1 else "chance alone promotes by now"
     return (
         f"test set {test_hash[:12]} has judged {comparison} challengers, so {price}: label a fresh test set, then run "
-        "`python -m training.evaluate --champion` and `dvc repro`"
+        "`marginalia rescore` and `dvc repro`"
     )

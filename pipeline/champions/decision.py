@@ -66,7 +66,7 @@ def _aligned(challenger: Scored, champion: Scored) -> NDArray[np.int64] | None:
 
 
 def _incomparable(challenger: Scored, champion: Scored, rest: NDArray[np.int64] | None) -> str | None:
-    again = "run `python -m training.evaluate --champion` to score the champion on this test split, then `dvc repro`"
+    again = "run `marginalia rescore` to score the champion on this test split, then `dvc repro`"
     if challenger.classes != champion.classes:
         return (
             f"class lists differ (challenger {list(challenger.classes)}, champion {list(champion.classes)}): the two "

@@ -5,7 +5,6 @@ must be one model: bundle, weights, scores and parity report name each other by 
 """
 
 import os
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline.champions import alpha_spending, history, metrics, store
 from pipeline.champions.decision import GateError, Scored, Verdict, judge, number
+from pipeline.stage import Exit, Result
 from pipeline.storage import atomic
 
 
@@ -141,7 +140,7 @@ def run(
     Raises:
         ChampionError: missing or damaged inputs; the message names the file and what to do.
     """
-    home = home or root / "champions"
+    home = home or root / paths.CHAMPIONS
     with store.locked(home) if experiment is None else nullcontext():
         return _run(root, gate, experiment, home, now)
 
@@ -223,7 +222,22 @@ def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now:
     return verdict
 
 
-def _show(verdict: Verdict, console: Console) -> None:
+def stage(params: config.Params) -> Result:
+    """The stage: bundle, student and their reports -> champions/ and reports/gate.json. A refusal is exit code 3."""
+    # DVC sets both in the stages of `dvc exp run`: in the workspace, with --temp and from the queue. A temporary run
+    # lies elsewhere, without champions/; DVC_ROOT is then still the project.
+    experiment = os.environ.get("DVC_EXP_NAME") or None
+    project = Path(os.environ.get("DVC_ROOT", "")) if experiment else Path()
+    verdict = run(Path(), params.gate, experiment=experiment, home=project / paths.CHAMPIONS)
+
+    report = atomic.read_json(paths.GATE)
+    shown, warnings = (_table(verdict),), [report["warning"]] if report["warning"] else []
+    if verdict.verdict == "refused":
+        return Result(shown, warnings, (f"gate: refused: {verdict.reason}",), Exit.REFUSED, report)
+    return Result(shown, warnings, record=report)
+
+
+def _table(verdict: Verdict) -> Table:
     table = Table(
         "class", "champion", "challenger", "delta", "interval", title=f"gate: {verdict.verdict}", caption=verdict.reason
     )
@@ -236,25 +250,4 @@ def _show(verdict: Verdict, console: Console) -> None:
     if verdict.delta is not None and verdict.ci is not None:
         cells = [f"{value:.2f}" for value in (verdict.champion_miou or 0.0, verdict.miou or 0.0, verdict.delta)]
         table.add_row("mIoU", *cells, f"{verdict.ci[0]:+.2f} .. {verdict.ci[1]:+.2f}", style="bold")
-    console.print(table)
-
-
-def main() -> int:
-    """Exit code 0 for promoted and kept, 1 for refused or unusable inputs (the reason is printed)."""
-    try:
-        # DVC sets both in the stages of `dvc exp run`: in the workspace, with --temp and from the queue. A temporary run
-        # lies elsewhere, without champions/; DVC_ROOT is then still the project.
-        experiment = os.environ.get("DVC_EXP_NAME") or None
-        project = Path(os.environ.get("DVC_ROOT", "")) if experiment else Path()
-        verdict = run(Path(), config.load().gate, experiment=experiment, home=project / "champions")
-    except (store.ChampionError, config.ConfigError) as error:
-        Console(stderr=True).print(f"gate: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    _show(verdict, Console())
-    if warning := atomic.read_json(Path("reports/gate.json"))["warning"]:
-        Console().print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    return 1 if verdict.verdict == "refused" else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return table

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.champions import store
@@ -138,7 +137,3 @@ def table(said: Record) -> Table:
         cells = (_miou(record), _data(record), _settings(record["changed"]), record.get("warm_start") or "-")
         shown.add_row(when, record["id"], *cells, _why(record), style="bold" if place == latest else None)
     return shown
-
-
-def show(said: Record, console: Console | None = None) -> None:
-    (console or Console()).print(table(said))

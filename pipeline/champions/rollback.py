@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline import paths
 from pipeline.champions import gate, history, store
-from pipeline.ingest import add_dump, dump_registry
+from pipeline.ingest import dump_registry
 from pipeline.storage import atomic, dvc
 
 
@@ -32,7 +33,7 @@ def run(root: Path, id: str | None = None, *, now: Callable[[], datetime] = lamb
         ChampionError: no such champion, or files of it that are missing or damaged; named. Nothing was moved.
         registry.RegistryError: dumps.yaml is unusable. Nothing was moved.
     """
-    home = root / "champions"
+    home = root / paths.CHAMPIONS
     with store.locked(home):
         here = store.pointer(home)
         if here is None:
@@ -87,7 +88,7 @@ def _check(home: Path, record: dict[str, Any]) -> None:
 
 def _start_from(root: Path, id: str) -> bool:
     """Whether dumps.yaml had to change: a warm start from another champion is moved along, none is left at none."""
-    file, home = root / dump_registry.FILE, root / add_dump.DUMPS
+    file, home = root / dump_registry.FILE, root / paths.DUMPS
     if not file.exists():
         return False
     home.mkdir(parents=True, exist_ok=True)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline.drift import predictions as shifts
 from pipeline.drift import two_sample
 from pipeline.drift.two_sample import Cloud, Finding
+from pipeline.stage import Exit, Result
 from pipeline.storage import atomic
 from pipeline.storage import predictions as pool
 from pipeline.storage.predictions import Floats, Pool, PoolError
@@ -27,8 +27,6 @@ from pipeline.storage.predictions import Floats, Pool, PoolError
 SERVED = "served"
 MAX_BYTES = 64 << 20
 FEWEST = 30  # sampled answers: a few images of one afternoon stand for no stream
-REPORT = Path("reports/served.json")
-POINTER, STUDENT = Path("champions/champion.json"), Path("models/student/student.safetensors")
 
 
 class Answers(NamedTuple):
@@ -124,36 +122,39 @@ def compare(seen: Pool, served: Answers, settings: config.Pool) -> tuple[Finding
 
 def other_model(champion: str | None) -> str | None:
     """Why the pool's answers may not be the champion's: the student of the last training did not become it."""
-    theirs = POINTER.parent / str(champion) / STUDENT.name
+    student = paths.STUDENT_WEIGHTS
+    theirs = paths.CHAMPIONS / str(champion) / student.name
     if (
         champion is None
-        or not (theirs.exists() and STUDENT.exists())
-        or atomic.sha256(theirs) == atomic.sha256(STUDENT)
+        or not (theirs.exists() and student.exists())
+        or atomic.sha256(theirs) == atomic.sha256(student)
     ):
         return None
     return (
-        f"{pool.FILE} holds the answers of {STUDENT}, which is not the champion {champion[:12]}: what differs may be the "
+        f"{pool.FILE} holds the answers of {student}, which is not the champion {champion[:12]}: what differs may be the "
         f"two models; to compare with the champion's own, put {theirs} and its train.json there and run the predict stage"
     )
 
 
-def run(where: str, params: config.Params, console: Console) -> bool:
-    """Print and write reports/served.json; False when `pool.policy: hold` and the answers have drifted."""
-    champion = str(atomic.read_json(POINTER)["id"]) if POINTER.exists() else None
+def run(params: config.Params, where: str) -> Result:
+    """`marginalia drift`: writes reports/served.json; exit code 3 when `pool.policy` is hold and the answers have drifted."""
+    champion = str(atomic.read_json(paths.CHAMPION)["id"]) if paths.CHAMPION.exists() else None
     served = answers(read(where), champion)
     finding, areas = compare(pool.read(), served, params.pool)
     warning = other_model(champion)
     said = {"source": where.split("?")[0], "bundle": served.bundle, "warning": warning, **finding.__dict__}
-    atomic.write_json(REPORT, said | {"area": areas})
-    table = Table(
-        "class", "reference", "served", "p", "", title=f"bundle {served.bundle[:12]}: {finding.images} answers"
-    )
+    said |= {"area": areas}
+    atomic.write_json(paths.SERVED, said)
+
+    title = f"bundle {served.bundle[:12]}: {finding.images} answers"
+    table = Table("class", "reference", "served", "p", "", title=title)
     for name, area in sorted(areas.items(), key=lambda item: item[1]["p"]):
         shares = f"{100 * area['reference']:.2f} %", f"{100 * area['dump']:.2f} %"
         table.add_row(name, *shares, f"{area['p']:.4f}", "MOVED" if area["moved"] else "")
-    console.print(table)
     verdict = "DRIFTED" if finding.drifted else "like the training images"
-    console.print(f"{verdict}: energy {finding.energy:.4f}, p {finding.p:.4f}, {finding.rule}; {REPORT}", markup=False)
-    if warning:
-        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    return not (finding.drifted and params.pool.policy == "hold")
+    line = f"{verdict}: energy {finding.energy:.4f}, p {finding.p:.4f}, {finding.rule}; {paths.SERVED}"
+    warnings = (warning,) if warning else ()
+    if finding.drifted and params.pool.policy == "hold":
+        problem = f"{where.split('?')[0]}: the answers have drifted, and pool.policy is hold; see {paths.SERVED}"
+        return Result((table, line), warnings, (problem,), Exit.REFUSED, said)
+    return Result((table, line), warnings, record=said)

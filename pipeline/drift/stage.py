@@ -12,33 +12,28 @@ and reports/drift/unusual.jpg, the images of the drifted dumps (of all later one
 on the numbers beside it.
 
 `pool.policy` says what a drifted dump leads to: `warn` prints a warning; `hold` also fails the stage, which stops what
-depends on it; `train` notes it in the report alone.
+depends on it (exit code 3); `train` notes it in the report alone.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.drift import energy_distance, plots, two_sample
 from pipeline.drift import predictions as shifts
 from pipeline.drift.two_sample import BASE, Cloud, Finding, compare
+from pipeline.stage import Exit, Result
 from pipeline.storage import atomic, manifest
 from pipeline.storage import predictions as pool
 from pipeline.storage.predictions import PoolError
 
 __all__ = ["BASE", "Cloud", "Finding", "compare"]
 
-REPORTS = Path("reports")
-PASS = REPORTS / "screen.pass"
-SPLIT = Path("data/split/manifest.parquet")
 LOOKED = 5000  # images of the pool among which the unusual ones are sought
 
 
@@ -78,7 +73,9 @@ def after(seen: pool.Pool, rows: Sequence[manifest.Row]) -> Look:
     """
     by_id = {row.id: row for row in rows}
     if unknown := [str(name) for id_, name in zip(seen.id, seen.name, strict=True) if str(id_) not in by_id]:
-        raise PoolError(f"{pool.FILE}: image {unknown[0]!r} is not in {SPLIT}; run the predict stage again")
+        raise PoolError(
+            f"{pool.FILE}: image {unknown[0]!r} is not in {paths.SPLIT_MANIFEST}; run the predict stage again"
+        )
     points = Cloud(seen.embedding, seen.dump, seen.group, seen.split)
     return Look(points, [by_id[str(id_)] for id_ in seen.id], seen)
 
@@ -132,56 +129,53 @@ def show_unusual(look: Look, said: dict[str, Any], max_pixels: int, path: Path) 
     )
 
 
-def run(params: config.Params, screen: bool, console: Console) -> dict[str, Any]:
-    """Either stage; the report, which with the pictures is written in every case."""
-    settings, max_pixels = params.pool, params.ingest.max_pixels
-    stage = "screen" if screen else "drift"
-    if screen:
-        look = before(manifest.read(SPLIT), max_pixels)
-    else:
-        seen = pool.read()
-        look = after(seen, manifest.read(SPLIT))
-    found = verdicts(look, settings)
-    said = report(look, found, settings)
-    plots.axes(look.points, {dump: next(iter(by.values())) for dump, by in found.items()}, REPORTS / f"{stage}.png")
-    show_unusual(look, said, max_pixels, REPORTS / stage / "unusual.jpg")
-    atomic.write_json(REPORTS / f"{stage}.json", said)
-    if screen:
-        PASS.unlink(missing_ok=True)
-        if not said["held"]:
-            atomic.write_text(PASS, "".join(f"{dump}\n" for dump in (BASE, *sorted(found))))
+def screen(params: config.Params) -> Result:
+    """The stage before training: images of later dumps -> reports/screen.*, and which dumps may train: screen.pass."""
+    look = before(manifest.read(paths.SPLIT_MANIFEST), params.ingest.max_pixels)
+    found = verdicts(look, params.pool)
+    said = _write(look, found, params, "screen")
+    paths.SCREEN_PASS.unlink(missing_ok=True)
+    if not said["held"]:
+        atomic.write_text(paths.SCREEN_PASS, "".join(f"{dump}\n" for dump in (BASE, *sorted(found))))
+    return _result(said, found, "screen")
+
+
+def drift(params: config.Params) -> Result:
+    """The stage after predict: features and answers of the pool -> reports/drift.*."""
+    seen = pool.read()
+    look = after(seen, manifest.read(paths.SPLIT_MANIFEST))
+    found = verdicts(look, params.pool)
+    return _result(_write(look, found, params, "drift"), found, "drift")
+
+
+def _unusual(stage: str) -> Path:
+    return paths.REPORTS / stage / "unusual.jpg"
+
+
+def _write(look: Look, found: dict[str, dict[str, Finding]], params: config.Params, stage: str) -> dict[str, Any]:
+    """The report, which with its pictures is written whatever the verdict."""
+    said = report(look, found, params.pool)
+    chosen = {dump: next(iter(by.values())) for dump, by in found.items()}
+    plots.axes(look.points, chosen, paths.REPORTS / f"{stage}.png")
+    show_unusual(look, said, params.ingest.max_pixels, _unusual(stage))
+    atomic.write_json(paths.REPORTS / f"{stage}.json", said)
+    return said
+
+
+def _result(said: dict[str, Any], found: dict[str, dict[str, Finding]], stage: str) -> Result:
     table = Table("dump", "images", "source", "energy", "p", "rule", "verdict", title=f"drift in {said['space']}")
     for dump, by_source in found.items():
         for source, f in by_source.items():
             verdict = "DRIFTED" if f.drifted else "like the rest"
             table.add_row(dump, str(f.images), source, f"{f.energy:.4f}", f"{f.p:.4f}", f.rule, verdict)
-    console.print(table if found else "drift: only the first dump is there, nothing to compare")
-    return said
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 when `pool.policy: hold` keeps a drifted dump back, or the inputs are unusable."""
-    parser = argparse.ArgumentParser(description="distance of later dumps from the training data")
-    parser.add_argument("--screen", action="store_true", help="before training, from the images alone")
-    screen = parser.parse_args(arguments).screen
-    problems = Console(stderr=True)
-    try:
-        said = run(config.load(), screen, Console())
-    except (PoolError, manifest.ManifestError, config.ConfigError) as error:
-        problems.print(f"drift: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    page = REPORTS / ("screen" if screen else "drift") / "unusual.jpg"
+    shown = (table if found else "drift: only the first dump is there, nothing to compare",)
     if said["held"]:
-        problems.print(
-            f"drift: held back by pool.policy: hold: {', '.join(said['held'])}. Look at {page}; then either set "
-            "pool.policy: warn to go on with the dump, or take it out of dumps.yaml",
-            style="red", markup=False, soft_wrap=True,
-        )  # fmt: skip
-    elif said["drifted"] and said["policy"] == "warn":
-        what = f"warning: drifted: {', '.join(said['drifted'])}; its strangest images: {page}"
-        problems.print(what, style="yellow", markup=False, soft_wrap=True)
-    return 1 if said["held"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        problem = (
+            f"held back by pool.policy: hold: {', '.join(said['held'])}. Look at {_unusual(stage)}; then either set "
+            f"pool.policy: warn to go on with the dump, or take it out of {paths.DUMP_REGISTRY}"
+        )
+        return Result(shown, (), (problem,), Exit.REFUSED, said)
+    if said["drifted"] and said["policy"] == "warn":
+        warning = f"drifted: {', '.join(said['drifted'])}; its strangest images: {_unusual(stage)}"
+        return Result(shown, (warning,), record=said)
+    return Result(shown, record=said)

@@ -5,10 +5,8 @@ way, leaves it as it was. A delivery with the same files as a registered one, in
 names, is recognised by its content and changes nothing.
 """
 
-import argparse
 import re
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,17 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.formats.common.source import name_id
 from pipeline.imaging import decode
 from pipeline.ingest import dump_registry, remote, webdataset
-from pipeline.storage import archives, atomic, manifest, shards
+from pipeline.stage import Result
+from pipeline.storage import archives, atomic, dvc, manifest, shards
 
-DUMPS, CHAMPION = Path("data/dumps"), Path("champions/champion.json")
 RESERVE = 1 << 30  # bytes of disk left alone
 EXTENSIONS = archives.EXTENSIONS
 _SUFFIX = re.compile(r"(\.tar)?\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|zst)$", re.IGNORECASE)
@@ -75,7 +72,7 @@ def add(
     dump_registry.read(root / dump_registry.FILE)  # a broken registry stops the work before it begins
     if name is not None and not dump_registry.NAME.fullmatch(name):
         raise dump_registry.RegistryError(f"dump name {name!r}: use a-z, 0-9, '_' and '-', at most 64 characters")
-    home = root / DUMPS
+    home = root / paths.DUMPS
     home.mkdir(parents=True, exist_ok=True)
     copies = 2 + remote.is_url(str(path))  # the spool, the sorted archive, and what is fetched exist side by side
     free = max(0, shutil.disk_usage(home).free - RESERVE) // copies
@@ -166,14 +163,14 @@ def _register(
     chosen = name or _free_name(path, known, root, content)
     if chosen in known.dumps:
         raise dump_registry.RegistryError(f"dump {chosen!r} is registered with other content; choose another name")
-    archive = DUMPS / f"{chosen}.tar"
+    archive = paths.DUMPS / f"{chosen}.tar"
     if not _available(root / archive, content):
         raise dump_registry.RegistryError(
             f"{archive} is there already with other content, though {dump_registry.FILE} does not name it; "
             "choose another name, or move that file away"
         )
     _move(ready, root / archive)
-    champion = root / CHAMPION
+    champion = root / paths.CHAMPION
     warm = str(atomic.read_json(champion)["id"]) if champion.exists() else known.warm_start
     entry = dump_registry.Entry(
         archive=archive.as_posix(), sha256=content, images=count, added=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
@@ -207,56 +204,47 @@ def _free_name(path: str | Path, known: dump_registry.Registry, root: Path, cont
     number = 1
     while True:
         candidate = stem if number == 1 else f"{stem}-{number}"
-        if candidate not in known.dumps and _available(root / DUMPS / f"{candidate}.tar", content):
+        if candidate not in known.dumps and _available(root / paths.DUMPS / f"{candidate}.tar", content):
             return candidate
         number += 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.ingest.add_dump", description="Register a dump of unlabelled images."
-    )
-    parser.add_argument(
-        "path", help="folder, zip, tar, WebDataset shards as a folder or brace pattern, or a URL of these"
-    )
-    parser.add_argument("--name", help="name in dumps.yaml; default: the file's own")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    arguments = parser.parse_args(argv)
-    console = Console()
-    try:
-        params = config.load(arguments.params)
-        with progress.bar("read %", 100, console) as bar:
-            done = 0
+def run(params: config.Params, path: str, name: str | None = None) -> Result:
+    """`marginalia add-dump`: register the delivery, and put what it needs under DVC's care."""
+    with progress.bar("read %", 100) as bar:
+        done = 0
 
-            def seen(share: float) -> None:
-                nonlocal done
-                bar.advance(int(100 * share) - done)
-                done = int(100 * share)
+        def seen(share: float) -> None:
+            nonlocal done
+            bar.advance(int(100 * share) - done)
+            done = int(100 * share)
 
-            added = add(arguments.path, name=arguments.name, params=params, seen=seen)
-    except (config.ConfigError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"add-dump: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    shown = remote.shown(arguments.path)
+        added = add(path, name=name, params=params, seen=seen)
+    record = added._asdict() | {"archive": added.archive.as_posix()}
+    return Result(_shown(added, remote.shown(path)), _version(), record=record)
+
+
+def _version() -> list[str]:
+    """`dvc add` what is registered and not tracked yet; a warning where that cannot be done."""
+    known = dump_registry.read()
+    keep = [Path(entry.archive) for name, entry in known.dumps.items() if name != dump_registry.BASE]
+    if known.warm_start:
+        keep.append(paths.CHAMPIONS / known.warm_start)
+    problem = dvc.track(keep)
+    return [f"not versioned by DVC: {problem}"] if problem else []
+
+
+def _shown(added: Added, source: str) -> list[Table | str]:
     if added.restored:
-        console.print(
-            f"put back: {added.archive} was missing; {shown} has the same files as dump {added.same_as!r}, "
-            "so its archive was written again and the registry is unchanged",
-            markup=False,
-        )
-        return 0
+        return [
+            f"put back: {added.archive} was missing; {source} has the same files as dump {added.same_as!r}, "
+            "so its archive was written again and the registry is unchanged"
+        ]
     if added.same_as:
-        console.print(f"nothing new: {shown} has the same files as dump {added.same_as!r}", markup=False)
-        return 0
+        return [f"nothing new: {source} has the same files as dump {added.same_as!r}"]
     table = Table("outcome", "files", title=f"dump {added.name}: {added.archive}")
     table.add_row("images taken", str(added.images))
     for reason, count in Counter(reason for _, reason in added.skipped).most_common():
         table.add_row(f"skipped: {reason}", str(count))
-    console.print(table)
     start = f"from champion {added.warm_start}" if added.warm_start else "from the encoder's own weights"
-    console.print(f"next: `dvc repro` ingests it, trains {start}, and the gate decides")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return [table, f"next: `dvc repro` ingests it, trains {start}, and the gate decides"]

@@ -11,10 +11,7 @@ turned with it. Where both have the same sides (a square photo, a half turn, a m
 mask is taken as upright, because that is how browsers and label tools show a photo. Both are counted.
 """
 
-import argparse
 import re
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -24,18 +21,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.formats.common.source import name_id
 from pipeline.imaging import decode, label_maps, perceptual_hash
 from pipeline.ingest import dump_registry
+from pipeline.stage import Result
 from pipeline.storage import atomic, manifest, parallel, shards
 
-SOURCE = Path("data/pulled/source.json")
-INGESTED = Path("data/ingested")
 NEEDS_MASK = ("labelled", "val", "test")
 TURNED, UPRIGHT = "masks turned with their photo", "masks taken as upright, their photo is turned"
 # Below this many images threads do it: decoders run outside the interpreter's lock, so two threads keep two cores busy,
@@ -202,12 +197,11 @@ def ingest(
     dump: str,
     source: dict[str, Any],
     params: config.Ingest,
-    console: Console,
     workers: config.Scale = config.Scale(),  # noqa: B008  # frozen
 ) -> Counter[str]:
     """Write data/ingested/DUMP from one archive; returns counts for the summary. The folder appears complete or not."""
     tasks, refused = plan(archive.resolve(), dump, source, params)  # workers may stand in another folder
-    home = INGESTED / dump
+    home = paths.INGESTED / dump
     limit = params.shard_mb << 20
     rows: list[manifest.Row] = []
     decided: Counter[str] = Counter()
@@ -216,7 +210,7 @@ def ingest(
         atomic.replacing_folder(home) as folder,
         shards.Shards(folder, "images", limit) as image_shards,
         shards.Shards(folder, "masks", limit) as mask_shards,
-        progress.bar(f"ingest {dump}", len(tasks), console) as bar,
+        progress.bar(f"ingest {dump}", len(tasks)) as bar,
     ):
         for task, result in _surviving(results, archive):
             bar.advance()
@@ -238,8 +232,8 @@ def ingest(
             rows.append(row)
         image_shards.close()
         mask_shards.close()
-        manifest.write(folder / "rows.parquet", rows)
-        atomic.write_json(folder / "quarantine.json", refused)
+        manifest.write(folder / paths.ROWS_NAME, rows)
+        atomic.write_json(folder / paths.QUARANTINE_NAME, refused)
     codes = Counter(f"{item['code']}{' (image kept, unlabelled)' if item['kept'] else ''}" for item in refused)
     return Counter({"images": len(rows), "with mask": sum(r.mask_shard is not None for r in rows)}) + decided + codes
 
@@ -257,34 +251,18 @@ def _surviving(results: Iterator[tuple[Task, Checked]], archive: Path) -> Iterat
         ) from error
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.ingest.check", description="Check one archive into shards."
-    )
-    parser.add_argument("dump", help="a name in dumps.yaml")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    arguments = parser.parse_args(argv)
-    console, begun = Console(), time.monotonic()
-    try:
-        params = config.load(arguments.params)
-        entry = dump_registry.find(dump_registry.read(), arguments.dump)
-        verify(Path(entry.archive), arguments.dump, entry)
-        counts = ingest(
-            Path(entry.archive), arguments.dump, atomic.read_json(SOURCE), params.ingest, console, params.scale
-        )
-    except (config.ConfigError, ValueError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"ingest {arguments.dump}: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    table = Table(title=f"ingest {arguments.dump}, {time.monotonic() - begun:.1f} s")
+def run(params: config.Params, dump: str) -> Result:
+    """The stage: the archive of one dump of dumps.yaml -> data/ingested/DUMP/."""
+    entry = dump_registry.find(dump_registry.read(), dump)
+    archive = Path(entry.archive)
+    verify(archive, dump, entry)
+    counts = ingest(archive, dump, atomic.read_json(paths.SOURCE), params.ingest, params.scale)
+
+    table = Table(title=f"ingest {dump}")
     table.add_column("outcome")
     table.add_column("files", justify="right")
     for outcome, count in counts.items():
         table.add_row(outcome, str(count))
-    console.print(table)
-    if counts.keys() - {"images", "with mask", TURNED, UPRIGHT}:
-        console.print(f"every refused file with its reason: {INGESTED / arguments.dump / 'quarantine.json'}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if counts.keys() <= {"images", "with mask", TURNED, UPRIGHT}:
+        return Result((table,))
+    return Result((table, f"every refused file with its reason: {paths.INGESTED / dump / paths.QUARANTINE_NAME}"))

@@ -12,24 +12,19 @@ All rows are looked at anew at every run, so that the manifest depends on the ar
 came to this machine first; 100,000 take about a second (benchmarks/ratios/ingest.py).
 """
 
-import argparse
-import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline.imaging import perceptual_hash
 from pipeline.ingest import check, dump_registry
 from pipeline.labels import registry as labels
+from pipeline.stage import Result
 from pipeline.storage import atomic, manifest
 
-MANIFEST, QUARANTINE = Path("data/manifest.parquet"), Path("data/quarantine.json")
 RANKED = ("test", "val", "labelled")
 
 
@@ -103,32 +98,40 @@ def _look_alike(alike: Sequence[_Kept], bits: int, cap: int) -> str:
     return f"looks like {first.key}{more} (difference hash within {bits} bits; {rule})"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.ingest.deduplicate", description="Join all archives into one manifest."
-    )
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    arguments = parser.parse_args(argv)
-    console, begun = Console(), time.monotonic()
-    try:
-        params = config.load(arguments.params)
-        names = list(dump_registry.read().dumps)
-        homes = [check.INGESTED / name for name in names]
-        archives = [manifest.read(home / "rows.parquet") for home in homes]
-        refused = [item for home in homes for item in atomic.read_json(home / "quarantine.json")]
-        source = atomic.read_json(check.SOURCE)
-        lists = source["lists"]
-        imported = labels.places(labels.read(), [c["name"] for c in source["classes"]])
-        rows, dropped = deduplicate(
-            archives, lists, params.ingest.near_duplicate_bits, params.ingest.near_duplicate_cap
-        )
-    except (config.ConfigError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"index: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
+def run(params: config.Params) -> Result:
+    """The stage: data/ingested/ of every dump, and imported labels -> data/manifest.parquet and data/quarantine.json."""
+    names = list(dump_registry.read().dumps)
+    homes = [paths.INGESTED / name for name in names]
+    archives = [manifest.read(home / paths.ROWS_NAME) for home in homes]
+    refused = [item for home in homes for item in atomic.read_json(home / paths.QUARANTINE_NAME)]
+    source = atomic.read_json(paths.SOURCE)
+    imported = labels.places(labels.read(), [c["name"] for c in source["classes"]])
+
+    settings = params.ingest
+    rows, dropped = deduplicate(archives, source["lists"], settings.near_duplicate_bits, settings.near_duplicate_cap)
     rows = labels.attach(rows, imported)
-    manifest.write(MANIFEST, rows)
-    atomic.write_json(QUARANTINE, refused + dropped)
-    table = Table(title=f"index: {len(rows)} images, {time.monotonic() - begun:.1f} s")
+    manifest.write(paths.MANIFEST, rows)
+    atomic.write_json(paths.QUARANTINE, refused + dropped)
+
+    shown: list[Table | str] = [_table(names, archives, rows, refused, dropped)]
+    if imported:
+        used = sum(row.mask_import is not None for row in rows)
+        shown.append(
+            f"{used} masks from {paths.LABEL_REGISTRY}; {len(imported) - used} more are of images that are not kept"
+        )
+    if refused or dropped:
+        shown.append(f"{len(refused) + len(dropped)} entries with their reasons: {paths.QUARANTINE}")
+    return Result(shown)
+
+
+def _table(
+    names: Sequence[str],
+    archives: Sequence[Sequence[manifest.Row]],
+    rows: Sequence[manifest.Row],
+    refused: Sequence[Mapping[str, Any]],
+    dropped: Sequence[Mapping[str, Any]],
+) -> Table:
+    table = Table(title=f"index: {len(rows)} images")
     for column in ("dump", "ingested", "duplicate", "near-duplicate", "kept", "refused files"):
         table.add_column(column, justify="left" if column == "dump" else "right")
     kept = Counter(row.dump for row in rows)
@@ -137,14 +140,4 @@ def main(argv: list[str] | None = None) -> int:
     for name, archive in zip(names, archives, strict=True):
         cells = (len(archive), codes[name, "duplicate"], codes[name, "near-duplicate"], kept[name], out[name])
         table.add_row(name, *map(str, cells))
-    console.print(table)
-    if imported:
-        used = sum(row.mask_import is not None for row in rows)
-        console.print(f"{used} masks from {labels.FILE}; {len(imported) - used} more are of images that are not kept")
-    if refused or dropped:
-        console.print(f"{len(refused) + len(dropped)} entries with their reasons: {QUARANTINE}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return table

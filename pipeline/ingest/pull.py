@@ -4,19 +4,15 @@ Images go in as they came, byte for byte, and so do masks of class ids; other la
 What cannot be used is named in source.json (`refused`); ingest puts it on the quarantine list.
 """
 
-import argparse
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.demo import recipe as demo
 from pipeline.demo import vizdoom
@@ -26,9 +22,9 @@ from pipeline.formats.common.source import LISTS, Source
 from pipeline.formats.names import skipped
 from pipeline.imaging import decode
 from pipeline.ingest import label_counts
+from pipeline.stage import Result
 from pipeline.storage import atomic, shards
 
-PULLED, OFFERED = Path("data/pulled"), Path("data/offered")
 Pulled = tuple[dict[str, Any], dict[Path, int], list[tuple[str, str]]]  # source.json, images per archive, rows to show
 Reader = Callable[..., Source]  # read(root, data, *, max_pixels)
 READERS: dict[str, Reader] = {
@@ -78,30 +74,30 @@ def demo_members(
             yield f"masks/{group}/{n:03d}.png", frame.mask_png
 
 
-def pull_demo(params: config.Params, console: Console) -> Pulled:
+def pull_demo(params: config.Params) -> Pulled:
     """Render the demo: base.tar, and one archive per later dump in data/offered/ that the user may register."""
     recipe = demo.load_recipe(Path(params.data.path))
     wanted = demo.counts(recipe)
-    with progress.bar("render", sum(wanted.values()), console) as bar:
+    with progress.bar("render", sum(wanted.values())) as bar:
         frames = demo.render_all(recipe, params.scale.workers, lambda _, count: bar.advance(count))
     later = {level for part in recipe.dumps.values() for level in part.levels}
-    written = {PULLED / "base.tar": [level for level in wanted if level not in later]}
-    written |= {OFFERED / f"{name}.tar": list(part.levels) for name, part in recipe.dumps.items()}
+    written = {paths.BASE_ARCHIVE: [level for level in wanted if level not in later]}
+    written |= {paths.OFFERED / f"{name}.tar": list(part.levels) for name, part in recipe.dumps.items()}
     for path, levels in written.items():
-        shards.write_tar(path, demo_members(frames, levels, with_masks=path.parent == PULLED))
+        shards.write_tar(path, demo_members(frames, levels, with_masks=path == paths.BASE_ARCHIVE))
     return demo_source(recipe), {path: sum(wanted[level] for level in levels) for path, levels in written.items()}, []
 
 
-def pull_labels(params: config.Params, console: Console) -> Pulled:
+def pull_labels(params: config.Params) -> Pulled:
     """Pack what the format's reader finds into base.tar, rendering masks one at a time."""
-    data, path, images = params.data, PULLED / "base.tar", 0
+    data, path, images = params.data, paths.BASE_ARCHIVE, 0
     if data.source not in READERS:
         raise ValueError(f"data.source: {data.source} has no reader here; choose {', '.join(READERS)}")
-    with unpack.opened(Path(data.path), params.ingest, PULLED.parent) as root:
+    with unpack.opened(Path(data.path), params.ingest, paths.DATA) as root:
         source = READERS[data.source](root, data, max_pixels=params.ingest.max_pixels)
         refused = list(source.refused)
         counts = label_counts.LabelCounts(len(source.classes))
-        with progress.bar("pack", len(source.files), console) as bar, shards.replacing_tar(path) as add:
+        with progress.bar("pack", len(source.files)) as bar, shards.replacing_tar(path) as add:
             for name, origin in source.files:
                 bar.advance()
                 try:
@@ -157,31 +153,19 @@ def told(
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.ingest.pull", description=__doc__)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    arguments = parser.parse_args(argv)
-    console, begun = Console(), time.monotonic()
-    try:
-        params = config.load(arguments.params)
-        OFFERED.mkdir(parents=True, exist_ok=True)
-        pull = pull_demo if params.data.source == "demo" else pull_labels
-        source, written, rows = pull(params, console)
-    except (config.ConfigError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"pull: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    atomic.write_json(PULLED / "source.json", source)
+def run(params: config.Params) -> Result:
+    """The stage: the source that `data` names -> data/pulled/, and for the demo also data/offered/."""
+    paths.OFFERED.mkdir(parents=True, exist_ok=True)
+    pull = pull_demo if params.data.source == "demo" else pull_labels
+    source, written, rows = pull(params)
+    atomic.write_json(paths.SOURCE, source)
+
     listed = ", ".join(f"{len(ids)} {part}" for part, ids in source["lists"].items() if ids is not None)
     names = [c["name"] for c in source["classes"]]
     rows.append(("classes", f"{len(names)}: {', '.join(names[:12])}{', ...' * (len(names) > 12)}"))
     rows.append(("lists", listed or "none (split by group)"))
     rows += [(str(path), f"{n} images, {path.stat().st_size / 2**20:.1f} MiB") for path, n in written.items()]
-    table = Table("what", "found", title=f"pull: {params.data.source}, {time.monotonic() - begun:.1f} s")
+    table = Table("what", "found", title=f"pull: {params.data.source}")
     for row in rows:
         table.add_row(*map(escape, row))
-    console.print(table)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Result((table,))

@@ -16,27 +16,22 @@
 - An unlisted image whose group is in val or test is unused: it would leak the place into training.
 """
 
-import argparse
-import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline import console as progress
-from pipeline.ingest import check, deduplicate, dump_registry
+from pipeline.ingest import check, dump_registry
+from pipeline.stage import Result
 from pipeline.storage import atomic, manifest
 from pipeline.storage.manifest import Row
 
-OUT, SUMMARY = Path("data/split/manifest.parquet"), Path("data/split/summary.json")
 SIDES = {"labelled": "train", "unlabelled": "train", "val": "val", "test": "test"}
 Lists = Mapping[str, Sequence[str] | None]
 
@@ -228,7 +223,7 @@ def warnings(summary: Mapping[str, Any], lists: Lists, rows: Sequence[Row]) -> l
         if gone := [name for name in lists.get(part) or () if name not in known]:
             found.append(
                 f"{len(gone)} of {len(lists[part] or ())} images listed for {part} are not in the manifest, "
-                f"the first is {gone[0]!r}: {deduplicate.QUARANTINE} says why"
+                f"the first is {gone[0]!r}: {paths.QUARANTINE} says why"
             )
     for part in ("labelled", "val", "test"):
         if not summary["counts"][part]:
@@ -242,35 +237,32 @@ def warnings(summary: Mapping[str, Any], lists: Lists, rows: Sequence[Row]) -> l
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.ingest.split", description="Assign every image to a split."
-    )
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    arguments = parser.parse_args(argv)
-    console, begun = Console(), time.monotonic()
-    try:
-        params = config.load(arguments.params)
-        source = atomic.read_json(check.SOURCE)
-        before = manifest.read(deduplicate.MANIFEST)
-        rows, unused = assign(before, source["lists"], params.split)
-        verify(rows)
-        with progress.bar("count pixels", sum(row.split in check.NEEDS_MASK for row in rows), console) as bar:
-            summary = summarise(rows, unused, source, params.ingest.max_pixels, bar.advance)
-        demand_parts(summary["counts"], summary["unused"], source["lists"], params.split)
-    except (config.ConfigError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"split: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    manifest.write(OUT, rows)
-    atomic.write_json(SUMMARY, summary)
-    _print(console, summary, time.monotonic() - begun)
-    for line in warnings(summary, source["lists"], before):
-        console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
-    return 0
+def run(params: config.Params) -> Result:
+    """The stage: data/manifest.parquet -> data/split/.
+
+    Raises:
+        LeakError: as `assign` and `verify`. As `demand_parts`.
+    """
+    source = atomic.read_json(paths.SOURCE)
+    before = manifest.read(paths.MANIFEST)
+    rows, unused = assign(before, source["lists"], params.split)
+    verify(rows)
+    with progress.bar("count pixels", sum(row.split in check.NEEDS_MASK for row in rows)) as bar:
+        summary = summarise(rows, unused, source, params.ingest.max_pixels, bar.advance)
+    demand_parts(summary["counts"], summary["unused"], source["lists"], params.split)
+
+    manifest.write(paths.SPLIT_MANIFEST, rows)
+    atomic.write_json(paths.SPLIT_SUMMARY, summary)
+    shown: list[Table | str] = [_table(summary)]
+    if summary["hidden_labels"]:
+        shown.append(
+            f"{summary['hidden_labels']} unlabelled images have hidden labels: diagnostics only, never training"
+        )
+    return Result(shown, warnings(summary, source["lists"], before))
 
 
-def _print(console: Console, summary: Mapping[str, Any], seconds: float) -> None:
-    table = Table(title=f"split {summary['split_hash'][:12]}, {seconds:.1f} s")
+def _table(summary: Mapping[str, Any]) -> Table:
+    table = Table(title=f"split {summary['split_hash'][:12]}")
     for column in ("", *manifest.SPLITS):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("images", *(str(summary["counts"][part]) for part in manifest.SPLITS))
@@ -280,12 +272,4 @@ def _print(console: Console, summary: Mapping[str, Any], seconds: float) -> None
     for name in (c["name"] for c in summary["classes"]):
         share = {part: f"{100 * summary['pixels'][part][name] / total:.2f} %" for part, total in totals.items()}
         table.add_row(name, *(share.get(part, "") for part in manifest.SPLITS))
-    console.print(table)
-    if summary["hidden_labels"]:
-        console.print(
-            f"{summary['hidden_labels']} unlabelled images have hidden labels: diagnostics only, never training"
-        )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return table

@@ -5,31 +5,26 @@ one (hidden labels of unlabelled images stay hidden). Files are named `task_name
 `import-labels` knows each one again for certain.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from pipeline import config
+from pipeline import config, paths
 from pipeline.formats import coco_write, cvat, labelstudio, voc_write
 from pipeline.formats.common.task import Item, id_prefix, task_name
 from pipeline.imaging import decode, label_maps
-from pipeline.ingest import check, split
-from pipeline.storage import atomic, manifest, predictions, shards
+from pipeline.stage import Result
+from pipeline.storage import atomic, manifest, shards
 
 FORMATS = ("cvat", "labelstudio", "coco", "voc")
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 OWN = ("labelled", "val", "test")
-HANDED = Path(".marginalia/handed_out.jsonl")  # a line per hand-out: {image id: digest of its pre-label}
 
 
 def prelabels(root: Path = Path()) -> dict[str, shards.Member]:
     """Image id -> its pre-label in the pool; {} where predict has not run."""
-    path = root / predictions.PRELABELS
+    path = root / paths.PRELABELS
     return {member.name.removesuffix(".png"): member for member in shards.members(path)} if path.exists() else {}
 
 
@@ -40,7 +35,7 @@ def handed_out(root: Path = Path()) -> dict[str, set[str]]:
         ValueError: a line is damaged; names the file.
     """
     found: dict[str, set[str]] = {}
-    file = root / HANDED
+    file = root / paths.HANDED_OUT
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 1):
         try:
             for id_, digest in json.loads(line).items():
@@ -52,7 +47,7 @@ def handed_out(root: Path = Path()) -> dict[str, set[str]]:
 
 def hand_out(digests: Mapping[str, str], root: Path = Path()) -> None:
     """Remember which pre-labels left."""
-    file = root / HANDED
+    file = root / paths.HANDED_OUT
     if digests:
         known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         line = json.dumps(digests, sort_keys=True)
@@ -76,7 +71,7 @@ def items(
         data = manifest.read_image_bytes(row, root)
         label_HW = manifest.open_mask(row, max_pixels, root) if row.split in OWN else None
         if label_HW is None and (member := made.get(row.id)):
-            png = shards.read(root / predictions.PRELABELS, member.offset, member.length)
+            png = shards.read(root / paths.PRELABELS, member.offset, member.length)
             label_HW = label_maps.decode_mask(png, max_pixels=max_pixels).astype("uint8")
             handed[row.id] = manifest.mask_digest(label_HW)
         name = task_name(row.id, f"{row.name}.{SUFFIX[decode.sniff(data)]}")
@@ -109,37 +104,29 @@ def write(
     return count
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.labels.exporter", description="Write labels for other tools."
-    )
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--output", "-o", type=Path, required=True, help="cvat: a zip; else a folder, replaced whole")
-    parser.add_argument("--split", action="append", choices=manifest.SPLITS, help="default: labelled")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    given = parser.parse_args(argv)
-    wanted = given.split or ["labelled"]
-    try:
-        params = config.load(given.params)
-        rows = [row for row in manifest.read(split.OUT) if row.split in wanted]
-        classes = atomic.read_json(check.SOURCE)["classes"]
-        if not rows:
-            raise ValueError(f"no image in {', '.join(wanted)}")
-        if given.output.is_dir() and not _ours(given.output):
-            raise ValueError(
-                f"{given.output}: holds files that are no earlier export, and would be replaced whole; name a new folder"
-            )
-        if given.format != "cvat" and given.output.is_file():
-            raise ValueError(f"{given.output}: is a file; {given.format} is written as a folder, name a new one")
-        handed: dict[str, str] = {}
-        found = items(rows, prelabels(), params.ingest.max_pixels, handed=handed)
-        count = write(given.output, given.format, found, classes, {row.id: row.split for row in rows})
-        hand_out(handed)
-    except (config.ConfigError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"export-labels: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    Console().print(f"{given.output}: {count} images for {given.format}", markup=False)
-    return 0
+def run(params: config.Params, form: str, output: Path, splits: Sequence[str]) -> Result:
+    """`marginalia export-labels`: the images of `splits` in one of FORMATS.
+
+    Raises:
+        ValueError: there is no such image, or something else lies at `output`.
+    """
+    rows = [row for row in manifest.read(paths.SPLIT_MANIFEST) if row.split in splits]
+    classes = atomic.read_json(paths.SOURCE)["classes"]
+    if not rows:
+        raise ValueError(f"no image in {', '.join(splits)}")
+    if output.is_dir() and not _ours(output):
+        raise ValueError(
+            f"{output}: holds files that are no earlier export, and would be replaced whole; name a new folder"
+        )
+    if form != "cvat" and output.is_file():
+        raise ValueError(f"{output}: is a file; {form} is written as a folder, name a new one")
+
+    handed: dict[str, str] = {}
+    found = items(rows, prelabels(), params.ingest.max_pixels, handed=handed)
+    count = write(output, form, found, classes, {row.id: row.split for row in rows})
+    hand_out(handed)
+    record = {"output": str(output), "format": form, "images": count}
+    return Result((f"{output}: {count} images for {form}",), record=record)
 
 
 def _ours(folder: Path) -> bool:
@@ -152,7 +139,3 @@ def _ours(folder: Path) -> bool:
     return not there or (bool(pictures) and all(map(id_prefix, pictures)) and there <= {
         "images", "annotations", "tasks.json", "config.xml", "JPEGImages", "SegmentationClass", "ImageSets", "labelmap.txt",
     })  # fmt: skip
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,10 +5,8 @@ same file imported twice changes nothing, and a task that is exported every week
 registry is written last and atomically, under a lock, as for dumps.
 """
 
-import argparse
 import getpass
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -17,16 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline.imaging import decode, label_maps
-from pipeline.ingest import check, split
 from pipeline.labels import exporter, parse, registry
-from pipeline.storage import atomic, manifest, predictions, shards
+from pipeline.stage import Exit, Result
+from pipeline.storage import atomic, dvc, manifest, shards
 
-LOCK = Path(".marginalia/labels.lock")
 OPEN = ("labelled", "unlabelled")  # splits whose labels may change
 
 
@@ -69,8 +65,8 @@ def add(
         SourceError: the delivery as a whole cannot be read.
         labels.LabelsError, manifest.ManifestError: the project is not in order; nothing was changed.
     """
-    rows = manifest.read(root / split.OUT)  # before all else: it says what to run where nothing was run yet
-    classes = atomic.read_json(root / check.SOURCE)["classes"]
+    rows = manifest.read(root / paths.SPLIT_MANIFEST)  # before all else: it says what to run where nothing was run yet
+    classes = atomic.read_json(root / paths.SOURCE)["classes"]
     names = [c["name"] for c in classes]
     registry.places(
         registry.read(root / registry.FILE), names, root
@@ -112,8 +108,8 @@ def add(
                 put(f"{row.id}.png", label_maps.encode_png(mask_HW, palette))
                 digests[row.id] = digest
                 about[row.id] = {"digest": digest, "name": record.name, "image": f"{row.dump}/{row.name}"}
-        (root / LOCK).parent.mkdir(parents=True, exist_ok=True)
-        with atomic.locked(root / LOCK):
+        (root / paths.LABELS_LOCK).parent.mkdir(parents=True, exist_ok=True)
+        with atomic.locked(root / paths.LABELS_LOCK):
             own = {r.id: r.mask_digest for r in rows if r.split == "labelled" and r.mask_import is None}
             return _register(root, path, tool, by or _user(), names, spool, digests, about, refused, own)
 
@@ -131,7 +127,7 @@ def _may_change(row: manifest.Row, taken: dict[str, str]) -> None:
 
 
 def _digest(root: Path, member: shards.Member, params: config.Params) -> str:
-    data = shards.read(root / predictions.PRELABELS, member.offset, member.length)
+    data = shards.read(root / paths.PRELABELS, member.offset, member.length)
     return manifest.mask_digest(label_maps.decode_mask(data, max_pixels=params.ingest.max_pixels).astype("uint8"))
 
 
@@ -188,48 +184,34 @@ def _free_name(path: Path, known: registry.Registry, root: Path) -> str:
     return name
 
 
-def show(path: Path, result: Imported, console: Console) -> None:
-    """One table of what was taken and what was not, and the refused ones by name."""
+def run(
+    params: config.Params, path: Path, *, tool: str = "auto", by: str | None = None, accept_unchanged: bool = False
+) -> Result:
+    """`marginalia import-labels`: as `add`, and what is registered comes under DVC's care; fails where nothing was usable."""
+    added = add(path, params=params, tool=tool, by=by, accept_unchanged=accept_unchanged)
+    record = added._asdict() | {"refused": [item._asdict() for item in added.refused]}
+    if not (added.name or added.unchanged):
+        return Result(_shown(path, added), (), (f"{path}: no usable label",), Exit.FAILED, record)
+    return Result(_shown(path, added), _version(), record=record)
+
+
+def _version() -> list[str]:
+    """`dvc add` what is registered and not tracked yet; a warning where that cannot be done."""
+    problem = dvc.track([Path(entry.archive) for entry in registry.read().labels.values()])
+    return [f"not versioned by DVC: {problem}"] if problem else []
+
+
+def _shown(path: Path, result: Imported) -> list[Table | str]:
+    """One table of what was taken and what was not, the refused ones by name, and what to do next."""
     table = Table("outcome", "images", title=f"{result.tool}: {path}")
     table.add_row("labels taken", str(result.taken))
     table.add_row("in force already", str(result.unchanged))
     for code, count in Counter(item.code for item in result.refused).most_common():
         table.add_row(f"refused: {code}", str(count))
-    console.print(table)
-    for item in result.refused:
-        console.print(f"{item.name}: {item.code}: {item.reason}", markup=False, soft_wrap=True)
+    lines = [f"{item.name}: {item.code}: {item.reason}" for item in result.refused]
     if result.name:
-        console.print(
-            f"next: `dvc repro` trains with {result.name!r}; commit {registry.FILE} and {registry.HOME}/{result.name}.tar.dvc"
-        )
+        archive = f"{registry.HOME}/{result.name}.tar.dvc"
+        lines.append(f"next: `dvc repro` trains with {result.name!r}; commit {registry.FILE} and {archive}")
     elif result.unchanged:
-        console.print(f"nothing new: {path} says what is in force already", markup=False)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.labels.importer", description="Take corrected labels back."
-    )
-    parser.add_argument("path", type=Path, help="CVAT xml or zip, Label Studio or COCO json, or a folder of masks")
-    parser.add_argument("--format", default="auto", choices=("auto", *parse.TOOLS))
-    parser.add_argument("--by", help="who gave the labels; default: you")
-    parser.add_argument("--accept-unchanged", action="store_true", help="also take masks that are just the pre-label")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    given = parser.parse_args(argv)
-    try:
-        result = add(
-            given.path,
-            params=config.load(given.params),
-            tool=given.format,
-            by=given.by,
-            accept_unchanged=given.accept_unchanged,
-        )
-    except (config.ConfigError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"import-labels: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    show(given.path, result, Console())
-    return 0 if result.name or result.unchanged else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        lines.append(f"nothing new: {path} says what is in force already")
+    return [table, *lines]

@@ -8,28 +8,25 @@ each file's name, in labelstudio.json in each task's data: so every image is kno
 import csv
 import io
 import json
-import sys
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline.formats import cvat, labelstudio
 from pipeline.formats.common.source import name_id
 from pipeline.formats.common.task import Item, task_name
 from pipeline.imaging import label_maps
 from pipeline.labels import exporter, ranking
 from pipeline.labels.ranking import Choice
+from pipeline.stage import Result
 from pipeline.storage import atomic, manifest, predictions
 from pipeline.storage.predictions import Pool, PoolError
 
-FOLDER = Path("reports/label_next")
 HOWTO = """\
 Correct the pre-labels in the tool you like, then, in the project: marginalia import-labels WHAT-CAME-BACK; dvc repro
 
@@ -110,33 +107,21 @@ def table_csv(choices: Sequence[Choice], pool: Pool) -> str:
     return text.getvalue()
 
 
-def run(params: config.Params, console: Console) -> None:
+def run(params: config.Params) -> Result:
     """The stage: data/pool and data/split -> reports/rank.csv and reports/label_next/. Raises PoolError."""
     pool = predictions.read()
-    summary = atomic.read_json(Path("data/split/summary.json"))
+    summary = atomic.read_json(paths.SPLIT_SUMMARY)
     frequency_K = ranking.label_frequency(summary, list(map(str, pool.classes)))
     choices = ranking.choose(pool, frequency_K, params.pool.label_next)
-    rows = {row.id: row for row in manifest.read(Path("data/split/manifest.parquet"))}
-    write_folder(FOLDER, choices, pool, rows, summary["classes"], params.ingest.max_pixels)
-    atomic.write_text(Path("reports/rank.csv"), table_csv(choices, pool))
-    table = Table("", "image", "group", "doubt", "most doubted class", title=f"label these next: {FOLDER}")
+    rows = {row.id: row for row in manifest.read(paths.SPLIT_MANIFEST)}
+    write_folder(paths.LABEL_NEXT, choices, pool, rows, summary["classes"], params.ingest.max_pixels)
+    atomic.write_text(paths.RANKING, table_csv(choices, pool))
+
+    table = Table("", "image", "group", "doubt", "most doubted class", title=f"label these next: {paths.LABEL_NEXT}")
     for place, c in enumerate(choices[:10], 1):
         doubted = str(pool.classes[int(np.argmax(pool.doubt[c.index]))])
         table.add_row(str(place), str(pool.name[c.index]), str(pool.group[c.index]), f"{c.doubt:.3f}", doubted)
-    table.caption = f"{FOLDER}/HOWTO.txt says how to correct them and bring them back"
+    table.caption = f"{paths.LABEL_NEXT}/HOWTO.txt says how to correct them and bring them back"
     if len(choices) > 10:
-        table.caption += f"; {len(choices) - 10} more in reports/rank.csv"
-    console.print(table)
-
-
-def main() -> int:
-    try:
-        run(config.load(), Console())
-    except (ValueError, OSError, tarfile.TarError) as error:
-        Console(stderr=True).print(f"rank: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        table.caption += f"; {len(choices) - 10} more in {paths.RANKING}"
+    return Result((table,))

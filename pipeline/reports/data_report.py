@@ -5,20 +5,17 @@ It shows what is there: a report that a later stage has not written yet is named
 
 import csv
 import io
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from pipeline import config
+from pipeline import config, paths
 from pipeline.ingest import dump_registry, split
 from pipeline.reports import page, sections
 from pipeline.reports.pictures import Pictures
+from pipeline.stage import Result
 from pipeline.storage import atomic, manifest
 
-OUT = Path("reports/data.html")
 HASHES = ("data_hash", "split_hash", "test_hash")
 BUDGET = 4_000_000  # characters of pictures; the words are far below the rest of 5 MB
 REFUSED, PAIRS, NEXT, SUSPECTS = 24, 12, 12, 12  # pictures of each kind at most
@@ -58,20 +55,20 @@ class Project:
 
 def read_project(root: Path) -> Project:
     """Raises as `build`."""
-    summary = _read_json(root / "data/split/summary.json")
+    summary = _read_json(root / paths.SPLIT_SUMMARY)
     if summary is None:
         raise ReportError(f"{root / 'data/split/summary.json'}: not found; run `dvc repro split`")
     registry = dump_registry.read(root / dump_registry.FILE)
     return Project(
         root=root,
         summary=summary,
-        rows=manifest.read(root / "data/split/manifest.parquet"),
-        quarantine=_read_json(root / "data/quarantine.json") or [],
+        rows=manifest.read(root / paths.SPLIT_MANIFEST),
+        quarantine=_read_json(root / paths.QUARANTINE) or [],
         dumps={name: entry.model_dump() for name, entry in registry.dumps.items()},
-        lists=(_read_json(root / "data/pulled/source.json") or {}).get("lists") or {},
-        drift={name: _read_json(root / "reports" / name) for name in ("screen.json", "drift.json")},
-        ranked=_read_csv(root / "reports/rank.csv"),
-        suspects=_read_csv(root / "reports/suspect_labels.csv"),
+        lists=(_read_json(root / paths.SOURCE) or {}).get("lists") or {},
+        drift={path.name: _read_json(root / path) for path in (paths.SCREEN, paths.DRIFT)},
+        ranked=_read_csv(root / paths.RANKING),
+        suspects=_read_csv(root / paths.SUSPECT_LABELS),
     )
 
 
@@ -123,17 +120,8 @@ def build(root: Path = Path()) -> str:
     return page.render("data.html.jinja", values)
 
 
-def main() -> int:
-    try:
-        config.load()
-        text = build()
-    except (ValueError, OSError) as error:  # damaged files included
-        Console(stderr=True).print(f"data-report: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    atomic.write_text(OUT, text)
-    Console().print(f"{OUT}: {len(text) / 1e6:.1f} MB, opens in any browser, offline", markup=False)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(_params: config.Params) -> Result:
+    """The stage: data/ and the reports on it -> reports/data.html."""
+    text = build()
+    atomic.write_text(paths.DATA_REPORT, text)
+    return Result((f"{paths.DATA_REPORT}: {len(text) / 1e6:.1f} MB, opens in any browser, offline",))

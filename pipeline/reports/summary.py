@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from pipeline import paths
+from pipeline.stage import Result
 from pipeline.storage import atomic
 
 
@@ -17,22 +18,25 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _read(root: Path, name: str, stage: str) -> dict[str, Any]:
-    path = root / "reports" / name
+def _read(path: Path, stage: str) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there yet; run `dvc repro {stage}`")
     return dict(atomic.read_json(path))
 
 
-def table(root: Path) -> Table:
-    """Scores with intervals, parity, verdict, and where things are.
+def read(root: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What evaluate, parity and gate reported.
 
     Raises:
         FileNotFoundError: a report is missing; names the stage that writes it.
     """
-    scores, parity, gate = (
-        _read(root, f"{n}.json", s) for n, s in (("scores", "evaluate"), ("parity", "parity"), ("gate", "gate"))
-    )
+    scores = _read(root / paths.SCORES, "evaluate")
+    parity = _read(root / paths.PARITY, "parity")
+    return scores, parity, _read(root / paths.GATE, "gate")
+
+
+def table(scores: dict[str, Any], parity: dict[str, Any], gate: dict[str, Any]) -> Table:
+    """Scores with intervals, parity and verdict."""
     result = Table(
         title=f"{scores['method']}, {scores['steps']} steps, {scores['test_images']} test images", title_justify="left"
     )
@@ -54,25 +58,21 @@ def table(root: Path) -> Table:
 
 def places(root: Path) -> list[tuple[str, str]]:
     """(what, where) of the things a person wants next, only those that exist."""
-    pointer = root / "champions" / "champion.json"
+    pointer = root / paths.CHAMPION
     champion = atomic.read_json(pointer)["bundle"] if pointer.exists() else "none yet: the gate has promoted nothing"
-    found = [("champion bundle", champion)]
-    for what, where in (
-        ("curves", "reports/train/curves.png"),
-        ("pseudo-labels", "reports/train/pseudo_labels.png"),
-        ("confusion, overlays", "reports/evaluate/"),
-        ("model card", "reports/model_card.md"),
-        ("what to label next", "reports/label_next/"),
-    ):
-        if (root / where).exists():
-            found.append((what, where))
-    return found
+    files = (
+        ("curves", paths.CURVES),
+        ("pseudo-labels", paths.PSEUDO_LABELS),
+        ("confusion, overlays", paths.EVALUATION),
+        ("model card", paths.MODEL_CARD),
+        ("what to label next", paths.LABEL_NEXT),
+    )
+    return [("champion bundle", champion), *((what, str(path)) for what, path in files if (root / path).exists())]
 
 
-def show(root: Path, console: Console | None = None) -> None:
-    """Print the table, the places, and how to serve."""
-    console = console or Console()
-    console.print(table(root))
+def run(root: Path) -> Result:
+    """`marginalia report`: the table, the places, and how to serve. Raises FileNotFoundError as `read`."""
+    scores, parity, gate = read(root)
     where = Table(show_header=False, box=None)
     for what, path in places(root):
         where.add_row(what, path)
@@ -81,4 +81,5 @@ def show(root: Path, console: Console | None = None) -> None:
         "ask",
         "curl --data-binary @image.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:3000/v1/segment -o mask.png",
     )
-    console.print(where)
+    record = {"scores": scores, "parity": parity, "gate": gate, "places": dict(places(root))}
+    return Result((table(scores, parity, gate), where), record=record)

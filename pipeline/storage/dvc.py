@@ -21,10 +21,13 @@ def tracked(path: Path) -> bool:
 
 
 def track(paths: Sequence[Path]) -> str | None:
-    """`dvc add` the paths that exist; writes PATH.dvc beside each, to be committed. None, or why it could not be done."""
+    """`dvc add` the paths that exist and are not tracked yet; writes PATH.dvc beside each, to be committed.
+
+    None, or why it could not be done.
+    """
     if not Path(".dvc").is_dir():
         return "this folder is no DVC repository"
-    there = [str(path) for path in paths if path.exists()]
+    there = [str(path) for path in paths if path.exists() and not tracked(path)]
     return _dvc("add", "--quiet", *there) if there else None
 
 

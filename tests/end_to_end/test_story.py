@@ -48,9 +48,9 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root = root / "project"
-        for room in ("pipeline", "training", "export", "serving"):
+        for room in ("marginalia", "pipeline", "training", "export", "serving"):
             shutil.copytree(ROOT / room, self.root / room, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("dvc.yaml", "dumps.yaml", "labels.yaml", ".gitignore", ".dvcignore", "marginalia.py"):
+        for name in ("dvc.yaml", "dumps.yaml", "labels.yaml", ".gitignore", ".dvcignore"):
             shutil.copy(ROOT / name, self.root / name)
         put(self.root, "data/labels/.gitkeep", b"")
         shutil.copytree(
@@ -208,7 +208,7 @@ def test_a_new_dump_is_ingested_alone_and_the_next_training_starts_from_the_cham
 
 def test_methods_are_compared_as_experiments_without_touching_the_workspace(project: Project, first: str) -> None:
     project.commit()
-    compare = ("python", "-m", "training.compare", "--methods", "supervised", "--seeds", "0", "-S", "train.steps=4")
+    compare = ("marginalia", "compare", "--methods", "supervised", "--seeds", "0", "-S", "train.steps=4")
     assert "supervised" in project.run(*compare)
     (name,) = project.run("dvc", "exp", "list", "--name-only").split()
     assert name.startswith("compare-supervised-seed0-")

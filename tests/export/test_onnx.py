@@ -15,6 +15,7 @@ from export.bundle import bundle
 from export.tensorrt import builder
 from pipeline.storage import atomic
 from tests.support import tiny_project
+from tests.support.command_line import marginalia
 
 STRIDE = tiny_project.INPUT.stride
 
@@ -118,7 +119,7 @@ def test_scores_of_other_weights_are_refused_before_tracing(
     tiny_project.write(tmp_path)
     scores = atomic.read_json(tiny_project.exported() / "reports/scores.json")
     atomic.write_json(Path("reports/scores.json"), scores | {"weights": "0" * 64})
-    assert exporter.main() == 1
+    assert marginalia("stage", "export") == 1
     assert "run the evaluate stage again" in capsys.readouterr().err
     assert not Path("models/exported").exists()
 

@@ -14,6 +14,7 @@ from export.bundle import bundle
 from pipeline import config
 from pipeline.storage import atomic, manifest
 from tests.support import tiny_project
+from tests.support.command_line import marginalia
 
 NAMES = tiny_project.NAMES
 
@@ -48,7 +49,7 @@ def head_bias() -> tuple[str, np.ndarray]:
 
 
 def test_the_exported_network_passes_its_bars(project: Path) -> None:
-    assert parity.main() == 0
+    assert marginalia("stage", "parity") == 0
     said = atomic.read_json(Path("reports/parity.json"))
     assert said["passed"]
     assert said["failures"] == []
@@ -72,7 +73,7 @@ def test_a_shifted_bias_fails_with_names_and_numbers(project: Path, capsys: pyte
     name, bias = head_bias()
     bias[1] += 0.5
     rebundle({name: bias})
-    assert parity.main() == 1
+    assert marginalia("stage", "parity") == 3
     said = atomic.read_json(Path("reports/parity.json"))  # written although it failed
     assert not said["passed"]
     told = " ".join(capsys.readouterr().err.split())
@@ -84,7 +85,7 @@ def test_a_shifted_bias_fails_with_names_and_numbers(project: Path, capsys: pyte
 def test_another_input_policy_in_the_bundle_is_seen(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The graph is right but serving would scale images otherwise: train/serve skew."""
     rebundle(long_side=48)
-    assert parity.main() == 1
+    assert marginalia("stage", "parity") == 1
     assert "input policy" in capsys.readouterr().err
     assert atomic.read_json(Path("reports/parity.json"))["grid"]["agreement"] >= 0.999
 
@@ -92,7 +93,7 @@ def test_another_input_policy_in_the_bundle_is_seen(project: Path, capsys: pytes
 def test_a_damaged_bundle_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Path("models/exported/model.onnx")
     model.write_bytes(model.read_bytes()[:-1])
-    assert parity.main() == 1
+    assert marginalia("stage", "parity") == 1
     assert "model.onnx" in capsys.readouterr().err
 
 

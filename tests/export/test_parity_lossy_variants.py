@@ -11,9 +11,10 @@ from onnx import numpy_helper
 from export import parity, parity_metrics
 from export.bundle import bundle
 from export.bundle.manifest import Option
-from pipeline import config
+from pipeline import config, paths
 from pipeline.storage import atomic
 from tests.support import tiny_project
+from tests.support.command_line import marginalia
 
 INT8 = Option(runtime="onnxruntime", device="cpu", precision="int8", file="model.int8.onnx")
 
@@ -65,12 +66,12 @@ def test_through_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good
     """fp32 passes either way and makes a bundle; the int8 file is in it only if it was admitted."""
     shutil.copytree(tiny_project.exported(), tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")
-    draft = bundle.open_bundle(parity.DRAFT)
+    draft = bundle.open_bundle(paths.DRAFT)
     assert "model.int8.onnx" in draft.models
     if not good:
         facts = draft.manifest
         bundle.create(
-            parity.DRAFT, draft.read_model(), classes=[c.model_dump() for c in facts.classes],
+            paths.DRAFT, draft.read_model(), classes=[c.model_dump() for c in facts.classes],
             long_side=facts.input.long_side, stride=facts.input.stride, card="spoilt", opset=facts.opset,
             ir_version=facts.ir_version, options=facts.options,
             others={"model.int8.onnx": spoilt(draft.read_model("model.int8.onnx"))},
@@ -81,7 +82,7 @@ def test_through_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good
     params = Path("params.yaml")
     loose = "{agreement: 0.9, class_agreement: 0.0, miou_drop: 10, class_drop: 50}"
     params.write_text(params.read_text() + f"parity: {{int8: {loose}}}\n")
-    assert parity.main() == 0
+    assert marginalia("stage", "parity") == 0
     made, said = bundle.open_bundle(Path("bundle")), atomic.read_json(Path("reports/parity.json"))
     row = next(r for r in said["options"] if r["name"] == "onnxruntime cpu int8")
     assert ("model.int8.onnx" in made.models) == good

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ingest import add_dump, check, deduplicate, pull, split
 from tests.support import tiny_source
+from tests.support.command_line import marginalia
 
 STAGES: dict[str, Callable[[], int]] = {
-    "pull": lambda: pull.main([]),
-    "ingest": lambda: check.main(["base"]),
-    "index": lambda: deduplicate.main([]),
-    "split": lambda: split.main([]),
-    "add-dump": lambda: add_dump.main(["."]),
+    "pull": lambda: marginalia("stage", "pull"),
+    "ingest": lambda: marginalia("stage", "ingest", "base"),
+    "index": lambda: marginalia("stage", "index"),
+    "split": lambda: marginalia("stage", "split"),
+    "add-dump": lambda: marginalia("add-dump", "."),
 }
 WRONG = {
     "ingest: {max_pixel: 5}": ("ingest.max_pixel", "'max_pixels'"),
@@ -39,5 +39,5 @@ def test_refused_before_any_work(tmp_path: Path, stage: str, text: str, capsys: 
 
 def test_another_params_file_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with chdir(tmp_path):
-        assert pull.main(["--params", "mine.yaml"]) == 1
+        assert marginalia("stage", "pull", "--params", "mine.yaml") == 1
     assert "mine.yaml: not found" in capsys.readouterr().err

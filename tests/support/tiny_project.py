@@ -19,6 +19,7 @@ from torch import nn
 from pipeline import config
 from pipeline.imaging import label_maps
 from pipeline.storage import atomic, manifest, shards
+from tests.support.command_line import marginalia
 from training.models import segmenter
 
 CLASSES = [
@@ -155,13 +156,11 @@ def write(root: Path, **sections: Any) -> config.Params:
 @functools.cache
 def exported() -> Path:
     """The usual project after evaluate and export, made once a test session: not to be changed."""
-    from export import onnx
-    from training import evaluate
 
     root = Path(tempfile.mkdtemp(prefix="tiny-project-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     write(root)
     with contextlib.chdir(root):
-        assert evaluate.main([]) == 0
-        assert onnx.main() == 0
+        assert marginalia("stage", "evaluate") == 0
+        assert marginalia("stage", "export") == 0
     return root

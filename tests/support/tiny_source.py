@@ -11,8 +11,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from pipeline.ingest import check, deduplicate, dump_registry, pull, split
+from pipeline.ingest import dump_registry
 from pipeline.storage import manifest
+from tests.support.command_line import marginalia
 
 CLASSES = ("sky", "wall", "floor")
 
@@ -87,9 +88,9 @@ def write_project(root: Path, source: Path, data: dict[str, Any] | None = None, 
 
 def run(root: Path, *, dumps: tuple[str, ...] = ("base",), upto: str = "split") -> int:
     """pull, ingest of each dump, index, split, in this process; the first exit code that is not 0, else 0."""
-    stages = [("pull", lambda: pull.main([]))]
-    stages += [("ingest", lambda dump=dump: check.main([dump])) for dump in dumps]
-    stages += [("index", lambda: deduplicate.main([])), ("split", lambda: split.main([]))]
+    stages = [("pull", lambda: marginalia("stage", "pull"))]
+    stages += [("ingest", lambda dump=dump: marginalia("stage", "ingest", dump)) for dump in dumps]
+    stages += [("index", lambda: marginalia("stage", "index")), ("split", lambda: marginalia("stage", "split"))]
     last = max(i for i, (name, _) in enumerate(stages) if name == upto)
     with chdir(root):
         for _, stage in stages[: last + 1]:

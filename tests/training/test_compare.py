@@ -4,6 +4,7 @@ import csv
 import math
 
 import pytest
+from rich.console import Console
 
 from training import compare, gains
 from training.compare import Run
@@ -53,7 +54,7 @@ def test_the_shown_table_says_where_there_is_no_headroom(tmp_path, capsys):
         Run("ceiling", 1, 52.0, math.nan, math.nan, 0.3),
     ]
     comparison = compare.hold_together(runs, ["supervised", "ceiling", "s4mc"])
-    compare.show(compare.summarise(runs, comparison), comparison, tmp_path)
+    Console().print(compare.table(compare.summarise(runs, comparison), comparison, tmp_path))
     shown = capsys.readouterr().out
     assert "no headroom here" in " ".join(shown.split())
     assert all(method in shown for method in ("supervised", gains.CEILING, "s4mc"))  # not cut at 80 columns

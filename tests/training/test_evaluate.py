@@ -16,6 +16,7 @@ from pipeline.champions import store
 from pipeline.imaging import resize
 from pipeline.storage import atomic, manifest
 from tests.support import tiny_project
+from tests.support.command_line import marginalia
 from training import evaluate, inference, metrics, warm_start
 from training.models import segmenter
 from training.reports import evaluation
@@ -28,7 +29,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
 
 
 def test_stage_writes_scores_that_a_slow_loop_finds_too(project: config.Params) -> None:
-    assert evaluate.main([]) == 0
+    assert marginalia("stage", "evaluate") == 0
     said = atomic.read_json(Path("reports/scores.json"))
     model, _ = segmenter.load(Path("models/student/student.safetensors"))
     table = np.zeros((4, 4), np.int64)
@@ -74,7 +75,7 @@ def test_stage_writes_scores_that_a_slow_loop_finds_too(project: config.Params) 
 
 
 def test_pictures_tables_and_card(project: config.Params) -> None:
-    assert evaluate.main([]) == 0
+    assert marginalia("stage", "evaluate") == 0
     folder = Path("reports/evaluate")
     pictures = {p.name for p in folder.glob("*.png")}
     assert pictures == {"confusion.png", "classes.png", "calibration.png", *(f"overlay_{i:02d}.png" for i in range(3))}
@@ -144,7 +145,7 @@ def test_weights_of_another_split_or_other_classes_are_refused(
 ) -> None:
     summary = Path("data/split/summary.json")
     atomic.write_json(summary, atomic.read_json(summary) | change)
-    assert evaluate.main([]) == 1
+    assert marginalia("stage", "evaluate") == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not Path("reports/scores.json").exists()
 
@@ -153,7 +154,7 @@ def test_no_test_image_and_missing_mask_are_named(
     project: config.Params, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     tiny_project.write_data(tmp_path, [("labelled", "base", "a", 2)])
-    assert evaluate.main([]) == 1
+    assert marginalia("stage", "evaluate") == 1
     assert "the test split has no image" in capsys.readouterr().err
     rows = tiny_project.write_data(tmp_path, [("unlabelled", "base", "a", 1)])
     with pytest.raises(inference.MaskError, match=r"a/base000.*no mask"):
@@ -168,7 +169,7 @@ def test_champion_is_scored_again_on_todays_test_split(project: config.Params) -
     )
     record = {"id": "old", "bundle": "champions/old/bundle", "student": "champions/old/student.safetensors"}
     atomic.write_json(Path("champions/champion.json"), record)
-    assert evaluate.main(["--champion"]) == 0
+    assert marginalia("rescore") == 0
     said = json.loads((home / "scores.json").read_text())
     assert said["test_hash"] == "7" * 64
     with np.load(home / "confusions.npz", allow_pickle=False) as arrays:
@@ -176,10 +177,10 @@ def test_champion_is_scored_again_on_todays_test_split(project: config.Params) -
     judged = next(r.id for r in manifest.read(Path("data/split/manifest.parquet")) if r.split == "test")
     seen = tiny_project.meta() | {"trained_on": warm_start.short_ids([judged])}
     segmenter.save(home / "student.safetensors", tiny_project.trained(8).state_dict(), seen)
-    assert evaluate.main(["--champion"]) == 1  # it has been trained on an image that would judge it
+    assert marginalia("rescore") == 1  # it has been trained on an image that would judge it
     Path("champions/champion.json").unlink()
     assert store.current(Path("champions")) is None
-    assert evaluate.main(["--champion"]) == 1
+    assert marginalia("rescore") == 1
 
 
 def test_scores_of_no_pixel_are_none_not_nan() -> None:

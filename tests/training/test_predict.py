@@ -13,6 +13,7 @@ from pipeline import config
 from pipeline.imaging import resize
 from pipeline.storage import manifest, predictions
 from tests.support import tiny_project
+from tests.support.command_line import marginalia
 from training import inference, predict
 
 
@@ -78,7 +79,7 @@ def test_features_come_from_the_same_forward_pass() -> None:
 
 
 def test_stage_writes_the_pool_and_pre_labels(project: config.Params) -> None:
-    assert predict.main() == 0
+    assert marginalia("stage", "predict") == 0
     seen = predictions.read()
     assert sorted(set(zip(seen.split, seen.group, strict=True))) == [("labelled", "a"), ("unlabelled", "b")]
     assert len(seen.id) == 14
@@ -119,5 +120,5 @@ def test_an_empty_pool_is_an_error_that_says_so(
     project: config.Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_project.write_data(tmp_path, [("test", "base", "c", 1)])
-    assert predict.main() == 1
+    assert marginalia("stage", "predict") == 1
     assert "neither labelled nor unlabelled" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pipeline import config
 from pipeline.imaging import label_maps
 from pipeline.storage import atomic, manifest, shards
 from tests.support import tiny_project
-from training import suspects
+from tests.support.command_line import marginalia
 
 PARTS = (
     ("labelled", "base", "a", 14),
@@ -64,7 +64,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, set
         wrong = corrupt(root)
         Path("reports/suspects").mkdir(parents=True)
         Path("reports/suspects/val-099.jpg").write_bytes(b"of an earlier run")
-        assert suspects.main() == 0
+        assert marginalia("stage", "suspects") == 0
     return root, wrong, list(csv.DictReader(io.StringIO((root / "reports/suspect_labels.csv").read_text())))
 
 
@@ -103,7 +103,7 @@ def test_a_student_of_another_split_is_refused(
     monkeypatch.chdir(found[0])
     summary = atomic.read_json(Path("data/split/summary.json"))
     atomic.write_json(Path("data/split/summary.json"), summary | {"split_hash": "6" * 64})
-    assert suspects.main() == 1
+    assert marginalia("stage", "suspects") == 1
     assert "another split: train again" in capsys.readouterr().err
     atomic.write_json(Path("data/split/summary.json"), summary)
     assert config.load().pool.suspects == 3

@@ -10,6 +10,7 @@ import torch
 from pipeline import config
 from pipeline.storage import manifest
 from tests.support import tiny_project
+from tests.support.command_line import marginalia
 from training import train, warm_start
 from training.engine import checkpoint, trainer
 from training.models.segmenter import WeightsError
@@ -237,7 +238,7 @@ def test_a_full_card_is_one_message_with_what_to_change(project, monkeypatch, ca
 
     monkeypatch.setattr(train, "stage", full)
     monkeypatch.setattr("sys.argv", ["train"])
-    assert train.main() == 1
+    assert marginalia("stage", "train") == 1
     said = capsys.readouterr().err
     assert "Tried to allocate 2.00 GiB" in said
     assert "train.accumulate: 2" in said

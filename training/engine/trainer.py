@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline import stage
 from pipeline.config import Train
 from training import inference
 from training.engine import checkpoint, distributed, ema, guards, schedule, train_state
@@ -22,7 +23,7 @@ from training.methods.step import Step, step
 from training.methods.student import NoFeatures, Student
 
 
-class Interrupted(RuntimeError):
+class Interrupted(stage.Interrupted):
     """SIGTERM arrived; the state is saved and the same command resumes. Exit code 75 (EX_TEMPFAIL)."""
 
 

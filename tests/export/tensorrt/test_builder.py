@@ -27,6 +27,7 @@ from export.tensorrt import session as engines
 from export.tensorrt.builder import EngineError, Profile
 from pipeline.imaging import resize
 from tests.support import tiny_onnx
+from tests.support.command_line import marginalia
 from tests.support.training.tiny_network import Featured
 
 STRIDE = 4
@@ -210,15 +211,15 @@ def test_command_without_a_card(
     monkeypatch.chdir(tmp_path)
     nothing = builder.Found((), {}, {"CUDA driver libcuda.so.1": "not found: [no such file]"})
     monkeypatch.setattr(builder, "look", lambda: nothing)
-    assert check.main([str(made.folder)]) == 1
+    assert marginalia("engines", str(made.folder)) == 1
     said = capsys.readouterr().err
     assert "CUDA driver libcuda.so.1: not found: [no such file]" in said
     assert "no card present" in said
-    assert check.main([str(made.folder), "--precision", "fp16"]) == 1
+    assert marginalia("engines", str(made.folder), "--precision", "fp16") == 1
     assert "model.fp16.onnx: not in this bundle; it has fp32, tf32" in capsys.readouterr().err
-    assert check.main([str(tmp_path / "none")]) == 1
+    assert marginalia("engines", str(tmp_path / "none")) == 1
     assert "no bundle folder here" in capsys.readouterr().err
-    assert check.main([str(made.folder), "--max-batch", "0"]) == 1
+    assert marginalia("engines", str(made.folder), "--max-batch", "0") == 1
     assert not (tmp_path / "reports").exists()
 
 

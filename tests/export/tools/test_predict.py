@@ -29,7 +29,7 @@ ABSENT = "torch,torchvision,pyarrow,dvc,dvclive,onnx,onnxscript,matplotlib,train
 
 
 def run(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(ROOT / "marginalia.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "marginalia", *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=240, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment},
@@ -355,7 +355,8 @@ def test_an_interrupt_leaves_whole_files(opened: runtime.Runtime, tmp_path: Path
         (folder / f"{number}.png").write_bytes(data)
     command = [
         sys.executable,
-        str(ROOT / "marginalia.py"),
+        "-m",
+        "marginalia",
         "predict",
         str(opened.bundle.folder),
         str(folder),

@@ -253,7 +253,7 @@ def test_refusals(tiny: bundle.Bundle, tmp_path: Path) -> None:
 
 def test_command_runs_without_torch(tiny: bundle.Bundle, tmp_path: Path) -> None:
     """And writes the same bytes as the call from Python."""
-    code = "import sys; sys.modules['torch'] = None; import marginalia; marginalia.app()"
+    code = "import sys; sys.modules['torch'] = None; from marginalia import cli; cli.app()"
     out = tmp_path / "whole.onnx"
     command = [sys.executable, "-c", code, "onnx", str(tiny.folder), "-o", str(out), "--size", "131x90"]
     said = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)

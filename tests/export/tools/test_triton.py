@@ -9,10 +9,10 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from typer.testing import CliRunner
 
-import marginalia
 from export.bundle import bundle
 from export.bundle.manifest import FORMS, Option
 from export.tools import triton
+from marginalia import cli
 from pipeline.storage import atomic
 from tests.support import tiny_onnx
 
@@ -123,7 +123,7 @@ def test_what_is_asked_for_by_the_command_line(tmp_path: Path) -> None:
     atomic.write_text(other, "theirs")
     asked = ["triton", str(made.folder), "-o", str(tmp_path / "repository"), "--name", "streets", "--max-batch", "4"]
     for _ in range(2):  # the second replaces the first
-        done = CliRunner().invoke(marginalia.app, [*asked, "--delay-us", "500", "--instances", "cpu:2"])
+        done = CliRunner().invoke(cli.app, [*asked, "--delay-us", "500", "--instances", "cpu:2"])
         assert done.exit_code == 0, done.output
     found = read(tmp_path / "repository" / "streets")
     assert (found.name, found.max_batch_size) == ("streets", 4)
@@ -132,7 +132,7 @@ def test_what_is_asked_for_by_the_command_line(tmp_path: Path) -> None:
     assert [(g.count, kind(g.kind, "Kind")) for g in found.instance_group] == [(2, "KIND_CPU")]
     assert other.read_text() == "theirs"
     assert sorted(path.name for path in (tmp_path / "repository").iterdir()) == ["other", "streets"]
-    refused = CliRunner().invoke(marginalia.app, [*asked, "--precision", "fp16"])
+    refused = CliRunner().invoke(cli.app, [*asked, "--precision", "fp16"])
     assert refused.exit_code == 1
     assert "has no fp16 model for ONNX Runtime on cpu; it has fp32" in refused.output
 

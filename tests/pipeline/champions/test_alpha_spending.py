@@ -10,6 +10,7 @@ import pytest
 from pipeline import config
 from pipeline.champions import alpha_spending, gate, store
 from pipeline.storage import atomic
+from tests.support.command_line import marginalia
 from tests.support.tiny_gate import counts, scored, write_run
 
 GATE = config.Gate(bootstrap=200, class_floor=100.0)
@@ -126,19 +127,19 @@ def test_a_worn_test_set_is_named_with_what_to_do(
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text("gate: {bootstrap: 20}\n")
     first = write_run(tmp_path, "one", counts(GOOD))
-    assert gate.main() == 0
+    assert marginalia("stage", "gate") == 0
     before = [{"test_hash": "t1", "challenger": f"c{i}", "champion": first} for i in range(alpha_spending.WORN - 2)]
     before += [{"test_hash": "t0", "challenger": f"c{i}", "champion": first} for i in range(9)]  # another test set
     Path("champions/comparisons.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
     write_run(tmp_path, "two", counts(GOOD))
-    assert gate.main() == 0
+    assert marginalia("stage", "gate") == 0
     assert atomic.read_json(Path("reports/gate.json"))["warning"] is None
     write_run(tmp_path, "three", counts(GOOD))
-    assert gate.main() == 0
+    assert marginalia("stage", "gate") == 0
     warning = atomic.read_json(Path("reports/gate.json"))["warning"]
     assert "label a fresh test set" in warning
     assert "2.0 times" in warning
-    assert "label a fresh test set" in capsys.readouterr().out
+    assert "label a fresh test set" in capsys.readouterr().err
     assert "chance alone" in alpha_spending.worn(FREE, 20, 30, "t1")
 
 

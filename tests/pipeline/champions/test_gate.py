@@ -11,6 +11,7 @@ import pytest
 from pipeline import config
 from pipeline.champions import alpha_spending, gate, metrics, rollback, store
 from pipeline.storage import atomic
+from tests.support.command_line import marginalia
 from tests.support.crash_points import killed_at
 from tests.support.tiny_gate import NAMES, counts, scored, write_run
 
@@ -147,17 +148,17 @@ def test_missing_inputs_are_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text("gate: {bootstrap: 50}\n")
-    assert gate.main() == 1
+    assert marginalia("stage", "gate") == 1
     assert "student.safetensors: not found" in capsys.readouterr().err
     write_run(tmp_path, "one", counts(GOOD))
     Path("reports/confusions.npz").unlink()
-    assert gate.main() == 1
+    assert marginalia("stage", "gate") == 1
     assert "confusions.npz: not found; run the evaluate stage" in capsys.readouterr().err
     id = write_run(tmp_path, "one", counts(GOOD))
-    assert gate.main() == 0
+    assert marginalia("stage", "gate") == 0
     shutil.rmtree(Path("champions") / id)
     write_run(tmp_path, "two", counts(BETTER))
-    assert gate.main() == 1
+    assert marginalia("stage", "gate") == 1
     assert "is gone" in capsys.readouterr().err
 
 
@@ -167,7 +168,7 @@ def test_what_is_damaged_is_named_without_a_traceback(
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text("gate: {bootstrap: 50}\n")
     id = write_run(tmp_path, "one", counts(GOOD))
-    assert gate.main() == 0
+    assert marginalia("stage", "gate") == 0
     write_run(tmp_path, "two", counts(BETTER))
     whole = Path("reports/confusions.npz").read_bytes()
     with np.load("reports/confusions.npz") as arrays:
@@ -186,14 +187,14 @@ def test_what_is_damaged_is_named_without_a_traceback(
         before = Path(name).read_bytes()
         Path(name).write_bytes(harm)
         capsys.readouterr()
-        assert gate.main() == 1, (name, harm)
+        assert marginalia("stage", "gate") == 1, (name, harm)
         told = capsys.readouterr().err
         assert Path(name).parent.name in told, (name, harm)
         assert " run " in told, (name, harm)
         assert told.count("\n") == 1
         Path(name).write_bytes(before)
         assert Path("champions/champion.json").read_bytes() == pointed
-    assert gate.main() == 0
+    assert marginalia("stage", "gate") == 0
     assert atomic.read_json(Path("reports/gate.json"))["verdict"] == "promoted"
 
 
@@ -265,7 +266,7 @@ def test_an_experiment_never_moves_the_champion(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(copy)
     monkeypatch.setenv("DVC_EXP_NAME", "odd-idea")
     monkeypatch.setenv("DVC_ROOT", str(project))
-    assert gate.main() == 0
+    assert marginalia("stage", "gate") == 0
     said = atomic.read_json(copy / "reports/gate.json")
     assert said["verdict"] == "kept"
     assert "`dvc exp apply odd-idea` and then `dvc repro -f -s gate`" in said["reason"]
@@ -277,7 +278,7 @@ def test_an_experiment_never_moves_the_champion(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(project)
     (project / "params.yaml").write_text("gate: {bootstrap: 400}\n")
     write_run(project, "two", counts(BETTER))
-    assert gate.main() == 0
+    assert marginalia("stage", "gate") == 0
     assert atomic.read_json(project / "reports/gate.json")["verdict"] == "promoted"
 
 

@@ -8,6 +8,7 @@ import pytest
 from pipeline import config
 from pipeline.champions import gate, metrics
 from pipeline.storage import atomic
+from tests.support.command_line import marginalia
 from tests.support.tiny_gate import WRONG, counts, scored, write_run
 
 GATE = config.Gate(bootstrap=400, class_floor=5.0)
@@ -69,10 +70,10 @@ def test_another_test_hash_is_refused_with_the_way_out(
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text("gate: {bootstrap: 50}\n")
     first = write_run(tmp_path, "one", counts((0.8, 0.8, 0.7)))
-    assert gate.main() == 0
+    assert marginalia("stage", "gate") == 0
     write_run(tmp_path, "two", counts((0.9, 0.9, 0.9)), test_hash="t2")
-    assert gate.main() == 1
-    assert "python -m training.evaluate --champion" in " ".join(capsys.readouterr().out.split())
+    assert marginalia("stage", "gate") == 3
+    assert "marginalia rescore" in " ".join(capsys.readouterr().out.split())
     said = atomic.read_json(Path("reports/gate.json"))
     assert said["verdict"] == "refused"
     assert "another test set" in said["reason"]

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-import marginalia
+from marginalia import cli
 from pipeline import config
 from pipeline.champions import gate, history, store
 from pipeline.storage import atomic
@@ -54,11 +54,11 @@ def test_each_champion_says_what_it_was_made_from_and_what_changed(two: tuple[st
 
 def test_the_table_and_the_json_of_the_command(two: tuple[str, str]) -> None:
     console = Console(width=240, record=True)
-    history.show(history.told(Path("champions")), console)
+    console.print(history.table(history.told(Path("champions"))))
     text = console.export_text()
     for part in (*two, "base 20, spring 7", "12 labelled", "split 555555555555", "train.lr 0.1 -> 0.2", "delta mIoU +"):
         assert part in text
-    done = CliRunner().invoke(marginalia.app, ["history", "--json"])
+    done = CliRunner().invoke(cli.app, ["history", "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout) == history.told(Path("champions"))
 
@@ -67,7 +67,7 @@ def test_a_repair_is_a_row_of_its_own_and_no_victory(two: tuple[str, str]) -> No
     (Path("champions") / two[1] / "student.safetensors").unlink()
     gate.run(Path(), GATE, now=lambda: datetime(2031, 5, 6, tzinfo=UTC))
     console = Console(width=400, record=True)
-    history.show(history.told(Path("champions")), console)
+    console.print(history.table(history.told(Path("champions"))))
     rows = [line for line in console.export_text().splitlines() if two[1] in line]
     assert ["delta mIoU +" in row for row in rows] == [True, False]
     assert ["no new champion: its files were written again, since" in row for row in rows] == [False, True]
@@ -83,7 +83,7 @@ def test_lines_of_an_older_version_still_show(two: tuple[str, str]) -> None:
     said = history.told(Path("champions"))
     assert [record["changed"] for record in said["champions"]] == [None, None]
     console = Console(width=240, record=True)
-    history.show(said, console)
+    console.print(history.table(said))
     assert "first champion: mIoU" in console.export_text()
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_line_is_named(two: tuple[str, str], line: str) -> None:
 def test_nothing_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert history.told(Path("champions")) == {"current": None, "champions": []}
-    assert "no champion yet" in CliRunner().invoke(marginalia.app, ["history"]).stdout
+    assert "no champion yet" in CliRunner().invoke(cli.app, ["history"]).stdout
 
 
 def test_settings_are_compared_key_by_key() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import marginalia
+from marginalia import cli
 from pipeline import config
 from pipeline.champions import gate, history, rollback, store
 from pipeline.ingest import dump_registry
@@ -59,7 +59,7 @@ def test_the_server_follows_and_the_next_training_starts_there(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     _, two, three = line_of_champions(tmp_path)
     dumps_yaml(tmp_path, three)
-    done = CliRunner().invoke(marginalia.app, ["rollback"])
+    done = CliRunner().invoke(cli.app, ["rollback"])
     assert done.exit_code == 0
     assert f"champion {two}, rolled back from {three}" in done.stdout
     assert champion.bundle_folder(Settings(champions=tmp_path / "champions/champion.json")) == (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import marginalia
-from pipeline import config
+from marginalia import cli
+from pipeline import config, paths
 from pipeline.drift import serving
 from pipeline.storage import atomic, predictions
 from serving.telemetry.prediction_stats import WINDOW_S, Statistics
@@ -62,7 +62,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(marginalia.app, ["drift", *arguments])
+    done = CliRunner().invoke(cli.app, ["drift", *arguments])
     return done.exit_code, " ".join(done.output.split())
 
 
@@ -71,19 +71,19 @@ def test_usual_answers_are_like_the_training_images(root: Path) -> None:
     code, said = run("--serving", "s.json")
     assert code == 0
     assert "like the training images" in said
-    report = atomic.read_json(root / serving.REPORT)
+    report = atomic.read_json(root / paths.SERVED)
     assert (report["bundle"], report["drifted"], report["rule"], report["images"]) == ("new", False, "groups", 60)
     assert not any(area["moved"] for area in report["area"].values())
     assert report["area"]["road"]["reference"] == pytest.approx(4 / 9, abs=0.06)  # the later dump is left out
 
 
-@pytest.mark.parametrize(("policy", "code"), [("warn", 0), ("hold", 1)])
+@pytest.mark.parametrize(("policy", "code"), [("warn", 0), ("hold", 3)])
 def test_the_classes_that_moved_are_named(root: Path, policy: str, code: int) -> None:
     atomic.write_text(root / "params.yaml", f"pool: {{policy: {policy}}}\n")
     (root / "s.json").write_text(statistics((4.0, 0.3, 3.0)))
     atomic.write_json(root / "champions/champion.json", {"id": "new"})
     assert run("--serving", "s.json")[0] == code
-    report = atomic.read_json(root / serving.REPORT)
+    report = atomic.read_json(root / paths.SERVED)
     assert report["drifted"]
     assert report["area"]["tree"]["moved"]
     assert report["area"]["tree"]["dump"] < 0.1 < report["area"]["tree"]["reference"]
@@ -129,10 +129,10 @@ def test_a_handful_of_answers_brings_no_verdict(root: Path) -> None:
     code, said = run("--serving", "s.json")
     assert code == 1
     assert "bundle new: 27 sampled answers, and a verdict takes 30; let the service answer 3 more images" in said
-    assert not (root / serving.REPORT).exists()
+    assert not (root / paths.SERVED).exists()
     (root / "s.json").write_text(statistics((0.1, 9.0, 0.1), windows=10))
     assert run("--serving", "s.json")[0] == 0
-    assert atomic.read_json(root / serving.REPORT)["drifted"]
+    assert atomic.read_json(root / paths.SERVED)["drifted"]
     assert f"at least {serving.FEWEST} sampled answers" in run("--help")[1]
 
 
@@ -141,6 +141,6 @@ def test_a_pool_of_another_model_than_the_champion_is_told(root: Path) -> None:
     atomic.write_json(root / "champions/champion.json", {"id": "new"})
     atomic.write_bytes(root / "champions/new/student.safetensors", b"champion")
     for weights, told in ((b"champion", False), (b"a challenger that was not promoted", True)):
-        atomic.write_bytes(root / serving.STUDENT, weights)
+        atomic.write_bytes(root / paths.STUDENT_WEIGHTS, weights)
         assert ("not the champion" in run("--serving", "s.json")[1]) == told
-        assert bool(atomic.read_json(root / serving.REPORT)["warning"]) == told
+        assert bool(atomic.read_json(root / paths.SERVED)["warning"]) == told

@@ -10,6 +10,7 @@ from pipeline import config
 from pipeline.drift import energy_distance, plots, stage
 from pipeline.storage import atomic, predictions
 from tests.support import tiny_project
+from tests.support.command_line import marginalia
 
 SETTINGS = config.Pool(permutations=199, drift_p=0.01)
 
@@ -224,7 +225,7 @@ def test_no_later_dump_means_nothing_to_do(tmp_path: Path, monkeypatch: pytest.M
     tiny_project.write_data(tmp_path, [("labelled", "base", "a", 2), ("unlabelled", "base", "b", 2)])
     tiny_project.write_params(tmp_path)
     (tmp_path / "data/ingested/images.tar").unlink()  # not even read
-    assert stage.main(["--screen"]) == 0
+    assert marginalia("stage", "screen") == 0
     said = atomic.read_json(Path("reports/screen.json"))
     assert (said["dumps"], said["drifted"]) == ({}, [])
     assert Path("reports/screen.pass").read_bytes() == b"base\n"
@@ -249,5 +250,5 @@ def test_missing_pool_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_project.write_params(tmp_path)
-    assert stage.main([]) == 1
+    assert marginalia("stage", "drift") == 1
     assert "run the predict stage" in capsys.readouterr().err

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.drift import stage
 from pipeline.storage import atomic
 from tests.support import tiny_project
-from training import predict
+from tests.support.command_line import marginalia
 
 DAY = [("labelled", "base", "a", 8), *(("unlabelled", "base", g, 8) for g in "bcd")]
 
 
-@pytest.mark.parametrize(("policy", "code"), [("warn", 0), ("hold", 1), ("train", 0)])
+@pytest.mark.parametrize(("policy", "code"), [("warn", 0), ("hold", 3), ("train", 0)])
 def test_night_dump_is_flagged_without_any_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], policy: str, code: int
 ) -> None:
@@ -22,7 +21,7 @@ def test_night_dump_is_flagged_without_any_network(
     parts = [*DAY, ("unlabelled", "more", "m", 12), ("unlabelled", "dusk", "n", 10)]
     tiny_project.write_data(tmp_path, parts, dark=["dusk"])
     tiny_project.write_params(tmp_path, pool={"permutations": 199, "policy": policy})
-    assert stage.main(["--screen"]) == code
+    assert marginalia("stage", "screen") == code
     said = atomic.read_json(Path("reports/screen.json"))  # written in both cases
     assert said["drifted"] == ["dusk"]  # and the other new dump, which is like the rest, is not
     assert said["held"] == (["dusk"] if policy == "hold" else [])
@@ -41,11 +40,11 @@ def test_night_dump_is_flagged_without_any_network(
         assert min(picture.size) > 300
     if policy == "warn":
         tiny_project.write_params(tmp_path, pool={"permutations": 299, "drift_p": 0.005})
-        assert stage.main(["--screen"]) == 0
+        assert marginalia("stage", "screen") == 0
         assert atomic.read_json(Path("reports/screen.json")) != said
         assert passed.read_text() == "base\ndusk\nmore\n"
         tiny_project.write_params(tmp_path, pool={"permutations": 199, "policy": "hold"})
-        assert stage.main(["--screen"]) == 1
+        assert marginalia("stage", "screen") == 3
         assert not passed.exists()
 
 
@@ -55,8 +54,8 @@ def test_the_students_features_see_it_too(tmp_path: Path, monkeypatch: pytest.Mo
     tiny_project.write_data(tmp_path, parts, dark=["dusk"])
     tiny_project.write_student(tmp_path, tiny_project.trained())
     tiny_project.write_params(tmp_path)
-    assert predict.main() == 0
-    assert stage.main([]) == 0
+    assert marginalia("stage", "predict") == 0
+    assert marginalia("stage", "drift") == 0
     said = atomic.read_json(Path("reports/drift.json"))
     assert said["drifted"] == ["dusk"]
     answers = {dump: said["dumps"][dump]["sources"]["answers"] for dump in ("dusk", "more")}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import paths
 from pipeline.formats import labelme
 from pipeline.formats.common import rasterize
 from pipeline.formats.common.source import Source, SourceError
-from pipeline.ingest import check
 from pipeline.storage import manifest
 from tests.support import image_files, tiny_labels, tiny_source
 from tests.support.tiny_labels import png
@@ -162,7 +162,7 @@ def test_points_are_on_the_upright_photo(tmp_path: Path) -> None:
     tiny_source.write_project(project, root, {"source": "labelme", "unannotated": "background"})
     assert tiny_source.run(project, upto="ingest") == 0
     with chdir(project):
-        (row,) = manifest.read(check.INGESTED / "base/rows.parquet")
+        (row,) = manifest.read(paths.INGESTED / "base/rows.parquet")
         image_HWC, label_HW = manifest.open_image(row, 1 << 20), manifest.open_mask(row, 1 << 20)
     np.testing.assert_array_equal(image_HWC[:, :, 0] > 125, label_HW == 1)
 

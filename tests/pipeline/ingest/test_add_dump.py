@@ -19,6 +19,7 @@ from pipeline import config
 from pipeline.ingest import add_dump, dump_registry
 from pipeline.storage import archives, atomic, shards
 from tests.support import tiny_source
+from tests.support.command_line import marginalia
 
 PARAMS = config.Params()
 FILES = {f"cam/{n:02d}.png": tiny_source.encode(tiny_source.picture(n)) for n in range(5)}
@@ -192,16 +193,16 @@ def test_main_says_what_happened_and_what_is_next(
 ) -> None:
     delivery = as_zip(tmp_path / "night.zip")
     with chdir(root):
-        assert add_dump.main([str(delivery)]) == 0
+        assert marginalia("add-dump", str(delivery)) == 0
         out = " ".join(capsys.readouterr().out.split())
         assert "images taken │ 6" in out
         assert "dvc repro" in out
-        assert add_dump.main([str(delivery), "--name", "other"]) == 0
+        assert marginalia("add-dump", str(delivery), "--name", "other") == 0
         assert "same files as dump 'night'" in " ".join(capsys.readouterr().out.split())
-        assert add_dump.main([str(tmp_path / "gone.zip")]) == 1
+        assert marginalia("add-dump", str(tmp_path / "gone.zip")) == 1
         assert "gone.zip: no such file" in capsys.readouterr().err
         Path("dumps.yaml").write_text("dumps: {base: {archive: a, colour: red}}")
-        assert add_dump.main([str(delivery)]) == 1
+        assert marginalia("add-dump", str(delivery)) == 1
         assert "dumps.yaml: dumps.base.colour" in capsys.readouterr().err
 
 
@@ -237,7 +238,7 @@ def test_a_missing_archive_is_put_back_by_the_same_delivery(
     registered = (root / "dumps.yaml").read_bytes()
     (root / "data/dumps/night.tar").unlink()
     with chdir(root):
-        assert add_dump.main([str(delivery), "--name", "other"]) == 0
+        assert marginalia("add-dump", str(delivery), "--name", "other") == 0
     assert "put back: data/dumps/night.tar was missing" in " ".join(capsys.readouterr().out.split())
     assert atomic.sha256(root / "data/dumps/night.tar") == CANONICAL
     assert (root / "dumps.yaml").read_bytes() == registered

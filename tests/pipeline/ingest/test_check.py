@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from pipeline import config
 from pipeline.imaging import decode, perceptual_hash
 from pipeline.ingest import add_dump, check, dump_registry
 from pipeline.storage import manifest, parallel, shards
 from tests.support import tiny_source
+from tests.support.command_line import marginalia
 
-QUIET = Console(quiet=True)
 SOURCE = {
     "source": "folder",
     "classes": [{"id": k, "name": n, "color": [k, 9, 9]} for k, n in enumerate(tiny_source.CLASSES)],
@@ -47,7 +46,7 @@ def digests(folder: Path) -> dict[str, tuple[str, int]]:
 
 def test_every_image_and_mask_is_found_again(project: Path) -> None:
     path = archive(project / "base.tar", range(12))
-    counts = check.ingest(path, "base", SOURCE, config.Ingest(shard_mb=1), QUIET)
+    counts = check.ingest(path, "base", SOURCE, config.Ingest(shard_mb=1))
     assert counts == {"images": 12, "with mask": 12}
     rows = manifest.read(project / "data/ingested/base/rows.parquet")
     assert len(rows) == 12
@@ -70,7 +69,7 @@ def test_exif_and_grey_images_keep_their_bytes_and_get_the_oriented_size(project
     turned = tiny_source.encode(tiny_source.picture(1), "JPEG", exif=exif, quality=95)
     grey = tiny_source.encode(tiny_source.picture(2)[..., 0])
     shards.write_tar(project / "b.tar", [("images/t.jpg", turned), ("images/g.png", grey)])
-    check.ingest(project / "b.tar", "base", SOURCE, config.Ingest(), QUIET)
+    check.ingest(project / "b.tar", "base", SOURCE, config.Ingest())
     t, g = manifest.read(project / "data/ingested/base/rows.parquet")
     assert (t.width, t.height, g.width, g.height) == (48, 64, 64, 48)
     assert [manifest.read_image_bytes(r) for r in (t, g)] == [turned, grey]
@@ -82,7 +81,7 @@ def test_threads_and_processes_write_the_same(project: Path, monkeypatch: pytest
     path = archive(project / "b.tar", range(104), masked=False)  # enough for processes
     made = []
     for workers in (1, 2):
-        check.ingest(path, "base", SOURCE, config.Ingest(), QUIET, config.Scale(workers=workers))
+        check.ingest(path, "base", SOURCE, config.Ingest(), config.Scale(workers=workers))
         made.append({name: digest for name, (digest, _) in digests(project / "data/ingested/base").items()})
     assert made[0] == made[1]
     assert set(made[0]) == {"images-00000.tar", "rows.parquet", "quarantine.json"}
@@ -100,7 +99,7 @@ def test_another_dump_leaves_the_first_ones_files_untouched(tmp_path: Path) -> N
     entry = dump_registry.Entry(archive="data/dumps/more.tar", sha256=content, images=5)
     dump_registry.write(dump_registry.Registry(dumps={**known.dumps, "more": entry}), root / "dumps.yaml")
     with chdir(root):
-        assert check.main(["more"]) == 0
+        assert marginalia("stage", "ingest", "more") == 0
     assert digests(root / "data/ingested/base") == before
 
 
@@ -124,7 +123,7 @@ def test_misplaced_files_are_named(project: Path) -> None:
     names = ["images/a.png", "images/a.webp", "masks/z.png", "readme.txt", "images/b.png"]
     seeds = dict(zip(names, range(5), strict=True))
     shards.write_tar(project / "b.tar", [(n, tiny_source.encode(tiny_source.picture(s))) for n, s in seeds.items()])
-    check.ingest(project / "b.tar", "base", SOURCE, config.Ingest(), QUIET)
+    check.ingest(project / "b.tar", "base", SOURCE, config.Ingest())
     codes = {k: v["code"] for k, v in tiny_source.quarantine(project, "data/ingested/base/quarantine.json").items()}
     assert codes == {
         "images/a.webp": "duplicate-name", "masks/z.png": "mask-without-image", "readme.txt": "unexpected-place",
@@ -139,10 +138,10 @@ def test_unknown_dump_and_missing_archive_are_errors_not_traces(
     tiny_source.write_project(tmp_path / "project", tmp_path / "source")
     assert tiny_source.run(tmp_path / "project", upto="pull") == 0
     with chdir(tmp_path / "project"):
-        assert check.main(["autumn"]) == 1
+        assert marginalia("stage", "ingest", "autumn") == 1
         assert "known: base" in capsys.readouterr().err
         Path("data/pulled/base.tar").unlink()
-        assert check.main(["base"]) == 1
+        assert marginalia("stage", "ingest", "base") == 1
         assert "base.tar" in capsys.readouterr().err
         assert not Path("data/ingested/base").exists()
 
@@ -158,11 +157,11 @@ def test_an_archive_that_is_not_the_registered_one_is_refused(
     assert added.sha256 == manifest.content_hash(root / added.archive)
     archive(root / added.archive, range(1, 4), masked=False)
     with chdir(root):
-        assert check.main(["more"]) == 1
+        assert marginalia("stage", "ingest", "more") == 1
         error = capsys.readouterr().err
         assert "data/dumps/more.tar: its files are not those registered as dump 'more'" in error
         assert added.sha256[:12] in error
         assert not Path("data/ingested/more").exists()
         added.archive.unlink()  # the way out that the message names
-        assert add_dump.main([str(archive(tmp_path / "more.tar", range(3), masked=False))]) == 0
-        assert check.main(["more"]) == 0
+        assert marginalia("add-dump", str(archive(tmp_path / "more.tar", range(3), masked=False))) == 0
+        assert marginalia("stage", "ingest", "more") == 0

@@ -79,9 +79,9 @@ def test_a_small_file_that_is_a_gigabyte(tmp_path: Path) -> None:
     source |= {"lists": {}, "groups": None}
     (tmp_path / "data/pulled/source.json").write_text(json.dumps(source))
     code = (
-        "import resource; from pipeline.ingest import check as ingest\n"
+        "import resource; from pipeline import stage; from pipeline.ingest import check\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-        "before = peak(); code = ingest.main(['base']); print('grew', peak() - before, 'exit', code)"
+        "before = peak(); code = stage.run('ingest', check.run, 'base'); print('grew', peak() - before, 'exit', int(code))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     words = done.stdout.split()

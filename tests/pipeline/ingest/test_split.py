@@ -166,9 +166,8 @@ def test_listed_images_that_were_refused_are_counted(tmp_path: Path, capsys: pyt
     tiny_source.put(source, f"images/{ids[6]}.png", b"")
     tiny_source.write_project(root, source, {"lists": {"test": "test.txt"}})
     assert tiny_source.run(root) == 0
-    assert f"1 of 2 images listed for test are not in the manifest, the first is '{ids[6]}'" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    problem = f"1 of 2 images listed for test are not in the manifest, the first is '{ids[6]}'"
+    assert problem in capsys.readouterr().err
     assert tiny_source.summary(root)["counts"]["test"] == 1
 
 

@@ -10,6 +10,7 @@ import pytest
 from pipeline.ingest import split
 from pipeline.storage import manifest
 from tests.support import tiny_source
+from tests.support.command_line import marginalia
 
 
 def test_missing_classes_are_warned_about_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,9 +27,9 @@ def test_missing_classes_are_warned_about_by_name(tmp_path: Path, capsys: pytest
     tiny_source.write_project(root, source, {"lists": lists, "missing_classes": "allow"})
     assert tiny_source.run(root) == 0
     assert tiny_source.summary(root)["missing"] == {"labelled": ["car"], "val": ["sky", "car"], "test": ["car"]}
-    out = capsys.readouterr().out
-    assert "warning: class car: no pixel in labelled; it cannot be learnt" in out
-    assert "warning: class sky, car: no pixel in val; its score is undefined" in out
+    warned = capsys.readouterr().err
+    assert "warning: class car: no pixel in labelled; it cannot be learnt" in warned
+    assert "warning: class sky, car: no pixel in val; its score is undefined" in warned
 
 
 def refused(root: Path, capsys: pytest.CaptureFixture[str], *texts: str) -> None:
@@ -160,5 +161,5 @@ def test_a_changed_mask_is_noticed_before_training(project: Path, capsys: pytest
     data[at] ^= 0x20
     path.write_bytes(data)
     with chdir(project):
-        assert split.main([]) == 1
+        assert marginalia("stage", "split") == 1
     assert f"masks-00000.tar (base/{row.name})" in capsys.readouterr().err

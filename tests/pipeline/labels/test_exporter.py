@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline.formats import coco, coco_write, cvat, labelstudio, voc, voc_write
 from pipeline.formats.common import annotations
 from pipeline.formats.common.task import Item
 from pipeline.imaging import label_maps
-from pipeline.ingest import split
-from pipeline.labels import exporter, importer
+from pipeline.labels import exporter
 from pipeline.storage import manifest, predictions, shards
 from tests.support import tiny_source
+from tests.support.command_line import marginalia
 from tests.support.synthetic_masks import regions as ragged
 
 GOLDEN = Path(__file__).parents[2] / "golden/label_tools"
@@ -110,8 +110,8 @@ def test_labels_and_pre_labels_but_no_hidden_ones(form: str, root: Path) -> None
     out = Path("out.zip" if form == "cvat" else "out")
     splits = ["--split", "labelled", "--split", "unlabelled"]
     for _ in range(2):  # a second time replaces the first
-        assert exporter.main(["--format", form, "-o", str(out), *splits]) == 0
-    rows = {f"{r.id[:12]}": r for r in manifest.read(split.OUT)}
+        assert marginalia("export-labels", "--format", form, "-o", str(out), *splits) == 0
+    rows = {f"{r.id[:12]}": r for r in manifest.read(paths.SPLIT_MANIFEST)}
     if form == "cvat":
         ids = {n: k for k, n in enumerate(tiny_source.CLASSES)} | {"ignore": 255}
         found = {p.name: annotations.paint(p, ids, max_pixels=10**6) for p in cvat.load(out)[1] if p.shapes}
@@ -142,21 +142,21 @@ def test_an_empty_project_says_what_to_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_source.put(tmp_path, "params.yaml", b"{}")
-    for main, arguments in ((exporter.main, ["--format", "coco", "-o", "out"]), (importer.main, ["back.xml"])):
-        assert main(arguments) == 1
+    for words in (("export-labels", "--format", "coco", "-o", "out"), ("import-labels", "back.xml")):
+        assert marginalia(*words) == 1
         assert "run `dvc repro`" in capsys.readouterr().err
 
 
 def test_a_folder_with_other_files_is_not_replaced(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_source.put(root, "out/thesis.tex", b"years of work")
-    assert exporter.main(["--format", "coco", "-o", "out"]) == 1
+    assert marginalia("export-labels", "--format", "coco", "-o", "out") == 1
     assert "name a new folder" in capsys.readouterr().err
     assert (root / "out/thesis.tex").exists()
-    assert exporter.main(["--format", "voc", "-o", "out/thesis.tex"]) == 1
+    assert marginalia("export-labels", "--format", "voc", "-o", "out/thesis.tex") == 1
     assert (root / "out/thesis.tex").read_bytes() == b"years of work"
     for room, form in (("images", "coco"), ("JPEGImages", "voc"), ("annotations", "coco")):
         tiny_source.put(root, f"{form}-{room}/{room}/2007_000033.jpg", b"a data set with the same folders")
-        assert exporter.main(["--format", form, "-o", f"{form}-{room}"]) == 1
+        assert marginalia("export-labels", "--format", form, "-o", f"{form}-{room}") == 1
         assert (root / f"{form}-{room}/{room}/2007_000033.jpg").exists()
-    assert exporter.main(["--format", "coco", "-o", "new", "--split", "unused"]) == 1
+    assert marginalia("export-labels", "--format", "coco", "-o", "new", "--split", "unused") == 1
     assert "no image in unused" in capsys.readouterr().err

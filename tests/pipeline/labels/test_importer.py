@@ -15,16 +15,17 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline.formats import cvat
 from pipeline.formats.common import brush_rle
 from pipeline.formats.common.task import Item, task_name
 from pipeline.imaging import label_maps
-from pipeline.ingest import deduplicate, split
-from pipeline.labels import importer, label_next
+from pipeline.ingest import split
+from pipeline.labels import importer
 from pipeline.labels import registry as labels
 from pipeline.storage import atomic, manifest, predictions, shards
 from tests.support import tiny_source
+from tests.support.command_line import marginalia
 
 CLASSES = [{"id": k, "name": n, "color": [50 * k, 9, 200]} for k, n in enumerate(tiny_source.CLASSES)]
 NEW = np.tile(np.array([0, 0, 1, 2], np.uint8), (48, 16))  # no band of any pre-label or mask looks like this
@@ -47,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     later = [(f"images/m/{n}.png", tiny_source.encode(tiny_source.picture(9000 + n))) for n in range(2)]
     shards.write_tar(root / "data/dumps/d.tar", later)
     assert tiny_source.run(root, dumps=("base", "d")) == 0
-    rows = [row for row in manifest.read(root / split.OUT) if row.split in ("labelled", "unlabelled")]
+    rows = [row for row in manifest.read(root / paths.SPLIT_MANIFEST) if row.split in ("labelled", "unlabelled")]
     shards.write_tar(
         root / predictions.PRELABELS,
         [(f"{r.id}.png", label_maps.encode_png(tiny_source.mask(n))) for n, r in enumerate(rows)],
@@ -97,8 +98,8 @@ def codes(result: importer.Imported) -> dict[str, str]:
 
 
 def rebuilt() -> dict[str, manifest.Row]:
-    assert deduplicate.main([]) == 0
-    assert split.main([]) == 0
+    assert marginalia("stage", "index") == 0
+    assert marginalia("stage", "split") == 0
     return tiny_source.rows(Path())
 
 
@@ -107,7 +108,7 @@ def snapshot() -> dict[Path, bytes]:
 
 
 def test_out_to_cvat_corrected_back_and_into_training(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert label_next.main() == 0
+    assert marginalia("stage", "rank") == 0
     chosen = set(json.loads(Path("reports/label_next/names.json").read_text()))
     assert len(chosen) == 3
     before = {name: r.split for name, r in tiny_source.rows(root).items()}
@@ -117,7 +118,7 @@ def test_out_to_cvat_corrected_back_and_into_training(root: Path, capsys: pytest
     name = found[0].partition('name="')[2].partition('"')[0]
     patch = '<polygon label="wall" points="10,4;30,4;30,14;10,14" z_order="1"></polygon></image>'
     Path("back.xml").write_text("<image ".join([head, found[0].replace("</image>", patch), *found[1:]]))
-    assert importer.main(["back.xml", "--by", "anna"]) == 0
+    assert marginalia("import-labels", "back.xml", "--by", "anna") == 0
     out = capsys.readouterr().out
     assert out.count("unchanged-pre-label: just as it was handed out") == 2  # nobody looked at the other two
     (mine,) = [r for r in tiny_source.rows(root).values() if name.startswith(r.id[:12])]
@@ -140,20 +141,20 @@ def test_out_to_cvat_corrected_back_and_into_training(root: Path, capsys: pytest
     about = json.loads(shards.read(Path(entry["archive"]), *shards.members(Path(entry["archive"]))[0][1:]))
     assert about["images"][mine.id]["image"] == key
     stood = snapshot()
-    assert importer.main(["back.xml"]) == 0
+    assert marginalia("import-labels", "back.xml") == 0
     assert "nothing new" in capsys.readouterr().out
     assert snapshot() == stood
 
 
 def test_a_pre_label_of_an_earlier_model_is_no_label(root: Path) -> None:
     """The task came back untouched after a retraining: nobody looked, though the pool has other pre-labels by now."""
-    assert label_next.main() == 0
+    assert marginalia("stage", "rank") == 0
     shutil.copytree("reports/label_next", "task")
     names = [member.name for member in shards.members(predictions.PRELABELS)]
     shards.write_tar(
         predictions.PRELABELS, [(name, label_maps.encode_png(tiny_source.mask(90 + n))) for n, name in enumerate(names)]
     )
-    assert label_next.main() == 0
+    assert marginalia("stage", "rank") == 0
     result = add(Path("task"))
     assert result[:4] == (None, "folder", 0, 0)
     assert {item.code for item in result.refused} == {"unchanged-pre-label"}
@@ -187,7 +188,7 @@ def test_unknown_classes_are_named_with_the_nearest(root: Path) -> None:
 
 def test_nothing_usable_is_an_error_that_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot()
-    assert importer.main([str(zipped(Path("a.zip"), ("nobody.png", NEW)))]) == 1
+    assert marginalia("import-labels", str(zipped(Path("a.zip"), ("nobody.png", NEW)))) == 1
     assert "nobody.png: unknown-image" in capsys.readouterr().out
     Path("b.json").write_text("{")
     Path("c.txt").write_text("x")
@@ -195,7 +196,7 @@ def test_nothing_usable_is_an_error_that_changes_nothing(root: Path, capsys: pyt
     tiny_source.put(Path("e"), "names.json", b"[1]")
     tiny_source.put(Path("e"), "masks/x.png", b"")
     for name in ("b.json", "c.txt", "d.zip", "e", "absent.zip"):
-        assert importer.main([name]) == 1
+        assert marginalia("import-labels", name) == 1
         assert name in capsys.readouterr().err
     assert snapshot() == before
 
@@ -375,9 +376,9 @@ def test_a_voc_folder_says_by_its_labelmap_what_its_ids_mean(root: Path) -> None
 
 
 def test_a_name_that_two_dumps_have_is_not_guessed(root: Path) -> None:
-    rows = manifest.read(split.OUT)
+    rows = manifest.read(paths.SPLIT_MANIFEST)
     twin = next(r for r in rows if r.dump == "d")
-    manifest.write(split.OUT, [*rows, replace(twin, id="f" * 64, dump="e")])
+    manifest.write(paths.SPLIT_MANIFEST, [*rows, replace(twin, id="f" * 64, dump="e")])
     tiny_source.put(Path("back"), f"{twin.name}.png", tiny_source.encode(NEW))
     assert codes(add(Path("back"))) == {f"{twin.name}.png": "ambiguous-name"}
     tiny_source.put(Path("other"), f"d/{twin.name}.png", tiny_source.encode(NEW))
@@ -390,20 +391,20 @@ def test_index_stops_at_labels_that_are_not_the_registered_ones(root: Path, caps
     a, b, registry = Path("data/labels/a.tar"), Path("data/labels/b.tar"), labels.FILE.read_text()
     kept = a.read_bytes()
     a.write_bytes(b.read_bytes())
-    assert deduplicate.main([]) == 1
+    assert marginalia("stage", "index") == 1
     assert "not the labels that labels.yaml registered as 'a'" in capsys.readouterr().err
     a.unlink()
-    assert deduplicate.main([]) == 1
+    assert marginalia("stage", "index") == 1
     assert "dvc pull data/labels/a.tar.dvc" in capsys.readouterr().err
     a.write_bytes(kept)
     labels.FILE.write_text(registry.replace("tool: cvat", "toll: cvat"))
-    assert deduplicate.main([]) == 1
+    assert marginalia("stage", "index") == 1
     assert "labels.yaml: labels.a.to" in capsys.readouterr().err
     labels.FILE.write_text(registry)
     source = json.loads(Path("data/pulled/source.json").read_text())
     source["classes"] = [source["classes"][k] for k in (1, 0, 2)]
     Path("data/pulled/source.json").write_text(json.dumps(source))
-    assert deduplicate.main([]) == 1
+    assert marginalia("stage", "index") == 1
     assert "add new classes at the end" in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ from pipeline.formats.common import annotations
 from pipeline.labels import label_next
 from pipeline.storage import atomic, manifest, predictions
 from tests.support import tiny_project
-from training import predict
+from tests.support.command_line import marginalia
 
 
 def test_equal_names_get_their_dump_as_a_folder() -> None:
@@ -27,14 +27,14 @@ def test_equal_names_get_their_dump_as_a_folder() -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
     monkeypatch.chdir(tmp_path)
     params = tiny_project.write(tmp_path)
-    assert predict.main() == 0
+    assert marginalia("stage", "predict") == 0
     return params
 
 
 def test_stage_writes_a_folder_with_pre_labels(project: config.Params) -> None:
     Path("reports/label_next/images").mkdir(parents=True)
     Path("reports/label_next/images/old.png").write_bytes(b"of an earlier run")
-    assert label_next.main() == 0
+    assert marginalia("stage", "rank") == 0
     folder = Path("reports/label_next")
     rows = {r.name: r for r in manifest.read(Path("data/split/manifest.parquet"))}
     table = list(csv.DictReader(io.StringIO(Path("reports/rank.csv").read_text())))
@@ -53,12 +53,12 @@ def test_stage_writes_a_folder_with_pre_labels(project: config.Params) -> None:
     assert len(found) == 7 + 2 * 4  # four pairs: nothing of the earlier run
     assert (folder / "classes.txt").read_text().split() == tiny_project.NAMES
     before = Path("reports/rank.csv").read_bytes()
-    assert label_next.main() == 0
+    assert marginalia("stage", "rank") == 0
     assert Path("reports/rank.csv").read_bytes() == before
 
 
 def test_the_tools_files_hold_the_same_pre_labels_and_name_each_image(project: config.Params) -> None:
-    assert label_next.main() == 0
+    assert marginalia("stage", "rank") == 0
     folder = Path("reports/label_next")
     names = json.loads((folder / "names.json").read_text())
     masks = {
@@ -85,11 +85,11 @@ def test_the_tools_files_hold_the_same_pre_labels_and_name_each_image(project: c
 def test_pre_labels_of_another_run_are_an_error(project: config.Params, capsys: pytest.CaptureFixture[str]) -> None:
     from pipeline.storage import shards
 
-    assert label_next.main() == 0
+    assert marginalia("stage", "rank") == 0
     Path("reports/rank.csv").unlink()
     before = {p: p.read_bytes() for p in Path("reports").rglob("*") if p.is_file()}
     shards.write_tar(predictions.PRELABELS, [])
-    assert label_next.main() == 1
+    assert marginalia("stage", "rank") == 1
     assert "run the predict stage again" in capsys.readouterr().err
     assert not Path("reports/rank.csv").exists()
     assert {p: p.read_bytes() for p in Path("reports").rglob("*") if p.is_file()} == before  # the old folder, whole

@@ -10,13 +10,12 @@ import jinja2
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-import marginalia
 from pipeline.ingest import dump_registry
 from pipeline.reports import data_report, page, sections, thumbnails
 from pipeline.storage import atomic, manifest, shards
 from tests.support import tiny_project
+from tests.support.command_line import marginalia
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
 EVIL = f"{HOSTILE}<script>alert(2)</script>&amp;\x00\u202e'"
@@ -198,13 +197,12 @@ def test_the_other_one_is_read_from_the_reason(reason: str, other: str | None) -
 
 
 def test_the_command_writes_the_page_and_names_what_is_missing(project: Path) -> None:
-    done = CliRunner().invoke(marginalia.app, ["data-report"])
-    assert done.exit_code == 0
+    assert marginalia("data-report") == 0
     page = Path("reports/data.html")
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert page.stat().st_size < 5_000_000
     Path("data/split/summary.json").unlink()
-    assert data_report.main() == 1
+    assert marginalia("stage", "data_report") == 1
 
 
 def test_a_browser_fetches_nothing_runs_nothing_and_fits_a_phone(project: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.storage import manifest
 from tests.support import tiny_project
+from tests.support.command_line import marginalia
 from tests.support.training.tiny_samples import Memory
-from training import train
 from training.engine import checkpoint
 from training.engine.data import Batches, Images, ReadError, order
 
@@ -58,7 +58,7 @@ def test_a_reader_that_dies_stops_training_with_the_images_name(project, monkeyp
 
     monkeypatch.setattr(manifest, "open_image", dying)
     monkeypatch.setattr("sys.argv", ["train"])
-    assert train.main() == 1
+    assert marginalia("stage", "train") == 1
     said = capsys.readouterr().err
     (row,) = blamed
     assert f"train: {row.shard} ({row.dump}/{row.name}) cannot be read: {type(error).__name__}" in said
