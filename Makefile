@@ -2,7 +2,7 @@ PY      ?= python3
 VENV    ?= .venv
 BIN      = $(VENV)/bin
 FLAVOUR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-EXTRAS  ?= train,demo,$(FLAVOUR),openvino,geotiff,dev
+EXTRAS  ?= train,demo,$(FLAVOUR),openvino,geotiff,geo,dev
 STAMP    = $(VENV)/.installed-$(FLAVOUR)
 # uv does not read pip's settings: hand it pip's wheel folder, if one is configured.
 export UV_FIND_LINKS ?= $(shell $(PY) -m pip config get global.find-links 2>/dev/null)

@@ -6,9 +6,10 @@ and no others. A polygon is one 4-connected piece: pieces that meet only at a co
 never passes one point twice (it is cut there into an outline and a hole that touch).
 
 Simplified, pieces that meet still share one border, without gap or overlap: points where three meet stay, and between
-them a border becomes the same line seen from either side. What `pipeline.imaging.simplify` does not promise holds here
-too; and a
-piece thinner than the tolerance may turn inside out: it is dropped, and a sliver of its size is nobody's, or two pieces'.
+them a border becomes the same line seen from either side. A piece whose rings would cross themselves or each other is
+simplified less, so that every polygon is valid (OGC Simple Features); that check needs shapely, of the extra `geo`, and
+without it nothing is simplified. A piece thinner than the tolerance may turn inside out: it is dropped, and a sliver
+of its size is nobody's, or two pieces'.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.imaging.decode import Refused
-from pipeline.imaging.simplify import simplify
+from pipeline.imaging.simplify import ClosedLines, simplified_rings, twice_areas
 
 IGNORE = 255
 MAX_POINTS = 1_000_000  # before simplification: 512 x 512 pixels of pure noise have about that many
@@ -73,29 +74,34 @@ def trace(
     corners = _find(label_HW, ignore, max_points)
     if not len(corners.x):
         return []
+
+    # Each run of pixels belongs to the ring on its left, and that ring to a piece.
     rings = _rings(corners)
     start, length = _runs(label_HW)
     counted = np.flatnonzero(label_HW.ravel()[start] != ignore)
     beside = _left_of(corners, rings, *np.divmod(start[counted], label_HW.shape[1]))
     lines = _closed(corners, rings)
-    area = _twice_areas(lines.point_N2, lines.start)
+    outline = twice_areas(lines.point_N2, lines.start) > 0
     pixel = np.maximum(corners.y[rings.top] - 1, 0) * label_HW.shape[1] + corners.x[rings.top]
-    piece = _pieces(area > 0, beside[np.searchsorted(start[counted], pixel, "right") - 1])
+    piece = _pieces(outline, beside[np.searchsorted(start[counted], pixel, "right") - 1])
+
     owner, most = piece[beside], len(piece)
     pixels = np.bincount(owner, weights=length[counted], minlength=most)
     means = None
     if confidence_HW is not None:
         sums = np.add.reduceat(confidence_HW.ravel(), start, dtype=np.int64)[counted]
         means = np.bincount(owner, weights=sums, minlength=most) / np.maximum(pixels, 1) / 255
-    shapes = _simplified(lines, area > 0, tolerance)
+
+    shapes = simplified_rings(lines, outline, piece, tolerance)
     holes: dict[int, list[Array]] = {}
-    for ring in np.flatnonzero(area < 0).tolist():
+    for ring in np.flatnonzero(~outline).tolist():
         if (shape := shapes[ring]) is not None:
             holes.setdefault(int(piece[ring]), []).append(shape)
+
     label = corners.label[rings.top]
     found = []
     for ring in np.lexsort((rings.top, label)).tolist():
-        if area[ring] > 0 and (shape := shapes[ring]) is not None:
+        if outline[ring] and (shape := shapes[ring]) is not None:
             mean = None if means is None else float(means[ring])
             found.append(Polygon(int(label[ring]), (shape, *holes.get(ring, ())), int(pixels[ring]), mean))
     return found
@@ -248,41 +254,10 @@ def _pieces(outline: Flags, left: Array) -> Array:
     return piece
 
 
-@dataclass(frozen=True)
-class _Lines:
-    """All rings as closed lines, one after another: points, those that stay, where each ring begins and its length."""
-
-    point_N2: Array
-    fixed: Flags
-    start: Array
-    length: Array
-
-
-def _closed(corners: _Corners, rings: _Rings) -> _Lines:
+def _closed(corners: _Corners, rings: _Rings) -> ClosedLines:
     length = np.diff(rings.start, append=len(rings.order)) + 1
     start = np.cumsum(length) - length
     order = np.insert(rings.order, np.append(rings.start[1:], len(rings.order)), rings.order[rings.start])
     fixed = corners.meeting[order]
     fixed[start] = fixed[start + length - 1] = True
-    return _Lines(np.stack([corners.x[order], corners.y[order]], axis=1), fixed, start, length)
-
-
-def _twice_areas(point_N2: Array, start: Array) -> Array:
-    """Twice the signed area of each closed ring (shoelace): positive for outlines, negative for holes."""
-    x, y = point_N2.T
-    part = np.append(x[:-1] * y[1:] - x[1:] * y[:-1], 0)
-    part[start[1:] - 1] = 0  # from one ring's end to the next one's beginning
-    return np.add.reduceat(part, start)
-
-
-def _simplified(lines: _Lines, outline: Flags, tolerance: float) -> list[Array | None]:
-    """Each ring's points; None for a ring that has no area left, or is turned inside out."""
-    if tolerance <= 0:
-        return list(np.split(lines.point_N2, lines.start[1:]))
-    keep = simplify(lines.point_N2, lines.fixed, tolerance)
-    kept = np.add.reduceat(keep.astype(np.int64), lines.start)
-    point_N2, start = lines.point_N2[keep], np.cumsum(kept) - kept
-    area = _twice_areas(point_N2, start)
-    sound = ((area > 0) == outline) & (area != 0)
-    shapes = np.split(point_N2, start[1:])
-    return [shape if good else None for shape, good in zip(shapes, sound.tolist(), strict=True)]
+    return ClosedLines(np.stack([corners.x[order], corners.y[order]], axis=1), fixed, start)

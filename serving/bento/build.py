@@ -19,7 +19,7 @@ ROOT = Path(__file__).absolute().parents[2]
 ROOMS = ("serving", "export", "pipeline")
 SERVICE = "serving.bento.packed:Marginalia"
 DISTRIBUTION = "marginalia-seg"
-_EXTRAS = ("", "serve", "cpu", "gpu", "openvino")  # the base, the service, and what brings a runtime
+_EXTRAS = ("", "serve", "cpu", "gpu", "openvino", "geo")  # base, service, what brings a runtime, valid polygons
 
 
 class BentoError(RuntimeError):

@@ -2,16 +2,20 @@
 
 import itertools
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 from pipeline.imaging import polygonize
+from pipeline.imaging import simplify as simplify_module
 from pipeline.imaging.decode import Refused
 from pipeline.imaging.simplify import simplify
 from tests.support.synthetic_masks import fill, regions
@@ -136,6 +140,7 @@ def test_simplified_neighbours_keep_one_border(seed: int, tolerance: float) -> N
 
 @pytest.mark.parametrize("tolerance", [0.5, 1.0, 4.0])
 def test_no_border_moves_further_than_the_tolerance(tolerance: float) -> None:
+    pytest.importorskip("shapely")
     label_HW = regions(70, 90, 3, seed=3)
     exact = polygonize.trace(label_HW)
     simpler = polygonize.trace(label_HW, tolerance=tolerance)
@@ -153,7 +158,48 @@ def test_no_border_moves_further_than_the_tolerance(tolerance: float) -> None:
             assert max(away(p, full[start], full[end]) for p in full[start : end + 1]) <= tolerance + 1e-9
 
 
+def invalid(label_HW: np.ndarray, tolerance: float) -> tuple[int, int]:
+    """How many polygons there are, and how many of them are not valid."""
+    shapely = pytest.importorskip("shapely")
+    made = [shapely.Polygon(p.rings[0], p.rings[1:]) for p in polygonize.trace(label_HW, tolerance=tolerance)]
+    return len(made), int((~shapely.is_valid(made)).sum())
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, 2.0, 7.0])
+def test_polygons_are_valid_however_much_they_are_simplified(tolerance: float) -> None:
+    for seed in range(12):
+        label_HW = regions(60, 80, 6, seed=seed)
+        speckled = np.where(np.random.default_rng(seed).random(label_HW.shape) < 0.1, 9, label_HW).astype(np.uint8)
+        for map_HW in (label_HW, speckled):
+            found, wrong = invalid(map_HW, tolerance)
+            assert found > 5
+            assert wrong == 0
+
+
+def test_polygons_of_street_scenes_are_valid(shared_data: Path) -> None:
+    """18 masks of CamVid, of whose polygons some cross themselves by Douglas and Peucker's algorithm alone."""
+    masks = sorted((shared_data / "camvid/masks").glob("*.png"))[::39]
+    found = [invalid(np.asarray(Image.open(mask)), tolerance=2.0) for mask in masks]
+    assert len(found) == 18
+    assert sum(n for n, _ in found) > 1000
+    assert sum(wrong for _, wrong in found) == 0
+
+
+def test_without_shapely_polygons_are_exact_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "shapely", None)  # as where it is not installed
+    simplify_module.shapely_or_none.cache_clear()
+    label_HW = regions(40, 55, 4, seed=1)
+    exact = [[ring.tolist() for ring in p.rings] for p in polygonize.trace(label_HW)]
+    for _ in range(2):
+        assert [[ring.tolist() for ring in p.rings] for p in polygonize.trace(label_HW, tolerance=2.0)] == exact
+    simplify_module.shapely_or_none.cache_clear()
+    assert [record.getMessage().count("marginalia-seg[geo]") for record in caplog.records] == [1]
+
+
 def test_what_collapses_is_dropped() -> None:
+    pytest.importorskip("shapely")
     label_HW = np.zeros((20, 20), np.uint8)
     label_HW[3, 3], label_HW[10:15, 10:15] = 1, 1
     one = [p for p in polygonize.trace(label_HW, tolerance=1.0) if p.label == 1]

@@ -166,6 +166,8 @@ def test_sizes(http: httpx.Client, found: runtime.Segmentation, size: str, shape
 
 
 def test_polygons_get_simpler_and_stay_near(http: httpx.Client, found: runtime.Segmentation) -> None:
+    pytest.importorskip("shapely")
+
     def points(**query: object) -> int:
         shape = ask(http, "geojson", **query).json()
         return sum(len(ring) for f in shape["features"] for ring in f["geometry"]["coordinates"])
