@@ -29,6 +29,7 @@ from pipeline.drift import two_sample
 from pipeline.storage import atomic, predictions
 
 BLOCK = 12
+SETTINGS = config.load(Path(__file__).parents[1] / "params.yaml")
 DAY, DARK = ("0006R0", "0016E5", "Seq05VD"), "0001TP"
 Rows = NDArray[np.int64]
 
@@ -50,7 +51,7 @@ def features(paths: list[Path]) -> NDArray[np.float64]:
     from training.models import segmenter
 
     torch.set_num_threads(1)
-    net = segmenter.build(config.Model(architecture="FPN"), 2).eval()
+    net = segmenter.build(SETTINGS.model.model_copy(update={"architecture": "FPN"}), 2).eval()
     found = []
     with torch.inference_mode(), console.bar("features", len(paths)) as bar:
         for path in paths:
@@ -82,7 +83,7 @@ def flagged(
     rows = np.concatenate([ours, theirs])
     dump = np.array([two_sample.BASE] * len(ours) + [name] * len(theirs))
     points = two_sample.Cloud(feature_ND[rows], dump, group[rows], np.array(["unlabelled"] * len(rows)))
-    return two_sample.compare(points, name, config.Pool())
+    return two_sample.compare(points, name, SETTINGS.pool)
 
 
 def interval(hits: int, trials: int) -> tuple[float, float]:
@@ -176,7 +177,7 @@ def main() -> None:
             table.add_row(space, kind, name, f"{hits} of {trials}", f"{100 * hits / trials:.2f} %", bounds, rules)
     Console(width=150).print(table)
     if arguments.out:
-        atomic.write_json(arguments.out, {"drift_p": config.Pool().drift_p, "images": len(paths), "rows": results})
+        atomic.write_json(arguments.out, {"drift_p": SETTINGS.pool.drift_p, "images": len(paths), "rows": results})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Parse and build every network of params.yaml and presets/ in every precision with TensorRT, without a card.
 
     pip install 'marginalia-seg[trtcheck]'     # tensorrt-rtx: its parser and builder run without a GPU
-    python benchmarks/engine_builds.py [--settings params.yaml presets/edge.yaml] [--out benchmarks/results/engine_builds.json]
+    python benchmarks/engine_builds.py [--presets edge one-gpu] [--out benchmarks/results/engine_builds.json]
 
 Weights are random: what is shown is that TensorRT reads the exported graphs and makes engines of them. Finished rows are
 kept in the file and not repeated.
@@ -27,6 +27,7 @@ from export import onnx, quantize
 from export.tensorrt import builder
 from export.tensorrt.builder import Profile
 from pipeline import config
+from pipeline.config import presets
 from pipeline.storage import atomic
 from training.models import segmenter
 
@@ -63,28 +64,29 @@ def build(name: str, precision: str, model: bytes, profile: Profile) -> dict[str
 
 
 def main() -> None:
-    root = Path(__file__).parents[1]
+    base = Path(__file__).parents[1] / "params.yaml"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", type=Path, default=[root / "params.yaml"])
+    parser.add_argument("--presets", nargs="*", default=[], help="beside params.yaml")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
     if arguments.out and arguments.out.exists():
         rows = {f"{row['network']} {row['precision']}": row for row in atomic.read_json(arguments.out)["rows"]}
-    for path in arguments.settings:
-        params = config.load(path)
+    settings = {"params": config.load(base)}
+    settings |= {name: config.parse(presets.compose(name, base)) for name in arguments.presets}
+    for source, params in settings.items():
         policy = params.input
         try:
             made = forms(params)
         except Exception as error:  # an exporter's or a quantiser's refusal is a row, too
-            rows[f"{path.stem} export"] = {"network": path.stem, "precision": "-", "failure": f"export: {error}"[:400]}
+            rows[f"{source} export"] = {"network": source, "precision": "-", "failure": f"export: {error}"[:400]}
             continue
         for precision, model in made.items():
-            name = f"{path.stem} {precision}"
+            name = f"{source} {precision}"
             if rows.get(name, {}).get("failure", "not run") is None:
                 continue
             profile = Profile.of(long_side=policy.long_side, stride=policy.stride)
-            rows[name] = build(path.stem, precision, model, profile)
+            rows[name] = build(source, precision, model, profile)
             if arguments.out:
                 try:
                     release = version("tensorrt-rtx")

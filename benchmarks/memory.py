@@ -1,6 +1,6 @@
-"""What training takes of a card's memory, estimated on a CPU without training: one row for each of presets/*.yaml.
+"""What training takes of a card's memory, estimated on a CPU without training: one row for each preset.
 
-    python benchmarks/memory.py [FILE ...] [--classes 21]
+    python benchmarks/memory.py [PRESET ...] [--classes 21]
 
 Counted: what autograd saves in one forward pass with its loss, measured on two small images and scaled by pixels and
 images; weights, gradients, AdamW's two moments and the teacher, at 4 bytes a number. bf16 halves what the network saves,
@@ -21,10 +21,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipeline import config
+from pipeline.config import presets
 from training.methods import registry
 from training.models import segmenter
 
-PRESETS = Path(__file__).parents[1] / "presets"
+ROOT = Path(__file__).parents[1]
 GB = 1e9
 
 
@@ -91,9 +92,9 @@ def images(train: config.Train, n_classes: int) -> Images:
     return Images(whole + one * (method.streams + method.weak), again)
 
 
-def row(path: Path, n_classes: int) -> tuple[str, ...]:
+def row(name: str, n_classes: int) -> tuple[str, ...]:
     """One preset's line of the table."""
-    params = config.load(path)
+    params = config.parse(presets.compose(name, ROOT / "params.yaml"))
     net = network(params.model, n_classes)
     side = net.step * max(2, 112 // net.step)
     saved = activations(params.model, n_classes, (side, side))
@@ -105,7 +106,7 @@ def row(path: Path, n_classes: int) -> tuple[str, ...]:
     values = (passes + losses, still, passes + losses + still, passes / 2 + losses + still + 2 * weights)
     again = f"+{count.decoded_again}" if count.decoded_again else ""
     return (
-        path.stem, params.model.encoder, f"{weights / 1e6:.1f}", params.train.method, f"{height}x{width}",
+        name, params.model.encoder, f"{weights / 1e6:.1f}", params.train.method, f"{height}x{width}",
         f"{count.whole}{again}", *(f"{value / GB:.1f}" for value in values),
     )  # fmt: skip
 
@@ -115,10 +116,10 @@ HEAD = ("preset", "encoder", "M weights", "method", "crop", "images", "saved GB"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="*", type=Path, default=sorted(PRESETS.glob("*.yaml")))
+    parser.add_argument("preset", nargs="*", default=presets.names())
     parser.add_argument("--classes", type=int, default=21)
     args = parser.parse_args()
-    rows = [HEAD, *(row(path, args.classes) for path in args.file)]
+    rows = [HEAD, *(row(name, args.classes) for name in args.preset)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
         print(

@@ -1,7 +1,7 @@
 """Methods against each other over seeds, same data, same steps: scores of the teacher after the last step.
 
 Run in a project whose split exists (after `make demo`):
-    python benchmarks/seeds.py [--runs supervised ceiling fixmatch s4mc s4mc:alpha_end=0.2] [--seeds 0 1 2]
+    python benchmarks/seeds.py [--runs supervised ceiling fixmatch s4mc s4mc:s4mc.alpha_end=0.2] [--seeds 0 1 2]
         [--on val] [--out FILE] [--start champions/ID/student.safetensors]
 The settings are params.yaml's; a run changes train.method, train.seed and what follows its colon, and nothing else. With
 --start all begin with those weights, as a retraining does: s4mc against s4mc:offline=0.9, say.
@@ -40,10 +40,11 @@ SHOWN = {"kept": "kept", "precision": "right", "cpu_seconds": "cpu s"}
 
 
 def variant(params: config.Params, run: str, seed: int) -> config.Params:
-    """`s4mc:alpha_end=0.2,steps=400` -> params with these train settings, checked like params.yaml's."""
+    """`s4mc:s4mc.alpha_end=0.2,steps=400` -> params with these train settings, checked like params.yaml's."""
     method, _, rest = run.partition(":")
     changes = dict(pair.split("=", 1) for pair in rest.split(",") if pair)
-    settings = {**params.train.model_dump(), "method": method, "seed": seed, **changes}
+    overlay = config.nested({"method": method, "seed": seed, **changes})
+    settings = config.merge(params.train.model_dump(), overlay)
     return params.model_copy(update={"train": config.Train.model_validate(settings)})
 
 

@@ -87,7 +87,7 @@ def judge_all(
     records = []
     for option, found in measured.items():
         key = {"fp32": "parity", "int8": "parity.int8"}.get(option.precision, "parity.half")
-        said = report(found, names, bars.bars(option.precision), key)
+        said = report(found, names, bars.limits(option.precision), key)
         plain = [o for o in times if o.device == option.device and o.precision == "fp32"]
         base = min(plain, key=lambda o: (o.runtime != "onnxruntime", times[o]), default=BASE)
         speedup = times[base] / times[option]

@@ -134,7 +134,7 @@ def measure(
     return {name: part.measured() for name, part in counts.items() if name not in failed}, failed
 
 
-def judge(measured: Measured, names: Sequence[str], bars: config.Bars, key: str = "parity") -> list[str]:
+def judge(measured: Measured, names: Sequence[str], bars: config.ParityLimits, key: str = "parity") -> list[str]:
     """Every bar that is not met, each with the class and the numbers; empty when parity holds."""
     failures = []
     for place, agreement in (("working grid", measured.grid), ("original resolution", measured.original)):
@@ -163,7 +163,7 @@ def judge(measured: Measured, names: Sequence[str], bars: config.Bars, key: str 
     return failures
 
 
-def report(measured: Measured, names: Sequence[str], bars: config.Bars, key: str = "parity") -> dict[str, Any]:
+def report(measured: Measured, names: Sequence[str], bars: config.ParityLimits, key: str = "parity") -> dict[str, Any]:
     """The verdict and all numbers, as reports/parity.json holds them (without the names of the two sides)."""
     failures = judge(measured, names, bars, key)
     ours, theirs = scores.miou(measured.torch_KK), scores.miou(measured.runtime_KK)
@@ -171,7 +171,7 @@ def report(measured: Measured, names: Sequence[str], bars: config.Bars, key: str
     return {
         "passed": not failures,
         "failures": failures,
-        "bars": {name: getattr(bars, name) for name in config.Bars.model_fields},
+        "bars": {name: getattr(bars, name) for name in config.ParityLimits.model_fields},
         "images": measured.images,
         "original": measured.original.as_dict(names),
         "grid": measured.grid.as_dict(names),

@@ -204,7 +204,7 @@ def describe(
 ) -> dict[str, Any]:
     last = result.history[-1]
     return {
-        "method": params.train.method, "preset": params.train.preset, "steps": params.train.steps,
+        "method": params.train.method, "preset": params.train.s4mc.preset, "steps": params.train.steps,
         "seed": params.train.seed, "best_step": result.best_step, "val_miou": _number(last.get("val_miou")),
         "kept": _number(last.get("kept")), "precision": _number(last.get("precision")), "precision_on": ready.precision_on,
         "labelled": len(ready.batches.labelled), "unlabelled": len(data.unlabelled), "offline": ready.offline,

@@ -36,6 +36,7 @@ from pipeline import config, paths, stage
 from pipeline.imaging import perceptual_hash
 from pipeline.ingest import check, deduplicate, dump_registry
 from pipeline.storage import atomic, manifest, shards
+from tests.support import tiny_settings
 
 SOURCE: dict[str, Any] = {
     "source": "folder", "classes": [{"id": 0, "name": "thing", "color": [9, 9, 9]}], "ignore": 255, "lists": {},
@@ -136,7 +137,7 @@ def main() -> None:
     here = machine()
     with tempfile.TemporaryDirectory() as place, chdir(place):
         atomic.write_json(paths.SOURCE, SOURCE)
-        atomic.write_text(Path("params.yaml"), "data: {source: folder}\n")
+        tiny_settings.write(Path("params.yaml"), data={"source": "folder"})
         sizes = [arguments.images // 4, arguments.images // 2, arguments.images]
         seconds_to_ingest(pictures[:64], "warm")  # modules, the file cache
         real = [lowest(lambda n=n: seconds_to_ingest(pictures[:n], f"real{n}")) for n in sizes]

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.support.timing import Timed, alternate, finish
-from pipeline import config
+from tests.support import tiny_settings
 from training import inference as infer
 from training import metrics
 from training.models import segmenter
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=480)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    settings, where = config.Params(), infer.device()
+    settings, where = tiny_settings.params(), infer.device()
     batch, stride = settings.evaluate.batch, settings.input.stride
     model = segmenter.build(settings.model.model_copy(update={"weights": None}), CLASSES).eval().to(where)
     height, width = (-(-side // stride) * stride for side in (options.height, options.width))

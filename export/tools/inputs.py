@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline import config
 from pipeline.formats.common.source import name_id
 from pipeline.imaging import decode
 from pipeline.storage import archives
 
 EXTENSIONS = archives.EXTENSIONS
+# A bundle runs without a project: the caps of an ingested dump, as the repository's params.yaml has them.
+LIMITS = archives.Limits(total_bytes=64 << 30, file_bytes=256 << 20, files=1_000_000, ratio=200)
+MAX_PIXELS = 178_956_970
 RESERVED = ("overlays", "confidence")  # folders that predict writes beside the masks
 _ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
 _FILES = (".png", ".jpg", ".csv", ".json")  # what predict's own files end in
@@ -45,14 +47,6 @@ class Found:
     name: str
     path: Path | None
     load: Callable[[], bytes]
-
-
-def limits() -> archives.Limits:
-    """The caps of an ingested dump, as they stand without a params.yaml."""
-    caps = config.Ingest()
-    return archives.Limits(
-        int(caps.dump_max_gb * 2**30), caps.max_file_mb << 20, caps.dump_max_files, caps.dump_max_ratio
-    )
 
 
 def unique(path: str, taken: dict[str, int]) -> str:
@@ -152,7 +146,7 @@ def _of_file(path: Path, name: str) -> Found:
 
 def _of_archive(path: Path, taken: dict[str, int]) -> Iterator[Found | Quarantined]:
     try:
-        for member in archives.read(path, limits()):
+        for member in archives.read(path, LIMITS):
             if not _hidden(member.name) and _looks_like_image(member.name, partial(_beginning, member)):
                 yield Found(
                     f"{_shown(path)}/{member.name}", unique(member.name, taken), None, partial(_unpacked, member)
@@ -194,7 +188,7 @@ def _load(path: Path) -> bytes:
     try:
         if not path.is_file():
             raise decode.Refused("unreadable", "a link to nothing or no plain file; put the file itself there")
-        if (size := path.stat().st_size) > limits().file_bytes:
+        if (size := path.stat().st_size) > LIMITS.file_bytes:
             raise _too_large(size)
         return path.read_bytes()
     except OSError as error:
@@ -208,7 +202,7 @@ def _unpacked(member: archives.Member) -> bytes:
 
 
 def _too_large(size: int) -> decode.Refused:
-    return decode.Refused("too-many-bytes", f"{size} bytes; the limit is {limits().file_bytes}; save it smaller")
+    return decode.Refused("too-many-bytes", f"{size} bytes; the limit is {LIMITS.file_bytes}; save it smaller")
 
 
 def _shown(path: Path) -> str:

@@ -33,7 +33,6 @@ from export.runtime import runtime
 from export.tools import inputs as sources
 from export.tools.inputs import Found, Quarantined
 from export.tools.overlap import overlapped
-from pipeline import config
 from pipeline import console as progress
 from pipeline.imaging import decode, label_maps, resize
 from pipeline.storage import atomic
@@ -194,7 +193,7 @@ def _prepare(opened: bundle.Bundle, loaded: _Loaded | Quarantined) -> _Prepared 
         return loaded
     started = time.perf_counter()
     try:
-        image_HWC = decode.decode(loaded.data, max_pixels=config.Ingest().max_pixels)
+        image_HWC = decode.decode(loaded.data, max_pixels=sources.MAX_PIXELS)
     except decode.Refused as error:
         return Quarantined(loaded.found.file, error.code, str(error))
     plan = opened.fit(*image_HWC.shape[:2])

@@ -16,6 +16,7 @@ from pipeline.formats.common import class_list as class_lists
 from pipeline.formats.common import mask_encoding, split_lists
 from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk
 
+LABEL_MAP = "labelmap.txt"
 NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -86,9 +87,12 @@ def classes(root: Path, data: config.Data) -> class_lists.Classes:
     """Those of classes.txt, else labelmap.txt, else VOC's own 21."""
     if (file := class_lists.read(root, data)) is not None:
         return file[0]
-    path = root / "labelmap.txt"
-    if not path.exists():
-        return own_classes()
+    path = root / LABEL_MAP
+    return label_map(path) if path.exists() else own_classes()
+
+
+def label_map(path: Path) -> class_lists.Classes:
+    """The classes of a labelmap.txt, as CVAT and Datumaro write it beside VOC masks."""
     lines: list[str] = []
     for number, line in enumerate(class_lists.read_lines(path, "write it"), 1):
         if not line or line.startswith("#"):

@@ -197,7 +197,7 @@ def ingest(
     dump: str,
     source: dict[str, Any],
     params: config.Ingest,
-    workers: config.Scale = config.Scale(),  # noqa: B008  # frozen
+    workers: config.Scale,
 ) -> Counter[str]:
     """Write data/ingested/DUMP from one archive; returns counts for the summary. The folder appears complete or not."""
     tasks, refused = plan(archive.resolve(), dump, source, params)  # workers may stand in another folder

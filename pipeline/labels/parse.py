@@ -166,7 +166,7 @@ def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -
     if (path / "classes.txt").exists():
         lines = class_files.read_lines(path / "classes.txt", "write it")
         theirs = [c["name"] for c in class_files.parse(lines, path / "classes.txt")[0]]
-    mapped = voc.classes(path, config.Data(source="voc", classes=None)) if (path / "labelmap.txt").exists() else []
+    mapped = voc.label_map(path / voc.LABEL_MAP) if (path / voc.LABEL_MAP).exists() else []
     theirs = [c["name"] for c in mapped] or theirs
     table = np.full(256, -1, np.int64)
     table[: len(theirs)] = [names.index(name) if name in names else -1 for name in theirs]

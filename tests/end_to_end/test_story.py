@@ -14,7 +14,7 @@ import yaml
 
 from export.bundle import bundle
 from export.runtime.runtime import Runtime
-from pipeline.config import Params
+from tests.support import tiny_settings
 from tests.support.tiny_project import CLASSES, scene
 from tests.support.tiny_source import encode, put
 
@@ -25,7 +25,8 @@ SETTINGS = {
     "model": {"architecture": "FPN", "encoder": "resnet10t", "weights": None},
     "input": {"long_side": 96, "stride": 32},
     "train": {"method": "s4mc", "steps": 24, "batch_labelled": 4, "batch_unlabelled": 4, "crop": [64, 96], "scale": [0.8, 1.2],
-              "warmup_steps": 10, "ramp_steps": 4, "val_every": 12, "lr": 0.003, "lr_encoder": 0.003, "ema": 0.8},
+              "warmup_steps": 10, "ramp_steps": 4, "val_every": 12,
+              "optimizer": {"lr": 0.003, "lr_encoder": 0.003}, "ema": 0.8},
     "evaluate": {"bootstrap": 100, "previews": 2},
     "parity": {"agreement": 0.999, "class_agreement": 0.98},
     "gate": {"bootstrap": 200},
@@ -77,12 +78,8 @@ class Project:
 
     def change(self, **sections: object) -> None:
         path = self.root / "params.yaml"
-        now = (
-            yaml.safe_load(path.read_text())
-            if path.exists()
-            else Params.model_validate(SETTINGS).model_dump(mode="json")
-        )
-        path.write_text(yaml.safe_dump({**now, **sections}))
+        now = yaml.safe_load(path.read_text()) if path.exists() else tiny_settings.raw(**SETTINGS)
+        path.write_text(yaml.safe_dump(tiny_settings.plain({**now, **sections})))
 
     def commit(self) -> None:
         self.run("git", "add", "-A")
@@ -139,7 +136,7 @@ def test_the_champion_answers_as_the_scores_say(project: Project, first: str) ->
     from training import metrics
 
     opened = bundle.open_bundle(project.root / project.json("champions/champion.json")["bundle"])
-    bars, reported = Params.model_validate(SETTINGS).parity, project.json("reports/scores.json")["miou"]
+    bars, reported = tiny_settings.params(**SETTINGS).parity, project.json("reports/scores.json")["miou"]
     assert str(opened.manifest.options[0]) == "onnxruntime cpu fp32"
     for option in opened.manifest.options:  # what parity admitted here runs here
         runtime = Runtime(opened, provider=option.provider, precision=option.precision)
@@ -148,7 +145,7 @@ def test_the_champion_answers_as_the_scores_say(project: Project, first: str) ->
             image = decode.decode((project.source / f"images/t/{n:02d}.png").read_bytes(), max_pixels=10**6)
             truth = label_maps.decode_mask((project.source / f"masks/t/{n:02d}.png").read_bytes(), max_pixels=10**6)
             total += metrics.confusion(truth, runtime.segment(image).label_HW, len(CLASSES), 255)
-        assert scores.miou(total) >= reported - bars.bars(option.precision).miou_drop - 1e-6, option
+        assert scores.miou(total) >= reported - bars.limits(option.precision).miou_drop - 1e-6, option
 
 
 def test_nothing_changed_means_nothing_runs(project: Project, first: str) -> None:

@@ -13,7 +13,7 @@ from export import parity, parity_metrics
 from export.bundle import bundle
 from pipeline import config
 from pipeline.storage import atomic, manifest
-from tests.support import tiny_project
+from tests.support import tiny_project, tiny_settings
 from tests.support.command_line import marginalia
 
 NAMES = tiny_project.NAMES
@@ -78,7 +78,7 @@ def test_a_shifted_bias_fails_with_names_and_numbers(project: Path, capsys: pyte
     assert not said["passed"]
     told = " ".join(capsys.readouterr().err.split())
     assert "agreement" in told
-    assert f"below parity.agreement {config.Parity().agreement:g}" in told
+    assert f"below parity.agreement {tiny_settings.parity().agreement:g}" in told
     assert said["differing_pixels"] > said["near_ties_among_them"]
 
 
@@ -103,7 +103,7 @@ def measured(pairs: np.ndarray) -> parity_metrics.Measured:
 
 
 def test_bars_are_inclusive_and_each_is_checked() -> None:
-    bars = config.Parity(agreement=0.99, class_agreement=0.9, miou_drop=0.5)
+    bars = tiny_settings.parity(agreement=0.99, class_agreement=0.9, miou_drop=0.5)
     exact = np.array([[90, 10, 0], [0, 899, 1], [0, 0, 100]])
     assert (
         parity_metrics.judge(measured(np.diag([5, 5, 0])), NAMES[:3], bars) == []

@@ -11,9 +11,9 @@ from onnx import numpy_helper
 from export import parity, parity_metrics
 from export.bundle import bundle
 from export.bundle.manifest import Option
-from pipeline import config, paths
+from pipeline import paths
 from pipeline.storage import atomic
-from tests.support import tiny_project
+from tests.support import tiny_project, tiny_settings
 from tests.support.command_line import marginalia
 
 INT8 = Option(runtime="onnxruntime", device="cpu", precision="int8", file="model.int8.onnx")
@@ -39,7 +39,7 @@ def measured(wrong: int) -> parity_metrics.Measured:
 def test_slow_or_wrong_forms_stay_out(
     monkeypatch: pytest.MonkeyPatch, wrong: int, seconds: float, said: str | None
 ) -> None:
-    bars = config.Parity(int8=config.Int8Bars(agreement=0.99, class_agreement=0.5, miou_drop=10, class_drop=2))
+    bars = tiny_settings.parity(int8={"agreement": 0.99, "class_agreement": 0.5, "miou_drop": 10, "class_drop": 2})
     records = parity.judge_all(
         {parity.BASE: measured(0), INT8: measured(wrong)}, {parity.BASE: 1.0, INT8: seconds}, tiny_project.NAMES, bars
     )
@@ -79,9 +79,8 @@ def test_through_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good
     monkeypatch.setattr(
         parity, "seconds", lambda runtimes, images: {o: 0.5 if o.precision == "int8" else 1.0 for o in runtimes}
     )
-    params = Path("params.yaml")
-    loose = "{agreement: 0.9, class_agreement: 0.0, miou_drop: 10, class_drop: 50}"
-    params.write_text(params.read_text() + f"parity: {{int8: {loose}}}\n")
+    loose = {"agreement": 0.9, "class_agreement": 0.0, "miou_drop": 10, "class_drop": 50}
+    tiny_project.write_params(Path(), parity={"int8": loose})
     assert marginalia("stage", "parity") == 0
     made, said = bundle.open_bundle(Path("bundle")), atomic.read_json(Path("reports/parity.json"))
     row = next(r for r in said["options"] if r["name"] == "onnxruntime cpu int8")

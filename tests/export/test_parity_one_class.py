@@ -10,9 +10,8 @@ from onnx import numpy_helper
 
 from export import parity_metrics
 from export.bundle import bundle
-from pipeline import config
 from pipeline.storage import atomic
-from tests.support import tiny_project
+from tests.support import tiny_project, tiny_settings
 from tests.support.command_line import marginalia
 
 
@@ -21,7 +20,7 @@ def test_the_mean_passes_and_one_class_does_not() -> None:
     pairs[3] = [30, 0, 0, 970]
     same = parity_metrics.Agreement(pairs)
     measured = parity_metrics.Measured(same, same, pairs, pairs, 30, 30, 0, 1.0, 1)
-    bars = config.Parity()
+    bars = tiny_settings.parity()
     assert same.overall >= bars.agreement
     failures = parity_metrics.judge(measured, tiny_project.NAMES, bars)
     assert len(failures) == 2  # once on each grid
@@ -45,8 +44,7 @@ def test_through_the_stage_with_a_real_graph(
         Path("models/exported"), proto.SerializeToString(), classes=[c.model_dump() for c in facts.classes], long_side=96,
         stride=32, card="changed", opset=facts.opset, ir_version=facts.ir_version,
     )  # fmt: skip
-    params = Path("params.yaml")
-    params.write_text(params.read_text() + "parity: {agreement: 0.9, class_agreement: 0.99, miou_drop: 100}\n")
+    tiny_project.write_params(Path(), parity={"agreement": 0.9, "class_agreement": 0.99, "miou_drop": 100})
     assert marginalia("stage", "parity") == 3
     said = atomic.read_json(Path("reports/parity.json"))
     assert said["grid"]["agreement"] >= 0.9

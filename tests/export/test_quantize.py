@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from export import quantize
-from tests.support import tiny_onnx, tiny_project
+from tests.support import tiny_onnx, tiny_project, tiny_settings
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_export_calibrates_on_training_images_alone(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(inference, "read", watch)
     params = config.load()
-    params = params.model_copy(update={"export": config.Export(calibration_images=5)})
+    params = params.model_copy(update={"export": tiny_settings.export(calibration_images=5)})
     images = exporter.calibration(params, tiny_project.INPUT)
     assert len(images) == len(read) == 5
     assert set(read) == {"labelled", "unlabelled"}

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.config import Data
 from pipeline.formats.common.source import Source
 from pipeline.imaging import decode
+from tests.support import tiny_settings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PIXELS = 1 << 22
 
 
 def read(reader: Callable[..., Source], root: Path, source: str, **data: Any) -> Source:
-    return reader(root, Data.model_validate({"source": source, **data}), max_pixels=PIXELS)
+    return reader(root, tiny_settings.data(source=source, **data), max_pixels=PIXELS)
 
 
 def content(source: Source) -> dict[str, bytes | decode.Refused]:

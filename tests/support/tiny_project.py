@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import nn
 
 from pipeline import config
 from pipeline.imaging import label_maps
 from pipeline.storage import atomic, manifest, shards
+from tests.support import tiny_settings
 from tests.support.command_line import marginalia
 from training.models import segmenter
 
@@ -30,7 +30,7 @@ CLASSES = [
 ]
 NAMES = [c["name"] for c in CLASSES]
 # A small real encoder: quick to build and to export.
-MODEL = config.Model(architecture="FPN", encoder="resnet10t", weights=None)
+MODEL = tiny_settings.model(architecture="FPN", encoder="resnet10t", weights=None)
 INPUT = config.Input(long_side=96, stride=32)
 
 
@@ -133,7 +133,7 @@ def write_student(root: Path, model: nn.Module, *, best: nn.Module | None = None
 def write_params(root: Path, **sections: Any) -> config.Params:
     values: dict[str, Any] = {"evaluate": {"bootstrap": 200, "previews": 3, "batch": 4}}
     values |= {"pool": {"permutations": 199, "label_next": 4}, "model": MODEL.model_dump(), "input": INPUT.model_dump()}
-    atomic.write_text(root / "params.yaml", yaml.safe_dump(values | sections))
+    tiny_settings.write(root / "params.yaml", **(values | sections))
     return config.load(root / "params.yaml")
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from pipeline.ingest import dump_registry
 from pipeline.storage import manifest
+from tests.support import tiny_settings
 from tests.support.command_line import marginalia
 
 CLASSES = ("sky", "wall", "floor")
@@ -81,7 +81,7 @@ def write_project(root: Path, source: Path, data: dict[str, Any] | None = None, 
     """params.yaml and dumps.yaml of a project on that source."""
     root.mkdir(parents=True, exist_ok=True)
     section = {"source": "folder", "path": str(source), **(data or {})}
-    (root / "params.yaml").write_text(yaml.safe_dump({"data": section, **sections}))
+    tiny_settings.write(root / "params.yaml", data=section, **sections)
     base = dump_registry.Entry(archive="data/pulled/base.tar")
     dump_registry.write(dump_registry.Registry(dumps={"base": base}), root / dump_registry.FILE)
 

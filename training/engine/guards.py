@@ -69,13 +69,13 @@ class Collapse:
         self.alone = self.alone + since if report.top_class > self.share else 0
         if self.empty >= self.steps:
             return (
-                f"no unlabelled pixel was kept for {self.empty} steps (bar {report.bar:.3f}); lower train.threshold, raise "
-                "train.warmup_steps, or choose s4mc, whose bar follows the scores"
+                f"no unlabelled pixel was kept for {self.empty} steps (bar {report.bar:.3f}); lower train.fixmatch.threshold, "
+                "raise train.warmup_steps, or choose s4mc, whose bar follows the scores"
             )
         if self.alone >= self.steps:
             return (
                 f"class {report.top} held over {self.share:.1%} of the kept pixels for {self.alone} steps: the "
                 "pseudo-labels have collapsed into it. Raise train.warmup_steps or lower train.unsup_weight; "
-                "train.collapse_share: 1.0 turns this alarm off where the data really is so"
+                "train.collapse.share: 1.0 turns this alarm off where the data really is so"
             )
         return None

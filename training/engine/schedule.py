@@ -8,10 +8,10 @@ from pipeline.config import Train
 
 def learning_rate(step: int, config: Train) -> float:
     """Factor in (0, 1] on the base rates: linear warm-up, then (1 - t)^poly_power over the remaining steps."""
-    if step < config.lr_warmup:
-        return (step + 1) / (config.lr_warmup + 1)
-    done = (step - config.lr_warmup) / max(1, config.steps - config.lr_warmup)
-    return float((1 - done) ** config.poly_power)
+    if step < config.optimizer.lr_warmup:
+        return (step + 1) / (config.optimizer.lr_warmup + 1)
+    done = (step - config.optimizer.lr_warmup) / max(1, config.steps - config.optimizer.lr_warmup)
+    return float((1 - done) ** config.optimizer.poly_power)
 
 
 def unsup_weight(step: int, config: Train) -> float:
@@ -33,6 +33,6 @@ def optimiser(model: nn.Module, extra: nn.Module | None, config: Train) -> torch
     known = {id(p) for p in first}
     rest = [p for part in (model, extra) if part is not None for p in part.parameters()]
     rest = [p for p in rest if p.requires_grad and id(p) not in known]
-    pairs = [(first, config.lr_encoder), (rest, config.lr)]
+    pairs = [(first, config.optimizer.lr_encoder), (rest, config.optimizer.lr)]
     groups = [{"params": params, "lr": lr, "base": lr} for params, lr in pairs if params]
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=config.optimizer.weight_decay, fused=True)

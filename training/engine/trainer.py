@@ -156,7 +156,7 @@ def fit(
     teacher = ema.teacher_of(model).to(memory_format=torch.channels_last)
     optimizer = schedule.optimiser(model, student.head, config)
     seen, finite = PseudoLabels(n_classes, device), guards.Finite(student, device)
-    collapse = guards.Collapse(config.collapse_steps, config.collapse_share)
+    collapse = guards.Collapse(config.collapse.steps, config.collapse.share)
     path = (work or checkpoint.folder(identity)) / "checkpoint.pt"
     parts: dict[str, Any] = {"student": student, "teacher": teacher, "optimizer": optimizer}
     if method.table_K is not None:
@@ -209,7 +209,7 @@ def fit(
                     uncut_BCHW=uncut(teacher, batch.unlabelled, stride) if wide else None,
                     backward=backward, hold=lambda: group.hold(whole),
                 )  # fmt: skip
-            norm = nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
+            norm = nn.utils.clip_grad_norm_(student.parameters(), config.optimizer.clip_norm)
             finite.after_backward(done.loss, norm, optimizer, us)
             optimizer.step()
             distributed.average(student, us)
@@ -220,7 +220,7 @@ def fit(
             now.step = at + 1
             last = now.step == config.steps
             if now.step % log_every == 0 or last:
-                row = {"step": float(now.step), "lr": factor * config.lr, **_mean_losses(now.running, done)}
+                row = {"step": float(now.step), "lr": factor * config.optimizer.lr, **_mean_losses(now.running, done)}
                 now.running.clear()
                 try:
                     finite.check(path)

@@ -25,13 +25,13 @@ class Threshold(Protocol):
 
 @dataclass(frozen=True)
 class Correlation:
-    """CorrMatch's use of its correlation maps. The defaults mend what the published form has wrong; `REFERENCE` keeps it.
+    """CorrMatch's use of its correlation maps. The defaults correct what the published form has wrong; `REFERENCE` keeps it.
 
     regions: how overlapping region masks are applied, or "off". masks: how many rows of the map are drawn a step.
     bar: overlap and purity of a region; None: the method's own threshold (published), which only makes sense where
     that is a probability. mixed_target: the KL target goes through CutMix like the image (published: it does not).
     mixed_valid: the threshold sees the mixed mask beside unmixed predictions (published). last: the last position can
-    be drawn (published: never). neighbours: J3, how many of the most correlated positions take part in the union; 0: none.
+    be drawn (published: never). neighbours: how many of the most correlated positions take part in the union; 0: none.
     """
 
     regions: Literal["parallel", "sequential", "off"] = "parallel"
@@ -102,7 +102,7 @@ def build(config: Train, *, n_classes: int, total: int, epoch_steps: int, table_
         table_K: class table for presets with joint = table, measured on the labelled split.
     """
     name = config.method
-    method = Method(threshold=None if config.labels_only else Fixed(config.threshold))
+    method = Method(threshold=None if config.labels_only else Fixed(config.fixmatch.threshold))
     if "unimatch" in name:
         method = _unimatch(method, config)
     if "corrmatch" in name:
@@ -111,22 +111,22 @@ def build(config: Train, *, n_classes: int, total: int, epoch_steps: int, table_
         method = _combine(method, config, total)
     elif "s4mc" in name:
         method = _s4mc(method, config, total, epoch_steps, table_K)
-    if config.bar != "auto" and method.threshold is not None:
+    if config.threshold_rule != "auto" and method.threshold is not None:
         method = _barred(method, config, n_classes, total)
     if config.teacher != "auto":
         method = replace(method, teacher=config.teacher)
     if config.supervised_loss == "ohem":
-        method = replace(method, hard=config.ohem_pixels, sure=config.ohem_sure)
+        method = replace(method, hard=config.ohem.pixels, sure=config.ohem.probability)
     return method
 
 
 def _partition(config: Train, total: int) -> Partition:
-    return Partition(config.alpha, config.alpha_end, total)
+    return Partition(config.s4mc.alpha, config.s4mc.alpha_end, total)
 
 
 def _s4mc(method: Method, config: Train, total: int, epoch_steps: int, table_K: Tensor | None) -> Method:
-    how = s4mc.PRESETS[config.preset]
-    start, end = s4mc.ALPHA.get(config.preset, (config.alpha, config.alpha_end))
+    how = s4mc.PRESETS[config.s4mc.preset]
+    start, end = s4mc.ALPHA.get(config.s4mc.preset, (config.s4mc.alpha, config.s4mc.alpha_end))
     bar = Partition(start, end, total, every=epoch_steps if how.alpha_every == "epoch" else 1)
     return replace(
         method, refinement=how, threshold=bar, normaliser=how.normaliser, strict=how.strict, table_K=table_K
@@ -134,54 +134,57 @@ def _s4mc(method: Method, config: Train, total: int, epoch_steps: int, table_K: 
 
 
 def _unimatch(method: Method, config: Train) -> Method:
-    weights = UNIMATCH[config.streams]
-    if config.streams == "v1":
+    weights = UNIMATCH[config.unimatch.streams]
+    if config.unimatch.streams == "v1":
         return replace(method, streams=2, dropout="perturb", teacher="self", weights=weights)
     return replace(method, streams=2, dropout="complementary", weights=weights)
 
 
 def _corrmatch(method: Method, config: Train, n_classes: int) -> Method:
-    bar = ClassMax(n_classes, config.corrmatch_start, config.corrmatch_momentum)
+    bar = ClassMax(n_classes, config.corrmatch.start, config.corrmatch.momentum)
     method = replace(method, threshold=bar, teacher="self", dropout="perturb", weights=CORRMATCH)
-    if config.corrmatch == "reference":
+    if config.corrmatch.variant == "reference":
         return replace(method, correlation=REFERENCE, partner="same")
     return replace(method, correlation=Correlation())
 
 
 def _combine(method: Method, config: Train, total: int) -> Method:
-    """J1 refined selection under CorrMatch's bar, J2 S4MC's quantile as the bar, J3 correlated positions as neighbours.
+    """S4MC's refined selection, its falling quantile as the threshold, CorrMatch's correlated positions as neighbours.
 
-    With J2 region acceptance gets its own constant: a quantile of scores is no overlap ratio. With a slow bar (no J2)
-    the refined score is the highest probability, the scale that bar lives on, and the bar is fed raw scores: refined
-    ones would push it to 1.
+    With the quantile, region acceptance gets its own constant: a quantile of scores is no overlap ratio. With CorrMatch's
+    slow threshold the refined score is the highest probability, the scale that threshold lives on, and the threshold is
+    fed raw scores: refined ones would push it to 1.
     """
     assert method.correlation is not None
-    how, correlation = set(config.combine), method.correlation
-    if "j1" in how or "j3" in how:
-        score: Literal["margin", "max"] = "margin" if "j2" in how else "max"
-        method = replace(method, refinement=s4mc.Refinement(score=score), strict="j2" in how)
-    if "j2" in how:
+    correlation = method.correlation
+    parts = config.s4mc_corrmatch
+    if parts.refined_selection or parts.correlated_neighbours:
+        score: Literal["margin", "max"] = "margin" if parts.falling_quantile else "max"
+        method = replace(method, refinement=s4mc.Refinement(score=score), strict=parts.falling_quantile)
+    if parts.falling_quantile:
         method = replace(method, threshold=_partition(config, total))
-        correlation = replace(correlation, bar=config.corrmatch_start)
-    if "j3" in how:
-        correlation = replace(correlation, neighbours=config.corrmatch_neighbours)
+        correlation = replace(correlation, bar=config.corrmatch.start)
+    if parts.correlated_neighbours:
+        correlation = replace(correlation, neighbours=config.corrmatch.neighbours)
     return replace(method, correlation=correlation)
 
 
 def _barred(method: Method, config: Train, n_classes: int, total: int) -> Method:
     """Another method's bar, for the ablation {fixed, quantile, class_max} of every method."""
     bars: dict[str, Threshold] = {
-        "fixed": Fixed(config.threshold), "quantile": _partition(config, total),
-        "class_max": ClassMax(n_classes, config.corrmatch_start, config.corrmatch_momentum),
+        "fixed": Fixed(config.fixmatch.threshold), "quantile": _partition(config, total),
+        "class_max": ClassMax(n_classes, config.corrmatch.start, config.corrmatch.momentum),
     }  # fmt: skip
-    if method.correlation is not None and config.bar == "quantile":  # no overlap ratio, as under J2
-        method = replace(method, correlation=replace(method.correlation, bar=config.corrmatch_start))
-    return replace(method, threshold=bars[config.bar])
+    if (
+        method.correlation is not None and config.threshold_rule == "quantile"
+    ):  # a quantile of scores is no overlap ratio
+        method = replace(method, correlation=replace(method.correlation, bar=config.corrmatch.start))
+    return replace(method, threshold=bars[config.threshold_rule])
 
 
 def needs_table(config: Train) -> bool:
     """Whether the method's preset uses the class table (`s4mc.neighbour_table`)."""
-    return config.method in ("s4mc", "s4mc+unimatch") and s4mc.PRESETS[config.preset].joint == "table"
+    return config.method in ("s4mc", "s4mc+unimatch") and s4mc.PRESETS[config.s4mc.preset].joint == "table"
 
 
 def fixed(method: Method, bar: float) -> Method:

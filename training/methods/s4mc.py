@@ -162,7 +162,7 @@ PRESETS = {
         strict=False, alpha_every="epoch", normaliser="valid",
     ),
 }  # fmt: skip
-# Share left out at first and at the end; `paper` takes train.alpha and train.alpha_end.
+# Share left out at first and at the end; `paper` takes train.s4mc.alpha and train.s4mc.alpha_end.
 ALPHA = {"ref_a": (0.4, 0.0), "ref_b": (0.25, 0.15)}
 
 

@@ -36,7 +36,7 @@ def select(
 
     Args:
         at: semi-supervised step, from 0; drives the threshold's schedule.
-        affinity: CorrMatch's embeddings and their grid, for the non-local union (J3).
+        affinity: CorrMatch's embeddings and their grid, for the non-local union.
         observed_BHW: pixels that the bar is computed from; the valid ones if None.
         bar: one that was found already; the method's threshold, which may remember what it sees, is then not asked.
     """

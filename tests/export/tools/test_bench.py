@@ -11,10 +11,10 @@ from rich.console import Console
 from export.bundle import bundle
 from export.tools import bench, bench_worker
 from export.tools.sizes import SizeError
-from pipeline import config, console
+from pipeline import console
 from pipeline.imaging import decode
 from tests.export.tools.test_predict import run
-from tests.support import tiny_onnx
+from tests.support import tiny_onnx, tiny_settings
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_torch_gives_rows_of_its_own(folder: Path, tmp_path: Path) -> None:
     from training.models import segmenter
 
     student = tmp_path / "student.safetensors"
-    model = config.Model(encoder="mobilenetv3_small_050", weights=None, architecture="FPN")
+    model = tiny_settings.model(encoder="mobilenetv3_small_050", weights=None, architecture="FPN")
     meta = {"params": {"model": model.model_dump(mode="json")}, "classes": ["a", "b"]}
     segmenter.save(student, segmenter.build(model, 2).state_dict(), meta)
     group = [c for c in bench.cases(bundle.open_bundle(folder), (64, 64), 2, 1, student) if "torch" in c.runtime]

@@ -7,13 +7,13 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from pipeline import config
 from pipeline.champions import alpha_spending, gate, store
 from pipeline.storage import atomic
+from tests.support import tiny_settings
 from tests.support.command_line import marginalia
 from tests.support.tiny_gate import counts, scored, write_run
 
-GATE = config.Gate(bootstrap=200, class_floor=100.0)
+GATE = tiny_settings.gate(bootstrap=200, class_floor=100.0)
 FREE = GATE.model_copy(update={"sequential": "none"})
 GOOD = (0.80, 0.80, 0.70)
 
@@ -125,7 +125,7 @@ def test_a_worn_test_set_is_named_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text("gate: {bootstrap: 20}\n")
+    tiny_settings.write(Path("params.yaml"), gate={"bootstrap": 20})
     first = write_run(tmp_path, "one", counts(GOOD))
     assert marginalia("stage", "gate") == 0
     before = [{"test_hash": "t1", "challenger": f"c{i}", "champion": first} for i in range(alpha_spending.WORN - 2)]

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import config
 from pipeline.champions import alpha_spending, gate, metrics, rollback, store
 from pipeline.storage import atomic
+from tests.support import tiny_settings
 from tests.support.command_line import marginalia
 from tests.support.crash_points import killed_at
 from tests.support.tiny_gate import NAMES, counts, scored, write_run
 
-GATE = config.Gate(bootstrap=400)
+GATE = tiny_settings.gate(bootstrap=400)
 GOOD, BETTER = (0.80, 0.80, 0.70), (0.86, 0.84, 0.74)
 
 
@@ -147,7 +147,7 @@ def test_missing_inputs_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text("gate: {bootstrap: 50}\n")
+    tiny_settings.write(Path("params.yaml"), gate={"bootstrap": 50})
     assert marginalia("stage", "gate") == 1
     assert "student.safetensors: not found" in capsys.readouterr().err
     write_run(tmp_path, "one", counts(GOOD))
@@ -166,7 +166,7 @@ def test_what_is_damaged_is_named_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text("gate: {bootstrap: 50}\n")
+    tiny_settings.write(Path("params.yaml"), gate={"bootstrap": 50})
     id = write_run(tmp_path, "one", counts(GOOD))
     assert marginalia("stage", "gate") == 0
     write_run(tmp_path, "two", counts(BETTER))
@@ -262,7 +262,7 @@ def test_an_experiment_never_moves_the_champion(tmp_path: Path, monkeypatch: pyt
     gate.run(project, GATE)
     write_run(copy, "two", counts(BETTER))
     before = {p: p.read_bytes() for p in project.rglob("*") if p.is_file()}
-    (copy / "params.yaml").write_text("gate: {bootstrap: 400}\n")
+    tiny_settings.write(copy / "params.yaml", gate={"bootstrap": 400})
     monkeypatch.chdir(copy)
     monkeypatch.setenv("DVC_EXP_NAME", "odd-idea")
     monkeypatch.setenv("DVC_ROOT", str(project))
@@ -276,7 +276,7 @@ def test_an_experiment_never_moves_the_champion(tmp_path: Path, monkeypatch: pyt
     assert {p: p.read_bytes() for p in project.rglob("*") if p.is_file()} == before
     monkeypatch.delenv("DVC_EXP_NAME")
     monkeypatch.chdir(project)
-    (project / "params.yaml").write_text("gate: {bootstrap: 400}\n")
+    tiny_settings.write(project / "params.yaml", gate={"bootstrap": 400})
     write_run(project, "two", counts(BETTER))
     assert marginalia("stage", "gate") == 0
     assert atomic.read_json(project / "reports/gate.json")["verdict"] == "promoted"

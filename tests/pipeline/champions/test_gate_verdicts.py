@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import config
 from pipeline.champions import gate, metrics
 from pipeline.storage import atomic
+from tests.support import tiny_settings
 from tests.support.command_line import marginalia
 from tests.support.tiny_gate import WRONG, counts, scored, write_run
 
-GATE = config.Gate(bootstrap=400, class_floor=5.0)
+GATE = tiny_settings.gate(bootstrap=400, class_floor=5.0)
 
 
 def test_better_in_the_mean_worse_in_one_class_is_kept() -> None:
@@ -68,7 +68,7 @@ def test_another_test_hash_is_refused_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text("gate: {bootstrap: 50}\n")
+    tiny_settings.write(Path("params.yaml"), gate={"bootstrap": 50})
     first = write_run(tmp_path, "one", counts((0.8, 0.8, 0.7)))
     assert marginalia("stage", "gate") == 0
     write_run(tmp_path, "two", counts((0.9, 0.9, 0.9)), test_hash="t2")

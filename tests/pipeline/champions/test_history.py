@@ -9,12 +9,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from marginalia import cli
-from pipeline import config
 from pipeline.champions import gate, history, store
 from pipeline.storage import atomic
+from tests.support import tiny_settings
 from tests.support.tiny_gate import counts, write_run
 
-GATE = config.Gate(bootstrap=400)
+GATE = tiny_settings.gate(bootstrap=400)
 GOOD, BETTER = (0.80, 0.80, 0.70), (0.86, 0.84, 0.74)
 
 

@@ -8,17 +8,17 @@ import pytest
 from typer.testing import CliRunner
 
 from marginalia import cli
-from pipeline import config
 from pipeline.champions import gate, history, rollback, store
 from pipeline.ingest import dump_registry
 from pipeline.storage import atomic
 from serving.model import champion
 from serving.settings import Settings
+from tests.support import tiny_settings
 from tests.support.crash_points import killed_at
 from tests.support.tiny_gate import counts, write_run
 from training import warm_start as start
 
-GATE = config.Gate(bootstrap=100)
+GATE = tiny_settings.gate(bootstrap=100)
 
 
 def line_of_champions(root: Path) -> list[str]:

@@ -10,10 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from marginalia import cli
-from pipeline import config, paths
+from pipeline import paths
 from pipeline.drift import serving
 from pipeline.storage import atomic, predictions
 from serving.telemetry.prediction_stats import WINDOW_S, Statistics
+from tests.support import tiny_settings
 
 CLASSES = ("road", "tree", "sky")
 USUAL = (4.0, 2.0, 3.0)
@@ -57,7 +58,7 @@ def statistics(usual: tuple[float, ...] = USUAL, bundles: tuple[str, ...] = ("ol
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_pool(tmp_path)
-    atomic.write_text(tmp_path / "params.yaml", "{}\n")
+    tiny_settings.write(tmp_path / "params.yaml")
     return tmp_path
 
 
@@ -79,7 +80,7 @@ def test_usual_answers_are_like_the_training_images(root: Path) -> None:
 
 @pytest.mark.parametrize(("policy", "code"), [("warn", 0), ("hold", 3)])
 def test_the_classes_that_moved_are_named(root: Path, policy: str, code: int) -> None:
-    atomic.write_text(root / "params.yaml", f"pool: {{policy: {policy}}}\n")
+    tiny_settings.write(root / "params.yaml", pool={"policy": policy})
     (root / "s.json").write_text(statistics((4.0, 0.3, 3.0)))
     atomic.write_json(root / "champions/champion.json", {"id": "new"})
     assert run("--serving", "s.json")[0] == code
@@ -105,7 +106,7 @@ def test_a_running_service_is_asked_by_url(root: Path) -> None:
 
 
 def test_what_cannot_be_compared_is_named(root: Path) -> None:
-    settings = config.Pool()
+    settings = tiny_settings.pool()
     for text, why in (("[]", "format 1"), ("{", "cannot be read"), ('{"format": 2}', "format 1")):
         (root / "s.json").write_text(text)
         assert why in run("--serving", "s.json")[1]

@@ -9,10 +9,10 @@ from PIL import Image
 from pipeline import config
 from pipeline.drift import energy_distance, plots, stage
 from pipeline.storage import atomic, predictions
-from tests.support import tiny_project
+from tests.support import tiny_project, tiny_settings
 from tests.support.command_line import marginalia
 
-SETTINGS = config.Pool(permutations=199, drift_p=0.01)
+SETTINGS = tiny_settings.pool(permutations=199, drift_p=0.01)
 
 
 def cloud(parts: list[tuple[str, str, str, np.ndarray]]) -> stage.Cloud:
@@ -57,7 +57,7 @@ def test_energy_is_unbiased_whatever_the_sizes() -> None:
 
 def test_false_alarms_are_as_rare_as_promised() -> None:
     rng = np.random.default_rng(0)
-    settings = config.Pool(permutations=99, drift_p=0.05)
+    settings = tiny_settings.pool(permutations=99, drift_p=0.05)
     flagged = 0
     for _ in range(200):
         points = rng.normal(size=(40, 4))
@@ -109,7 +109,7 @@ def test_with_few_groups_a_dump_must_also_beat_the_spread_between_groups() -> No
 def test_one_more_group_like_the_others_is_rarely_flagged(groups: int) -> None:
     """Sites with an offset of their own and wild frames: the chance is that of the bound, however few there are."""
     rng = np.random.default_rng(groups)
-    settings, flagged = config.Pool(permutations=60, drift_p=0.05), 0
+    settings, flagged = tiny_settings.pool(permutations=60, drift_p=0.05), 0
     for _ in range(200):
         sites = rng.normal(size=(groups + 1, 1, 4)) + 0.5 * rng.normal(size=(groups + 1, 8, 4))
         parts = [("unlabelled", "base", f"v{i}", s) for i, s in enumerate(sites[:-1])]

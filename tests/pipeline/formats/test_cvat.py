@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import config
 from pipeline.formats import cvat
 from pipeline.formats.common import annotations
 from pipeline.formats.common.source import SourceError
 from pipeline.formats.common.task import Item, id_prefix, task_name
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
+from tests.support import tiny_settings
 from tests.support.synthetic_masks import regions as ragged
 
 GOLDEN = Path(__file__).parents[2] / "golden/label_tools"
@@ -134,7 +134,7 @@ def test_too_much_xml_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"annotations\.xml: not found; export"):
-        cvat.read(tmp_path, config.Data(source="cvat"), max_pixels=10**6)
+        cvat.read(tmp_path, tiny_settings.data(source="cvat"), max_pixels=10**6)
 
 
 def test_a_label_that_stands_there_twice_counts_once() -> None:
@@ -178,7 +178,7 @@ def test_a_folder_with_images_is_a_source(tmp_path: Path) -> None:
     text = cvat._head(classes, 1, "t") + cvat.image_xml(0, item, classes)
     text += '<image id="1" name="gone.png" width="6" height="4"><tag label="sky"/></image></annotations>'
     (tmp_path / "annotations.xml").write_text(text)
-    data = config.Data(source="cvat", path=str(tmp_path))
+    data = tiny_settings.data(source="cvat", path=str(tmp_path))
     source = cvat.read(tmp_path, data, max_pixels=10**6)
     assert source.classes == classes
     assert [name for name, _ in source.files] == [
@@ -201,7 +201,7 @@ def taken_and_refused(
     for n, name in enumerate(names):
         text += cvat.image_xml(n, Item(name, "", b"", 4, 6, np.full((4, 6), n % 3, np.uint8)), CLASSES)
     (folder / "annotations.xml").write_text(text + "</annotations>")
-    source = cvat.read(folder, config.Data(source="cvat"), max_pixels=10**6)
+    source = cvat.read(folder, tiny_settings.data(source="cvat"), max_pixels=10**6)
     got = {
         name: int(np.unique(label_maps.decode_mask(origin(), max_pixels=10**6)).item())
         for name, origin in source.files
@@ -253,7 +253,7 @@ def test_labels_of_another_folders_image_are_not_taken_for_its_namesake(tmp_path
     for n, (name, label) in enumerate((("cam2/001.png", other), ("task/images/cam1/001.png", own))):
         text += cvat.image_xml(n, Item(name, "", b"", 4, 6, label), CLASSES)
     (tmp_path / "annotations.xml").write_text(text + "</annotations>")
-    source = cvat.read(tmp_path, config.Data(source="cvat"), max_pixels=10**6)
+    source = cvat.read(tmp_path, tiny_settings.data(source="cvat"), max_pixels=10**6)
     assert [(name, code) for name, code, _ in source.refused] == [("cam2/001.png", "labels-without-image")]
     (mask,) = [origin for name, origin in source.files if name == "masks/cam1/001.png"]
     np.testing.assert_array_equal(label_maps.decode_mask(mask(), max_pixels=10**6), own)

@@ -5,15 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import Data, Lists
 from pipeline.formats import folder as folders
 from pipeline.formats.common.source import Source, SourceError, name_id
 from pipeline.imaging import label_maps
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 
 
 def read(folder: Path, **changes: object) -> Source:
-    return folders.read(folder, Data.model_validate({"source": "folder"} | changes), max_pixels=1 << 24)
+    return folders.read(folder, tiny_settings.data(**{"source": "folder"} | changes), max_pixels=1 << 24)
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def test_without_a_class_file_the_masks_say_how_many(source: Path) -> None:
 
 def test_lists_name_ids_with_or_without_extension(source: Path) -> None:
     (source / "val.txt").write_text("\ufeffa/01.png\n\n b/00 \n", encoding="utf-8")
-    assert read(source, lists=Lists(val="val.txt")).lists["val"] == ["a/01", "b/00"]
+    assert read(source, lists=tiny_settings.lists(val="val.txt")).lists["val"] == ["a/01", "b/00"]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +100,9 @@ def test_lists_name_ids_with_or_without_extension(source: Path) -> None:
 def test_wrong_lists_are_refused_by_name(source: Path, text: str, message: str) -> None:
     (source / "val.txt").write_text(text)
     with pytest.raises(SourceError, match=rf"val\.txt.*{message}"):
-        read(source, lists=Lists(val="val.txt"))
+        read(source, lists=tiny_settings.lists(val="val.txt"))
     with pytest.raises(SourceError, match=r"gone\.txt.*not found"):
-        read(source, lists=Lists(test="gone.txt"))
+        read(source, lists=tiny_settings.lists(test="gone.txt"))
 
 
 def test_groups_by_pattern(source: Path) -> None:
@@ -123,7 +122,9 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
 
 def test_real_photographs(shared_data: Path) -> None:
     base = "splits/seed0/1_8"
-    lists = Lists(labelled=f"{base}/labeled.txt", unlabelled=f"{base}/unlabeled.txt", val="val.txt", test="test.txt")
+    lists = tiny_settings.lists(
+        labelled=f"{base}/labeled.txt", unlabelled=f"{base}/unlabeled.txt", val="val.txt", test="test.txt"
+    )
     source = read(shared_data / "camvid", lists=lists, group="^([^_]+)_")
     assert {part: len(ids or ()) for part, ids in source.lists.items()} == {
         "labelled": 46, "unlabelled": 321, "val": 101, "test": 233,

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import config
 from pipeline.formats import labelstudio
 from pipeline.formats.common import annotations as pictures
 from pipeline.formats.common import brush_rle
@@ -17,6 +16,7 @@ from pipeline.formats.common.source import SourceError
 from pipeline.formats.common.task import Item
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
+from tests.support import tiny_settings
 from tests.support.synthetic_masks import regions as ragged
 
 GOLDEN = Path(__file__).parents[2] / "golden/label_tools"
@@ -234,7 +234,7 @@ def test_a_folder_with_images_is_a_source(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.fromarray(np.zeros((4, 10, 3), np.uint8)).save(tmp_path / "images/a.png")
     (tmp_path / "e.json").write_text(json.dumps([task({"result": [rows(0, 4, "wall"), rows(4, 2, "sky")]})]))
-    data = config.Data(source="labelstudio", path=str(tmp_path), unannotated="background")
+    data = tiny_settings.data(source="labelstudio", path=str(tmp_path), unannotated="background")
     source = labelstudio.read(tmp_path, data, max_pixels=10**6)
     assert [c["name"] for c in source.classes] == ["background", "sky", "wall"]
     assert [name for name, _ in source.files] == ["images/a.png", "masks/a.png"]

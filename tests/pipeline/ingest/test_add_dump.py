@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from pipeline import config
 from pipeline.ingest import add_dump, dump_registry
 from pipeline.storage import archives, atomic, shards
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 from tests.support.command_line import marginalia
 
-PARAMS = config.Params()
+PARAMS = tiny_settings.params()
 FILES = {f"cam/{n:02d}.png": tiny_source.encode(tiny_source.picture(n)) for n in range(5)}
 FILES |= {
     "cam/notes.txt": b"hello",
@@ -151,8 +150,9 @@ def test_the_champion_becomes_the_warm_start(tmp_path: Path, root: Path) -> None
 
 def test_simultaneous_deliveries_are_all_registered(tmp_path: Path, root: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline import config; from pipeline.ingest import add_dump as dumps\n"
-        "dumps.add(Path(sys.argv[1]), root=Path(sys.argv[2]), params=config.Params())"
+        "import sys; from pathlib import Path; from pipeline.ingest import add_dump as dumps\n"
+        "from tests.support import tiny_settings\n"
+        "dumps.add(Path(sys.argv[1]), root=Path(sys.argv[2]), params=tiny_settings.params())"
     )
     running = []
     for n in range(4):
@@ -181,7 +181,7 @@ def test_a_delivery_without_images_is_refused(tmp_path: Path, root: Path, name: 
 
 
 def test_oversized_files_are_left_out_and_named(tmp_path: Path, root: Path) -> None:
-    small = config.Params(ingest=config.Ingest(max_file_mb=1))
+    small = tiny_settings.params(ingest={"max_file_mb": 1})
     shards.write_tar(tmp_path / "n.tar", [("a.png", FILES["cam/00.png"]), ("big.png", bytes((1 << 20) + 1))])
     added = add_dump.add(tmp_path / "n.tar", root=root, params=small)
     assert added.images == 1

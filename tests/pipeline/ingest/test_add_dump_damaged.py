@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from pipeline import config
 from pipeline.ingest import add_dump, dump_registry
 from pipeline.storage import archives, atomic
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 from tests.support.tiny_source import tar
 
 PICTURES = {f"{n:02d}.png": tiny_source.encode(tiny_source.picture(n)) for n in range(8)}
@@ -53,7 +52,7 @@ def root(tmp_path: Path) -> Path:
 def refused(root: Path, delivery: Path) -> str:
     before = (root / "dumps.yaml").read_bytes()
     with pytest.raises(archives.DumpRefused) as error:
-        add_dump.add(delivery, root=root, params=config.Params())
+        add_dump.add(delivery, root=root, params=tiny_settings.params())
     assert delivery.name in str(error.value)
     assert (root / "dumps.yaml").read_bytes() == before
     assert [p.name for p in (root / "data/dumps").iterdir() if p.name != ".lock"] == []
@@ -103,10 +102,10 @@ def test_killed_half_way_and_then_repeated(tmp_path: Path, root: Path) -> None:
     (tmp_path / "whole.tar").write_bytes(tar(PICTURES))
     before = (root / "dumps.yaml").read_bytes()
     code = (
-        "import sys, time; from pathlib import Path; from pipeline import config\n"
+        "import sys, time; from pathlib import Path; from tests.support import tiny_settings\n"
         "from pipeline.ingest import add_dump as dumps\n"
         "def seen(share):\n    print(share, flush=True); time.sleep(0.2)\n"
-        "dumps.add(Path(sys.argv[1]), name='d', root=Path(sys.argv[2]), params=config.Params(), seen=seen)"
+        "dumps.add(Path(sys.argv[1]), name='d', root=Path(sys.argv[2]), params=tiny_settings.params(), seen=seen)"
     )
     pipe.write_bytes((tmp_path / "whole.tar").read_bytes())
     with subprocess.Popen([sys.executable, "-c", code, str(pipe), str(root)], stdout=subprocess.PIPE) as process:
@@ -118,27 +117,27 @@ def test_killed_half_way_and_then_repeated(tmp_path: Path, root: Path) -> None:
     assert not (root / "data/dumps/d.tar").exists()
     stale = next((root / "data/dumps").glob(".adding-*"))
     os.utime(stale, (time.time() - 2 * 86_400,) * 2)
-    assert add_dump.add(pipe, name="d", root=root, params=config.Params()).images == 8
+    assert add_dump.add(pipe, name="d", root=root, params=tiny_settings.params()).images == 8
     assert not stale.exists()  # left-overs go after a day
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_files_again_change_nothing(tmp_path: Path, root: Path, form: str) -> None:
     (tmp_path / "first.tar").write_bytes(tar(PICTURES))
-    first = add_dump.add(tmp_path / "first.tar", root=root, params=config.Params())
+    first = add_dump.add(tmp_path / "first.tar", root=root, params=tiny_settings.params())
     before = (root / "dumps.yaml").read_bytes(), atomic.sha256(root / "data/dumps/first.tar")
     shuffled = dict(sorted(PICTURES.items(), key=lambda item: atomic.sha256(item[1])))
     assert list(shuffled) != list(PICTURES)
     for n, pictures in enumerate((PICTURES, shuffled, {f"renamed/{k}": v for k, v in shuffled.items()})):
         (tmp_path / form).write_bytes(FORMS[form](pictures))
-        again = add_dump.add(tmp_path / form, name=f"again{n}", root=root, params=config.Params())
+        again = add_dump.add(tmp_path / form, name=f"again{n}", root=root, params=tiny_settings.params())
         assert (again.same_as, again.sha256) == ("first", first.sha256)
     assert (root / "dumps.yaml").read_bytes() == before[0]
     assert atomic.sha256(root / "data/dumps/first.tar") == before[1]
     assert sorted(p.name for p in (root / "data/dumps").iterdir()) == [".lock", "first.tar"]
     fewer = dict(list(PICTURES.items())[1:])
     (tmp_path / form).write_bytes(FORMS[form](fewer))
-    assert add_dump.add(tmp_path / form, name="fewer", root=root, params=config.Params()).same_as is None
+    assert add_dump.add(tmp_path / form, name="fewer", root=root, params=tiny_settings.params()).same_as is None
 
 
 def test_only_the_new_images_enter(tmp_path: Path) -> None:
@@ -151,7 +150,7 @@ def test_only_the_new_images_enter(tmp_path: Path) -> None:
     seen |= {f"b{n}.webp": tiny_source.encode(tiny_source.picture(2000 + n), "WEBP", lossless=True) for n in range(5)}
     seen |= {f"c{n}.jpg": tiny_source.encode(tiny_source.picture(3000 + n), "JPEG", quality=97) for n in range(4)}
     (tmp_path / "d.tar").write_bytes(tar(seen | {"new.png": tiny_source.encode(tiny_source.picture(9))}))
-    added = add_dump.add(tmp_path / "d.tar", root=root, params=config.Params())
+    added = add_dump.add(tmp_path / "d.tar", root=root, params=tiny_settings.params())
     assert added.images == 20
     assert tiny_source.run(root, dumps=("base", "d")) == 0
     now = tiny_source.rows(root)

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
 from pipeline.ingest import add_dump, dump_registry
 from pipeline.storage import atomic, manifest, shards
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 
-PARAMS = config.Params()
+PARAMS = tiny_settings.params()
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import config
 from pipeline.imaging import decode, perceptual_hash
 from pipeline.ingest import add_dump, check, dump_registry
 from pipeline.storage import manifest, parallel, shards
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 from tests.support.command_line import marginalia
 
 SOURCE = {
@@ -46,7 +45,7 @@ def digests(folder: Path) -> dict[str, tuple[str, int]]:
 
 def test_every_image_and_mask_is_found_again(project: Path) -> None:
     path = archive(project / "base.tar", range(12))
-    counts = check.ingest(path, "base", SOURCE, config.Ingest(shard_mb=1))
+    counts = check.ingest(path, "base", SOURCE, tiny_settings.ingest(shard_mb=1))
     assert counts == {"images": 12, "with mask": 12}
     rows = manifest.read(project / "data/ingested/base/rows.parquet")
     assert len(rows) == 12
@@ -69,7 +68,7 @@ def test_exif_and_grey_images_keep_their_bytes_and_get_the_oriented_size(project
     turned = tiny_source.encode(tiny_source.picture(1), "JPEG", exif=exif, quality=95)
     grey = tiny_source.encode(tiny_source.picture(2)[..., 0])
     shards.write_tar(project / "b.tar", [("images/t.jpg", turned), ("images/g.png", grey)])
-    check.ingest(project / "b.tar", "base", SOURCE, config.Ingest())
+    check.ingest(project / "b.tar", "base", SOURCE, tiny_settings.ingest())
     t, g = manifest.read(project / "data/ingested/base/rows.parquet")
     assert (t.width, t.height, g.width, g.height) == (48, 64, 64, 48)
     assert [manifest.read_image_bytes(r) for r in (t, g)] == [turned, grey]
@@ -81,7 +80,7 @@ def test_threads_and_processes_write_the_same(project: Path, monkeypatch: pytest
     path = archive(project / "b.tar", range(104), masked=False)  # enough for processes
     made = []
     for workers in (1, 2):
-        check.ingest(path, "base", SOURCE, config.Ingest(), config.Scale(workers=workers))
+        check.ingest(path, "base", SOURCE, tiny_settings.ingest(), tiny_settings.scale(workers=workers))
         made.append({name: digest for name, (digest, _) in digests(project / "data/ingested/base").items()})
     assert made[0] == made[1]
     assert set(made[0]) == {"images-00000.tar", "rows.parquet", "quarantine.json"}
@@ -104,7 +103,7 @@ def test_another_dump_leaves_the_first_ones_files_untouched(tmp_path: Path) -> N
 
 
 def test_a_dead_decoder_process_is_an_error_that_names_where(tmp_path: Path) -> None:
-    results = check._surviving(parallel.ordered(os._exit, [3] * 4, config.Scale()), tmp_path / "base.tar")  # type: ignore
+    results = check._surviving(parallel.ordered(os._exit, [3] * 4, tiny_settings.scale()), tmp_path / "base.tar")  # type: ignore
     with pytest.raises(RuntimeError, match=r"base\.tar: a decoder process died shortly after image 'none'"):
         list(results)
 
@@ -123,7 +122,7 @@ def test_misplaced_files_are_named(project: Path) -> None:
     names = ["images/a.png", "images/a.webp", "masks/z.png", "readme.txt", "images/b.png"]
     seeds = dict(zip(names, range(5), strict=True))
     shards.write_tar(project / "b.tar", [(n, tiny_source.encode(tiny_source.picture(s))) for n, s in seeds.items()])
-    check.ingest(project / "b.tar", "base", SOURCE, config.Ingest())
+    check.ingest(project / "b.tar", "base", SOURCE, tiny_settings.ingest())
     codes = {k: v["code"] for k, v in tiny_source.quarantine(project, "data/ingested/base/quarantine.json").items()}
     assert codes == {
         "images/a.webp": "duplicate-name", "masks/z.png": "mask-without-image", "readme.txt": "unexpected-place",
@@ -153,7 +152,9 @@ def test_an_archive_that_is_not_the_registered_one_is_refused(
     tiny_source.write_source(tmp_path / "source", {"a": 1})
     tiny_source.write_project(root, tmp_path / "source")
     assert tiny_source.run(root, upto="pull") == 0
-    added = add_dump.add(archive(tmp_path / "more.tar", range(3), masked=False), root=root, params=config.Params())
+    added = add_dump.add(
+        archive(tmp_path / "more.tar", range(3), masked=False), root=root, params=tiny_settings.params()
+    )
     assert added.sha256 == manifest.content_hash(root / added.archive)
     archive(root / added.archive, range(1, 4), masked=False)
     with chdir(root):

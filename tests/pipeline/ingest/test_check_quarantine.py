@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import config
 from pipeline.ingest import add_dump
 from pipeline.storage import manifest, shards
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 
 PNG = tiny_source.encode(tiny_source.picture(77))
 JPEG = tiny_source.encode(tiny_source.picture(78), "JPEG")
@@ -58,7 +57,7 @@ def test_bad_images_are_quarantined_and_the_good_go_on(tmp_path: Path, form: str
     tiny_source.write_project(root, source)
     names = ("base",)
     if form == "dump":
-        add_dump.add(folder, name="d", root=root, params=config.Params())
+        add_dump.add(folder, name="d", root=root, params=tiny_settings.params())
         names = ("base", "d")
     assert tiny_source.run(root, dumps=names) == 0
     found = tiny_source.quarantine(root)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import config, paths
+from pipeline import paths
 from pipeline.ingest import add_dump, dump_registry
 from pipeline.storage import atomic, shards
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 from tests.support.command_line import marginalia
 
 COPIES = {"WEBP": {"quality": 90}, "JPEG": {"quality": 92}}
@@ -26,7 +26,7 @@ def near_copies(seeds: list[int]) -> dict[str, bytes]:
 
 def deliver(root: Path, name: str, pictures: dict[str, bytes]) -> None:
     shards.write_tar(root.parent / f"{name}.tar", pictures.items())
-    add_dump.add(root.parent / f"{name}.tar", root=root, params=config.Params())
+    add_dump.add(root.parent / f"{name}.tar", root=root, params=tiny_settings.params())
 
 
 def settings(root: Path, *arguments: Any, **sections: Any) -> None:

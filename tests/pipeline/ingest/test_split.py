@@ -9,10 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline import config
 from pipeline.ingest import split
 from pipeline.storage import manifest
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 
 NO_LISTS: dict[str, list[str] | None] = dict.fromkeys(("labelled", "unlabelled", "val", "test"))
 
@@ -23,7 +22,7 @@ def row(name: str, group: str, *, mask: bool = True, dump: str = "base") -> mani
 
 
 def parts(rows: list[manifest.Row], lists: dict = NO_LISTS, **params: float) -> dict[str, str]:
-    out, _ = split.assign(rows, lists, config.Split(**params))
+    out, _ = split.assign(rows, lists, tiny_settings.split(**params))
     return {f"{r.dump}/{r.name}": r.split for r in out}
 
 
@@ -38,7 +37,7 @@ def test_without_lists_nothing_ever_leaks(
     items: list[tuple[int, bool, str]], seed: int, val: float, test: float, labelled: int | None
 ) -> None:
     rows = [row(f"{n}", f"g{g}", mask=m and d == "base", dump=d) for n, (g, m, d) in enumerate(items)]
-    params = config.Split(seed=seed, val=val, test=test, labelled=labelled)
+    params = tiny_settings.split(seed=seed, val=val, test=test, labelled=labelled)
     out, unused = split.assign(rows, NO_LISTS, params)
     split.verify(out)  # groups, ids, masks
     assert [replace(r, split="") for r in out] == rows
@@ -104,7 +103,7 @@ def test_a_full_set_of_lists_leaves_the_rest_unused() -> None:
 def test_later_dumps_are_training_material_unless_they_show_an_evaluation_place() -> None:
     rows = [row("a", "site1"), row("b", "site2"), *(row(n, g, mask=False, dump="d") for n, g in ["x1", "y3"])]
     rows[2], rows[3] = replace(rows[2], group="site1"), replace(rows[3], group="site3")
-    out, unused = split.assign(rows, NO_LISTS | {"test": ["a"]}, config.Split(val=0))
+    out, unused = split.assign(rows, NO_LISTS | {"test": ["a"]}, tiny_settings.split(val=0))
     assert [r.split for r in out] == ["test", "labelled", "unused", "unlabelled"]
     assert unused == {"d/x": "its group 'site1' is in test"}
 
@@ -195,11 +194,11 @@ def test_no_labelled_image_is_an_error(tmp_path: Path, capsys: pytest.CaptureFix
 )
 def test_an_empty_part_stops_before_training(counts, lists, shares, message) -> None:
     unused = {"base/x": "its group 'a' is in test"}
-    params = config.Split(seed=0, val=shares[0], test=shares[1], labelled=None)
+    params = tiny_settings.split(seed=0, val=shares[0], test=shares[1], labelled=None)
     with pytest.raises(ValueError, match=message):
         split.demand_parts(counts, unused, lists, params)
 
 
 def test_a_part_that_is_not_wanted_may_be_empty() -> None:
-    params = config.Split(seed=0, val=0, test=0, labelled=None)
+    params = tiny_settings.split(seed=0, val=0, test=0, labelled=None)
     split.demand_parts({"labelled": 1, "val": 0, "test": 0}, {}, {}, params)

@@ -11,10 +11,9 @@ import fsspec
 import pytest
 import zstandard
 
-from pipeline import config
 from pipeline.ingest import add_dump, dump_registry, remote, webdataset
 from pipeline.storage import archives, shards
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 from tests.support.tiny_source import tar
 
 GOLDEN = Path(__file__).parents[2] / "golden/webdataset"
@@ -29,7 +28,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def add(root: Path, where: str | Path, **ingest: float) -> add_dump.Added:
-    return add_dump.add(where, root=root, params=config.Params(ingest=config.Ingest(**ingest)))  # type: ignore[arg-type]
+    return add_dump.add(where, root=root, params=tiny_settings.params(ingest=ingest))
 
 
 def refused(root: Path, where: str | Path, **ingest: float) -> str:

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import config, paths
+from pipeline import paths
 from pipeline.formats import coco, coco_write, cvat, labelstudio, voc, voc_write
 from pipeline.formats.common import annotations
 from pipeline.formats.common.task import Item
 from pipeline.imaging import label_maps
 from pipeline.labels import exporter
 from pipeline.storage import manifest, predictions, shards
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 from tests.support.command_line import marginalia
 from tests.support.synthetic_masks import regions as ragged
 
@@ -51,7 +51,7 @@ def same(source: object) -> None:
 
 def test_coco_comes_back_as_it_was(tmp_path: Path) -> None:
     assert coco_write.write(tmp_path / "c", ITEMS, CLASSES) == 3
-    same(coco.read(tmp_path / "c", config.Data(source="coco"), max_pixels=10**6))
+    same(coco.read(tmp_path / "c", tiny_settings.data(source="coco"), max_pixels=10**6))
     whole = json.loads((tmp_path / "c/annotations/instances_default.json").read_text())
     assert [c["id"] for c in whole["categories"]] == [1, 2, 3, 4]
     for one in whole["annotations"]:
@@ -72,7 +72,7 @@ def test_cocos_run_lengths_are_pycocotools_own() -> None:
 def test_voc_comes_back_as_it_was(tmp_path: Path) -> None:
     splits = {"0a": "labelled", "1b": "test", "2c": "unlabelled"}
     assert voc_write.write(tmp_path / "v", ITEMS, CLASSES, splits) == 3
-    source = voc.read(tmp_path / "v", config.Data(source="voc"), max_pixels=10**6)
+    source = voc.read(tmp_path / "v", tiny_settings.data(source="voc"), max_pixels=10**6)
     same(source)
     assert source.classes == CLASSES
     assert source.lists["test"] == ["1b-y"]
@@ -86,7 +86,7 @@ def test_voc_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_voc_gives_classes_of_one_colour_different_ones(tmp_path: Path) -> None:
     grey = [{**c, "color": [7, 7, 7]} for c in CLASSES]
     voc_write.write(tmp_path / "v", ITEMS, grey)
-    same(voc.read(tmp_path / "v", config.Data(source="voc"), max_pixels=10**6))
+    same(voc.read(tmp_path / "v", tiny_settings.data(source="voc"), max_pixels=10**6))
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_labels_and_pre_labels_but_no_hidden_ones(form: str, root: Path) -> None
         }
     else:
         reader = {"coco": coco, "voc": voc}[form]
-        found = rendered(reader.read(out, config.Data(source=form), max_pixels=10**6))
+        found = rendered(reader.read(out, tiny_settings.data(source=form), max_pixels=10**6))
     got = {rows[name[:12]].name: label for name, label in found.items()}
     assert sorted(got) == ["a/00", "a/01", "h/00"]
     np.testing.assert_array_equal(got["h/00"], tiny_source.mask(7))
@@ -141,7 +141,7 @@ def test_an_empty_project_says_what_to_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny_source.put(tmp_path, "params.yaml", b"{}")
+    tiny_settings.write(tmp_path / "params.yaml")
     for words in (("export-labels", "--format", "coco", "-o", "out"), ("import-labels", "back.xml")):
         assert marginalia(*words) == 1
         assert "run `dvc repro`" in capsys.readouterr().err

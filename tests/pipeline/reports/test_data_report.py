@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.ingest import dump_registry
 from pipeline.reports import data_report, page, sections, thumbnails
 from pipeline.storage import atomic, manifest, shards
-from tests.support import tiny_project
+from tests.support import tiny_project, tiny_settings
 from tests.support.command_line import marginalia
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
@@ -96,7 +96,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     line = "val,1,0.25,odd,base,g,x,wall,floor,9,0,0,3,3,1,reports/suspects/val-001.jpg\n"
     atomic.write_text(Path("reports/suspect_labels.csv"), head + line)
     atomic.write_bytes(Path("reports/suspects/val-001.jpg"), jpeg(np.hstack([image] * 4)))
-    atomic.write_text(Path("params.yaml"), "{}\n")
+    tiny_settings.write(Path("params.yaml"))
     return tmp_path
 
 

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
 from pipeline.ingest import add_dump
 from pipeline.storage import archives
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 
 GOOD = tiny_source.encode(tiny_source.picture(1))
 # Runs add() where no file may grow beyond 64 MiB, and reports by how much memory grew.
 CODE = """
 import resource, sys
 from pathlib import Path
-from pipeline.storage import archives; from pipeline import config; from pipeline.ingest import add_dump as dumps
-params = config.Params(ingest=config.Ingest(dump_max_gb=float(sys.argv[3])))
+from pipeline.storage import archives; from pipeline.ingest import add_dump as dumps
+from tests.support import tiny_settings
+params = tiny_settings.params(ingest={"dump_max_gb": float(sys.argv[3])})
 resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, 64 << 20))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -116,7 +116,7 @@ def test_too_many_files(tmp_path: Path) -> None:
         for n in range(12):
             tar.addfile(tarfile.TarInfo(f"{n}.txt"))
     tiny_source.write_project(tmp_path / "project", tmp_path)
-    params = config.Params(ingest=config.Ingest(dump_max_files=10))
+    params = tiny_settings.params(ingest={"dump_max_files": 10})
     with pytest.raises(archives.DumpRefused, match="more than 10 files"):
         add_dump.add(delivery, root=tmp_path / "project", params=params)
 
@@ -140,6 +140,6 @@ def test_archives_inside_are_not_opened(tmp_path: Path) -> None:
         archive.writestr("good.png", GOOD)
         archive.writestr("inner.zip", inner.getvalue())
     tiny_source.write_project(tmp_path / "project", tmp_path)
-    added = add_dump.add(delivery, root=tmp_path / "project", params=config.Params())
+    added = add_dump.add(delivery, root=tmp_path / "project", params=tiny_settings.params())
     assert added.images == 1
     assert added.skipped == [("inner.zip", "archive inside the archive, not opened")]

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
 from pipeline.ingest import add_dump
 from pipeline.storage import archives
-from tests.support import tiny_source
+from tests.support import tiny_settings, tiny_source
 
 GOOD = tiny_source.encode(tiny_source.picture(1))
 
@@ -31,7 +30,7 @@ def refused(tmp_path: Path, delivery: Path, *named: str) -> None:
     tiny_source.write_project(root, tmp_path)
     before = tree(tmp_path)
     with pytest.raises(archives.DumpRefused) as error:
-        add_dump.add(delivery, name="d", root=root, params=config.Params())
+        add_dump.add(delivery, name="d", root=root, params=tiny_settings.params())
     assert all(text in str(error.value) for text in (delivery.name, *named)), str(error.value)
     assert tree(tmp_path) == before
 
@@ -83,7 +82,7 @@ def test_tar_members_that_are_no_files(tmp_path: Path, kind: str, pack: str) -> 
     if kind == "CONTTYPE":  # an old name for a regular file
         root = tmp_path / "project"
         tiny_source.write_project(root, tmp_path)
-        assert add_dump.add(delivery, root=root, params=config.Params()).images == 2
+        assert add_dump.add(delivery, root=root, params=tiny_settings.params()).images == 2
     else:
         refused(tmp_path, delivery, "'odd.png'", "link" if kind in ("SYMTYPE", "LNKTYPE") else "device")
 
@@ -125,6 +124,6 @@ def test_links_and_pipes_in_a_folder(tmp_path: Path, make: Callable[[Path], None
     tiny_source.write_project(root, tmp_path)
     registry = (root / "dumps.yaml").read_bytes()
     with pytest.raises(archives.DumpRefused, match=r"delivery: 'odd\.png' is a link or a device"):
-        add_dump.add(delivery, root=root, params=config.Params())
+        add_dump.add(delivery, root=root, params=tiny_settings.params())
     assert (root / "dumps.yaml").read_bytes() == registry
     assert not list((root / "data/dumps").glob("*.tar"))

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import config
 from pipeline.drift import stage
 from serving.telemetry import prediction_stats
 from serving.telemetry.prediction_stats import (
@@ -24,7 +23,7 @@ from serving.telemetry.prediction_stats import (
     Statistics,
     Window,
 )
-from tests.support import admin_client, live_server, tiny_onnx
+from tests.support import admin_client, live_server, tiny_onnx, tiny_settings
 from tests.support.image_files import save
 from tests.support.live_server import Server, until
 
@@ -147,7 +146,7 @@ def test_drift_tells_windows_apart(moved: tuple[float, ...], drifted: bool) -> N
         dumps += [stage.BASE if i < 8 else "now"] * len(sample["confidence"])
         groups += [str(window["start"])] * len(sample["confidence"])
     names = (np.array(part_, dtype=np.str_) for part_ in (dumps, groups, ["unlabelled"] * len(rows)))
-    finding = stage.compare(stage.Cloud(np.array(rows), *names), "now", config.Pool())
+    finding = stage.compare(stage.Cloud(np.array(rows), *names), "now", tiny_settings.pool())
     assert finding.rule == "groups"
     assert finding.drifted is drifted
 

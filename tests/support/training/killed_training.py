@@ -13,18 +13,20 @@ from pathlib import Path
 import torch
 import torch._dynamo  # the first optimiser step imports it; once here instead of in every child
 
-from pipeline.config import Train
+from tests.support import tiny_settings
 from tests.support.training.tiny_network import Featured
 from tests.support.training.tiny_samples import Memory
+from tests.support.training.tiny_step import only
 from training.engine import trainer
 from training.engine.data import Batches
 from training.methods import registry
 
 
 def fit(work: Path) -> dict[str, torch.Tensor]:
-    config = Train(
-        method="s4mc+corrmatch", corrmatch_start=0.4, combine=("j1",), steps=60, warmup_steps=4, batch_labelled=2,
-        batch_unlabelled=2, crop=(16, 16), val_every=6, checkpoint_every=1, lr_warmup=2,
+    config = tiny_settings.train(
+        method="s4mc+corrmatch", corrmatch={"start": 0.4}, s4mc_corrmatch=only("refined_selection"), steps=60,
+        warmup_steps=4, batch_labelled=2,
+        batch_unlabelled=2, crop=(16, 16), val_every=6, checkpoint_every=1, optimizer={"lr_warmup": 2},
     )  # fmt: skip
     torch.manual_seed(0)
     model = Featured()

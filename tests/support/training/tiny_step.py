@@ -2,17 +2,27 @@
 
 import torch
 
-from pipeline.config import Train
+from pipeline import config
+from tests.support import tiny_settings
 from tests.support.training.tiny_network import Featured, view
 from training.engine import ema, trainer
 from training.engine.distributed import ALONE
 from training.methods import registry
 from training.methods import step as step_module
 
+# What s4mc+corrmatch can take of its two methods.
+PARTS = ("refined_selection", "falling_quantile", "correlated_neighbours")
+
+
+def only(*parts):
+    """`train.s4mc_corrmatch` with these parts on and the others off."""
+    return {name: name in parts for name in PARTS}
+
 
 def build(n_classes=3, **changes):
-    config = Train(**{"threshold": 0.4, "corrmatch_start": 0.4, **changes})
-    return registry.build(config, n_classes=n_classes, total=10, epoch_steps=4)
+    base = {"fixmatch": {"threshold": 0.4}, "corrmatch": {"start": 0.4}}
+    settings = tiny_settings.train(**config.merge(base, changes))
+    return registry.build(settings, n_classes=n_classes, total=10, epoch_steps=4)
 
 
 def run(method, *, model=None, chunks=1, at=3, seed=0, hook=lambda s: s, views=None, cutmix=0.9, ranks=ALONE):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import Train
+from tests.support import tiny_settings
 from tests.support.training.tiny_network import Featured, view
 from tests.support.training.tiny_samples import Memory
 from training import train
@@ -18,8 +18,8 @@ from training.methods.augment import View
 from training.methods.student import Student
 
 METHODS = {
-    "fixmatch": {}, "s4mc": {}, "unimatch": {}, "s4mc ref_a": {"preset": "ref_a"},
-    "fixmatch ohem": {"supervised_loss": "ohem", "ohem_pixels": 150},
+    "fixmatch": {}, "s4mc": {}, "unimatch": {}, "s4mc ref_a": {"s4mc": {"preset": "ref_a"}},
+    "fixmatch ohem": {"supervised_loss": "ohem", "ohem": {"pixels": 150}},
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def gradients(name: str, group: distributed.Group) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = Featured(dropout=0.0, norm=False)
     method = registry.build(
-        Train(method=name.split()[0], threshold=0.36, **METHODS[name]),
+        tiny_settings.train(method=name.split()[0], fixmatch={"threshold": 0.36}, **METHODS[name]),
         n_classes=3,
         total=10,
         epoch_steps=4,
@@ -89,9 +89,9 @@ def together(group: distributed.Group, work: Path) -> dict[str, object]:
 def fit(group: distributed.Group, work: Path, notice_at_rank: int = -1) -> trainer.Result:
     """A short CorrMatch run; the spot notice reaches one rank only, at the first validation."""
     us = group.ranks
-    config = Train(
-        method="corrmatch", corrmatch_start=0.4, steps=8, warmup_steps=2, batch_labelled=2, batch_unlabelled=2,
-        crop=(16, 16), val_every=4, checkpoint_every=100, lr_warmup=2,
+    config = tiny_settings.train(
+        method="corrmatch", corrmatch={"start": 0.4}, steps=8, warmup_steps=2, batch_labelled=2, batch_unlabelled=2,
+        crop=(16, 16), val_every=4, checkpoint_every=100, optimizer={"lr_warmup": 2},
     )  # fmt: skip
     torch.manual_seed(us.rank)  # DDP makes them start alike
     method = registry.build(config, n_classes=3, total=6, epoch_steps=4)

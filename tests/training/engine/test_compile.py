@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.config import Train
+from tests.support import tiny_settings
 from tests.support.training.tiny_samples import Memory
 from training.engine import trainer
 from training.engine.data import Batches
@@ -36,8 +36,9 @@ class Halved(nn.Module):
 
 
 def fit(work, **changes):
-    config = Train(
-        method="fixmatch", threshold=0.0, steps=3, warmup_steps=0, ramp_steps=1, lr_warmup=1, batch_labelled=2,
+    config = tiny_settings.train(
+        method="fixmatch", fixmatch={"threshold": 0.0}, steps=3, warmup_steps=0, ramp_steps=1,
+        optimizer={"lr_warmup": 1}, batch_labelled=2,
         batch_unlabelled=2, crop=(16, 16), **changes,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import Model
+from tests.support import tiny_settings
 from tests.support.training import two_ranks
 from training.engine import distributed
 from training.methods import student
@@ -72,7 +72,7 @@ def test_a_notice_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_from_the
 def test_batches_shared_over_ranks_leave_the_network_as_it_was():
     """torch's own conversion would drop the activations that timm keeps inside its BatchNorm."""
     torch.manual_seed(0)
-    model = segmenter.build(Model(weights=None), 3)
+    model = segmenter.build(tiny_settings.model(weights=None), 3)
     image = 255 * torch.rand(1, 3, 64, 96)
     before, names = model.eval()(image), list(model.state_dict())
     shared = distributed.share_batches(student.Student(model)).eval()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import Train
+from pipeline import config
+from tests.support import tiny_settings
 from tests.support.training import tiny_network
 from tests.support.training.tiny_samples import Memory
 from training.engine import checkpoint, ema, guards, schedule, trainer
@@ -33,9 +34,9 @@ class Tiny(nn.Module):
 def settings(**changes):
     base = {
         "method": "s4mc", "steps": 12, "batch_labelled": 2, "batch_unlabelled": 3, "crop": (16, 16), "warmup_steps": 3,
-        "ramp_steps": 4, "val_every": 4, "checkpoint_every": 1, "lr_warmup": 2, "scale": (0.8, 1.2),
+        "ramp_steps": 4, "val_every": 4, "checkpoint_every": 1, "optimizer": {"lr_warmup": 2}, "scale": (0.8, 1.2),
     }  # fmt: skip
-    return Train(**{**base, **changes})
+    return tiny_settings.train(**config.merge(base, changes))
 
 
 def train_(config, work, *, validate=None, on_log=lambda _: None, model=None, log_every=2, identity=None):
@@ -101,9 +102,14 @@ METHODS = ("supervised", "fixmatch", "s4mc", "unimatch", "s4mc+unimatch", "corrm
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, method, at):
     """Every method, through its warm-up (a death at 3 precedes the first pseudo-label), with its threshold's state."""
     name, _, kind = method.partition("-")
-    extra = {"reference": {"corrmatch": "reference"}, "v1": {"streams": "v1"}}.get(kind, {})
+    extra = {"reference": {"variant": "reference"}}.get(kind, {})
+    streams = "v1" if kind == "v1" else "v2"
     config = settings(
-        method=name, threshold=0.4, corrmatch_start=0.4, corrmatch_momentum=0.8, checkpoint_every=3, **extra
+        method=name,
+        fixmatch={"threshold": 0.4},
+        corrmatch={"start": 0.4, "momentum": 0.8, **extra},
+        unimatch={"streams": streams},
+        checkpoint_every=3,
     )
     make = Tiny if name in ("supervised", "fixmatch", "s4mc") else tiny_network.Featured
 
@@ -136,7 +142,7 @@ def test_bf16_trains_and_keeps_its_weights_in_fp32(tmp_path):
 
 
 def test_a_collapse_is_counted_across_interruptions(tmp_path):
-    config = settings(method="fixmatch", threshold=1.0, steps=40, collapse_steps=10, warmup_steps=0)
+    config = settings(method="fixmatch", fixmatch={"threshold": 1.0}, steps=40, collapse={"steps": 10}, warmup_steps=0)
 
     def notice(event):
         if event.step == 6:
@@ -149,7 +155,7 @@ def test_a_collapse_is_counted_across_interruptions(tmp_path):
 
 
 def test_nothing_kept_for_long_stops_with_the_reason_and_the_weights(tmp_path):
-    config = settings(method="fixmatch", threshold=1.0, steps=40, collapse_steps=10, warmup_steps=0)
+    config = settings(method="fixmatch", fixmatch={"threshold": 1.0}, steps=40, collapse={"steps": 10}, warmup_steps=0)
     with pytest.raises(guards.TrainingStopped, match=r"step 10: no unlabelled pixel was kept for 10 steps.*s4mc"):
         train(config, tmp_path)
     assert checkpoint.load(tmp_path / "checkpoint.pt", {"run": "a"})["step"] == 10
@@ -164,7 +170,7 @@ class Sure(Tiny):
 
 @pytest.mark.parametrize("share", [0.99, 1.0])
 def test_one_class_that_takes_over_stops_with_the_reason(tmp_path, share):
-    config = settings(method="fixmatch", steps=14, collapse_steps=10, warmup_steps=0, collapse_share=share)
+    config = settings(method="fixmatch", steps=14, collapse={"steps": 10, "share": share}, warmup_steps=0)
     if share == 1.0:  # the user says that the data is so
         assert train(config, tmp_path, model=Sure()).history[-1]["top_class"] == 1.0
         return
@@ -232,7 +238,7 @@ def test_without_a_validation_there_is_no_best(tmp_path):
 
 
 def test_learning_rate_and_unsupervised_weight_schedules():
-    config = settings(steps=100, lr_warmup=4, warmup_steps=10, ramp_steps=5, unsup_weight=2.0)
+    config = settings(steps=100, optimizer={"lr_warmup": 4}, warmup_steps=10, ramp_steps=5, unsup_weight=2.0)
     rates = [schedule.learning_rate(s, config) for s in range(100)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0
@@ -245,7 +251,7 @@ def test_learning_rate_and_unsupervised_weight_schedules():
 
 
 def test_training_learns_and_reports_its_pseudo_labels(tmp_path):
-    result = train(settings(steps=60, lr=1e-2, lr_encoder=1e-2, ema=0.9), tmp_path, log_every=10)
+    result = train(settings(steps=60, optimizer={"lr": 1e-2, "lr_encoder": 1e-2}, ema=0.9), tmp_path, log_every=10)
     first, last = result.history[0], result.history[-1]
     assert last["loss_supervised"] < 0.7 * first["loss_supervised"]
     assert 0.5 < last["kept"] <= 1

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline import config
-from pipeline.config import Train
+from tests.support import tiny_settings
 from tests.support.training.tiny_network import Featured
 from tests.support.training.tiny_samples import Memory
 from training import inference
@@ -151,10 +151,11 @@ def test_the_whole_image_is_answered_for_as_at_test_time():
 
 def fit(tmp_path, **changes):
     base = {
-        "steps": 4, "warmup_steps": 1, "batch_labelled": 2, "batch_unlabelled": 2, "crop": (16, 16), "lr_warmup": 2,
-        "threshold": 0.35, "val_every": 4,
+        "steps": 4, "warmup_steps": 1, "batch_labelled": 2, "batch_unlabelled": 2, "crop": (16, 16),
+        "optimizer": {"lr_warmup": 2},
+        "fixmatch": {"threshold": 0.35}, "val_every": 4,
     }  # fmt: skip
-    settings = Train(**{**base, **changes})
+    settings = tiny_settings.train(**config.merge(base, changes))
     method = registry.build(settings, n_classes=3, total=3, epoch_steps=4)
     torch.manual_seed(0)
     batches = Batches(Memory(4, 1), Memory(7, 2), (2, 2), 0)
@@ -166,8 +167,8 @@ def fit(tmp_path, **changes):
 
 EMA = (
     {"method": "fixmatch"}, {"method": "s4mc"}, {"method": "unimatch"}, {"method": "s4mc+unimatch"},
-    {"method": "corrmatch", "teacher": "ema"}, {"method": "corrmatch", "corrmatch": "reference", "teacher": "ema"},
-    {"method": "unimatch", "streams": "v1", "teacher": "ema"}, {"method": "fixmatch", "precision": "bf16"},
+    {"method": "corrmatch", "teacher": "ema"}, {"method": "corrmatch", "corrmatch": {"variant": "reference"}, "teacher": "ema"},
+    {"method": "unimatch", "unimatch": {"streams": "v1"}, "teacher": "ema"}, {"method": "fixmatch", "precision": "bf16"},
 )  # fmt: skip
 
 
@@ -190,15 +191,19 @@ def test_training_uses_the_whole_images_when_told_to_and_only_then(changes, tmp_
     assert not torch.equal(scores[0], scores[3])  # of the first step with unlabelled images: same networks, same views
 
 
-@pytest.mark.parametrize(
-    "line", ["method: corrmatch", "method: unimatch, streams: v1", "method: fixmatch, teacher: self", "method: s4mc+corrmatch"]
+ITS_OWN_TEACHER = (
+    {"method": "corrmatch"}, {"method": "unimatch", "unimatch": {"streams": "v1"}},
+    {"method": "fixmatch", "teacher": "self"}, {"method": "s4mc+corrmatch"},
 )  # fmt: skip
-def test_it_is_refused_where_the_student_is_its_own_teacher(line):
-    assert config.parse(f"train: {{{line}}}").train.teacher_view == "crop"
-    with pytest.raises(config.ConfigError, match=r"teacher_view whole: \S+ is its own teacher here .* or teacher: ema"):
-        config.parse(f"train: {{{line}, teacher_view: whole}}")
 
 
-@pytest.mark.parametrize("line", ["method: supervised", *(", ".join(f"{k}: {v}" for k, v in c.items()) for c in EMA)])
-def test_it_is_taken_where_there_is_an_ema_teacher_or_none(line):
-    assert config.parse(f"train: {{{line}, teacher_view: whole}}").train.teacher_view == "whole"
+@pytest.mark.parametrize("changes", ITS_OWN_TEACHER, ids=str)
+def test_it_is_refused_where_the_student_is_its_own_teacher(changes):
+    assert tiny_settings.train(**changes).teacher_view == "crop"
+    with pytest.raises(ValueError, match=r"teacher_view whole: \S+ is its own teacher here .* or teacher: ema"):
+        tiny_settings.train(**changes, teacher_view="whole")
+
+
+@pytest.mark.parametrize("changes", [{"method": "supervised"}, *EMA], ids=str)
+def test_it_is_taken_where_there_is_an_ema_teacher_or_none(changes):
+    assert tiny_settings.train(**changes, teacher_view="whole").teacher_view == "whole"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import tiny_settings
 from training.methods import augment, losses, registry, selection
 
 
@@ -158,9 +159,8 @@ def test_boxes_are_rectangles_of_the_stated_area_and_frequency():
 
 def test_padding_never_counts():
     """Whatever stands in the padding of image and teacher output, bar, selection and loss stay the same."""
-    from pipeline.config import Train
 
-    method = registry.build(Train(method="s4mc"), n_classes=4, total=10, epoch_steps=1)
+    method = registry.build(tiny_settings.train(method="s4mc"), n_classes=4, total=10, epoch_steps=1)
     logits = 2 * torch.randn(2, 3, 6, 6, generator=generator(6))
     valid = torch.ones(2, 6, 6, dtype=torch.bool)
     valid[:, 4:] = False

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.support.training.tiny_network import view
-from tests.support.training.tiny_step import build, run
+from tests.support.training.tiny_step import build, only, run
 from training.methods import augment, corrmatch, corrmatch_regions, losses, selection
 from training.methods import step as step_module
 from training.methods.student import Outputs
@@ -45,7 +45,7 @@ def ce(logits, label):
 def test_corrmatch_terms_equal_plain_loops(reference):
     out = given()
     labelled, unlabelled = view(B, 1, (H, W)), view(B, 2, (H, W))
-    method = build(method="corrmatch", corrmatch="reference" if reference else "mended", corrmatch_start=0.55)
+    method = build(method="corrmatch", corrmatch={"variant": "reference" if reference else "corrected", "start": 0.55})
     how = replace(method.correlation, regions="off")  # regions: test_regions
     method = replace(method, correlation=how, partner="batch")
     done = step_module.step(
@@ -116,7 +116,7 @@ def test_divergence_is_zero_for_equal_inputs_and_positive_otherwise():
 
 
 def test_divergence_is_divided_by_the_valid_pixels_whatever_the_normaliser():
-    plain = build(method="corrmatch", corrmatch_start=0.45)
+    plain = build(method="corrmatch", corrmatch={"start": 0.45})
     one, two = (run(method)[0].losses for method in (plain, replace(plain, normaliser="kept")))
     assert two["divergence"].count == one["divergence"].count
     assert 0 < two["corr_weak"].count < one["corr_weak"].count
@@ -138,17 +138,18 @@ def test_a_box_swapped_between_two_images_swaps_what_they_contribute():
     assert not torch.isclose(inside(augment.mix(logits, box), target, 1), inside(logits, target, 0))  # as published
 
 
-def test_feeds_raw_scores_to_the_slow_bar_and_j2_gives_regions_their_own():
-    j1, j2 = (build(method="s4mc+corrmatch", combine=c) for c in (["j1"], ["j1", "j2"]))
+def test_the_slow_threshold_is_fed_raw_scores_and_the_falling_quantile_gives_regions_their_own():
+    parts = (["refined_selection"], ["refined_selection", "falling_quantile"])
+    slow, falling = (build(method="s4mc+corrmatch", s4mc_corrmatch=only(*names)) for names in parts)
     logits = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(2, 6, 6, dtype=torch.bool)
-    chosen = selection.select(j1, logits, valid, 0)
+    chosen = selection.select(slow, logits, valid, 0)
     plain = selection.select(build(method="corrmatch"), logits, valid, 0)
     assert chosen.bar == plain.bar
     assert chosen.keep_BHW.sum() > plain.keep_BHW.sum()
-    assert (j1.correlation.bar, j2.correlation.bar) == (None, 0.4)
-    assert (j1.refinement.score, j2.refinement.score) == ("max", "margin")
-    assert j2.strict
+    assert (slow.correlation.bar, falling.correlation.bar) == (None, 0.4)
+    assert (slow.refinement.score, falling.refinement.score) == ("max", "margin")
+    assert falling.strict
 
 
 def corr_step(method, monkeypatch, partner=None):
@@ -180,7 +181,7 @@ class Fixture(nn.Module):
 
 
 def test_regions_grow_the_mixed_selection_outside_the_box_and_leave_the_soft_loss_alone(monkeypatch):
-    method = build(method="corrmatch", corrmatch_start=0.45)
+    method = build(method="corrmatch", corrmatch={"start": 0.45})
     done, out, box, index, _ = corr_step(method, monkeypatch)
     valid = view(B, 2, (H, W)).valid_BHW
     label, sure, ok = (augment.mix(v, box) for v in (done.selection.label_BHW, done.selection.keep_BHW, valid))
@@ -200,14 +201,21 @@ def test_regions_grow_the_mixed_selection_outside_the_box_and_leave_the_soft_los
 
 
 def test_regions_are_judged_by_the_slow_bar_or_under_j2_by_their_own(monkeypatch):
-    done, *_, seen = corr_step(build(method="corrmatch", corrmatch_start=0.45), monkeypatch)
+    done, *_, seen = corr_step(build(method="corrmatch", corrmatch={"start": 0.45}), monkeypatch)
     assert [tuple(args[3:5]) for args in seen] == [(done.selection.bar, done.selection.bar)]
-    *_, seen = corr_step(build(method="s4mc+corrmatch", combine=["j1", "j2"], corrmatch_start=0.3), monkeypatch)
+    *_, seen = corr_step(
+        build(
+            method="s4mc+corrmatch",
+            s4mc_corrmatch=only("refined_selection", "falling_quantile"),
+            corrmatch={"start": 0.3},
+        ),
+        monkeypatch,
+    )
     assert [tuple(args[3:5]) for args in seen] == [(0.3, 0.3)]
 
 
 def test_a_partner_of_the_same_image_does_not_move_the_slow_bar_again(monkeypatch):
-    method = build(method="corrmatch", corrmatch="reference", corrmatch_momentum=0.5)
+    method = build(method="corrmatch", corrmatch={"variant": "reference", "momentum": 0.5})
     method = replace(method, correlation=replace(method.correlation, mixed_valid=False))
     done, *_ = corr_step(method, monkeypatch, partner=view(B, 9, (H, W)))
     assert done.selection.bar != 0.4

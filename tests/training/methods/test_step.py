@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import Train
+from tests.support import tiny_settings
 from tests.support.training.device_sync import Watch
 from tests.support.training.tiny_network import Featured, view
-from tests.support.training.tiny_step import build, run
+from tests.support.training.tiny_step import PARTS, build, only, run
 from training.engine import ema, trainer
 from training.engine.distributed import Ranks
 from training.methods import augment, student
@@ -21,14 +21,14 @@ from training.methods.threshold import Fixed
 ALL = ("supervised", "fixmatch", "unimatch", "s4mc", "s4mc+unimatch", "corrmatch", "s4mc+corrmatch")
 VARIANTS = [
     *({"method": m} for m in ALL),
-    {"method": "s4mc", "preset": "ref_b"},
-    {"method": "unimatch", "streams": "v1"},
-    {"method": "s4mc+unimatch", "streams": "v1"},
-    {"method": "corrmatch", "corrmatch": "reference"},
+    {"method": "s4mc", "s4mc": {"preset": "ref_b"}},
+    {"method": "unimatch", "unimatch": {"streams": "v1"}},
+    {"method": "s4mc+unimatch", "unimatch": {"streams": "v1"}},
+    {"method": "corrmatch", "corrmatch": {"variant": "reference"}},
     {"method": "corrmatch", "teacher": "ema"},
     {"method": "fixmatch", "teacher": "self"},
-    {"method": "fixmatch", "supervised_loss": "ohem", "ohem_pixels": 40},
-    *({"method": "s4mc+corrmatch", "combine": c} for c in (["j1"], ["j2"], ["j3"], ["j1", "j2", "j3"])),
+    {"method": "fixmatch", "supervised_loss": "ohem", "ohem": {"pixels": 40}},
+    *({"method": "s4mc+corrmatch", "s4mc_corrmatch": only(*parts)} for parts in (*zip(PARTS, strict=True), PARTS)),
 ]
 
 
@@ -71,7 +71,7 @@ def test_corrmatch_without_its_terms_under_a_fixed_bar_is_fixmatch():
 @pytest.mark.parametrize(("streams", "teacher"), [("v1", "self"), ("v2", "ema")])
 def test_unimatch_with_one_stream_and_no_dropped_channels_is_fixmatch(streams, teacher):
     plain = build(method="fixmatch", teacher=teacher)
-    uni = replace(build(method="unimatch", streams=streams), streams=1, weights=plain.weights)
+    uni = replace(build(method="unimatch", unimatch={"streams": streams}), streams=1, weights=plain.weights)
     assert_same(replace(uni, dropout="none") if streams == "v2" else uni, plain)
 
 
@@ -82,7 +82,12 @@ def test_the_equivalences_can_fail():
         assert_same(build(method="unimatch"), build(method="fixmatch"))
 
 
-CUTTABLE = ({"method": "supervised"}, {"method": "fixmatch"}, {"method": "s4mc"}, {"method": "s4mc", "preset": "ref_b"})
+CUTTABLE = (
+    {"method": "supervised"},
+    {"method": "fixmatch"},
+    {"method": "s4mc"},
+    {"method": "s4mc", "s4mc": {"preset": "ref_b"}},
+)
 
 
 @pytest.mark.parametrize("changes", CUTTABLE, ids=str)
@@ -138,10 +143,12 @@ class Double(Featured):
         return super().encode(image_BCHW.double())
 
 
-@pytest.mark.parametrize("changes", [{"method": "corrmatch"}, {"method": "unimatch", "streams": "v1"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"method": "corrmatch"}, {"method": "unimatch", "unimatch": {"streams": "v1"}}], ids=str
+)
 def test_micro_batches_are_refused_where_they_cannot_be_exact(changes):
     with pytest.raises(ValueError, match="accumulate"):
-        Train(**changes, accumulate=2)
+        tiny_settings.train(**changes, accumulate=2)
     with pytest.raises(ValueError, match=r"train\.accumulate"):
         run(build(**changes), chunks=2)
 
@@ -152,12 +159,19 @@ def test_micro_batches_are_refused_where_they_cannot_be_exact(changes):
         ({"method": "s4mc", "accumulate": 4, "batch_labelled": 4, "batch_unlabelled": 8}, "one image a micro-batch"),
         ({"method": "s4mc", "accumulate": 3, "batch_labelled": 8}, "does not divide"),
         ({"method": "fixmatch", "accumulate": 2, "supervised_loss": "ohem"}, "ohem"),
-        ({"method": "s4mc+corrmatch", "corrmatch": "reference", "combine": ["j3"]}, "j3"),
+        (
+            {
+                "method": "s4mc+corrmatch",
+                "corrmatch": {"variant": "reference"},
+                "s4mc_corrmatch": only("correlated_neighbours"),
+            },
+            "correlated_n",
+        ),
     ],
 )
 def test_settings_that_cannot_work_together_are_refused_before_any_work(changes, names):
     with pytest.raises(ValueError, match=names):
-        Train(**changes)
+        tiny_settings.train(**changes)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +295,7 @@ def test_drops_channels_of_the_weak_views_alone_and_decodes_everything_once():
             calls.append([f.clone() for f in features])
             return super().decode(features, size)
 
-    run(build(method="unimatch", streams="v1"), model=Spy())
+    run(build(method="unimatch", unimatch={"streams": "v1"}), model=Spy())
     (features,) = calls
     images = 4 + 4 + 2 * 4
     for level in features[1:]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Train
+from tests.support import tiny_settings
 from training.methods import losses, registry, selection
 from training.methods.s4mc import Refinement, margin, max_probability, refine
 from training.methods.threshold import ClassMax, Fixed, Partition, alpha, quantile
@@ -122,7 +122,7 @@ def test_selection_equals_a_pixel_loop():
     generator = torch.Generator().manual_seed(11)
     logits = 2 * torch.randn(2, 4, 5, 6, generator=generator)
     valid = torch.rand(2, 5, 6, generator=generator) < 0.85
-    method = registry.build(Train(method="s4mc", steps=100), n_classes=4, total=100, epoch_steps=10)
+    method = registry.build(tiny_settings.train(method="s4mc", steps=100), n_classes=4, total=100, epoch_steps=10)
     chosen = selection.select(method, logits, valid, 50)
     prob = logits.double().softmax(1).numpy()
     raw = np.sort(prob, 1)[:, -1] - np.sort(prob, 1)[:, -2]
@@ -149,7 +149,9 @@ def test_selection_equals_a_pixel_loop():
 def test_fixmatch_keeps_confident_pixels_at_or_above_the_bar():
     logits = torch.tensor([[[[2.0, 0.1]], [[0.0, 0.0]]]])
     confidence = float(logits.softmax(1)[0, 0, 0, 0])
-    method = registry.fixed(registry.build(Train(method="fixmatch"), n_classes=4, total=1, epoch_steps=1), confidence)
+    method = registry.fixed(
+        registry.build(tiny_settings.train(method="fixmatch"), n_classes=4, total=1, epoch_steps=1), confidence
+    )
     chosen = selection.select(method, logits, torch.ones(1, 1, 2, dtype=torch.bool), 0)
     assert chosen.keep_BHW.tolist() == [[[True, False]]]
     assert isinstance(method.threshold, Fixed)
@@ -170,10 +172,15 @@ def test_s4mc_without_refinement_and_with_a_fixed_bar_is_fixmatch():
 @pytest.mark.parametrize("method", ["fixmatch", "unimatch", "s4mc", "corrmatch", "s4mc+corrmatch"])
 def test_any_method_takes_any_bar(method):
     """The ablation {fixed, quantile, class maxima}: the bar changes, the rest of the method does not."""
-    given = {"threshold": 0.7, "alpha": 0.3, "alpha_end": 0.1, "corrmatch_start": 0.8, "corrmatch_momentum": 0.5}
+    given = {
+        "fixmatch": {"threshold": 0.7}, "s4mc": {"alpha": 0.3, "alpha_end": 0.1},
+        "corrmatch": {"start": 0.8, "momentum": 0.5},
+    }  # fmt: skip
 
-    def built(bar):
-        return registry.build(Train(method=method, bar=bar, **given), n_classes=4, total=10, epoch_steps=1)
+    def built(rule):
+        return registry.build(
+            tiny_settings.train(method=method, threshold_rule=rule, **given), n_classes=4, total=10, epoch_steps=1
+        )
 
     published, fixed, quantile, maxima = map(built, ("auto", "fixed", "quantile", "class_max"))
     assert fixed.threshold == Fixed(0.7)
@@ -187,21 +194,37 @@ def test_any_method_takes_any_bar(method):
     if "corrmatch" in method:
         assert quantile.correlation.bar == 0.8  # a quantile of scores is no overlap ratio
     assert (
-        registry.build(Train(method="supervised", bar="fixed"), n_classes=4, total=10, epoch_steps=1).threshold is None
+        registry.build(
+            tiny_settings.train(method="supervised", threshold_rule="fixed"), n_classes=4, total=10, epoch_steps=1
+        ).threshold
+        is None
     )
 
 
 def test_presets_differ_as_specified():
     table = torch.full((3,), 0.9)
-    a = registry.build(Train(method="s4mc", preset="ref_a"), n_classes=3, total=100, epoch_steps=10, table_K=table)
-    b = registry.build(Train(method="s4mc", preset="ref_b"), n_classes=4, total=100, epoch_steps=10)
+    a = registry.build(
+        tiny_settings.train(method="s4mc", s4mc={"preset": "ref_a"}),
+        n_classes=3,
+        total=100,
+        epoch_steps=10,
+        table_K=table,
+    )
+    b = registry.build(
+        tiny_settings.train(method="s4mc", s4mc={"preset": "ref_b"}), n_classes=4, total=100, epoch_steps=10
+    )
     assert (a.refinement.neighbourhood, a.refinement.joint, a.normaliser, a.strict) == (4, "table", "ratio", True)
     assert (b.refinement.quantity, b.refinement.score, b.strict, b.normaliser) == ("confidence", "max", False, "valid")
     assert b.threshold.alpha(0) == 0.25
     assert b.threshold.alpha(100) == pytest.approx(0.15)
     assert a.threshold.alpha(0) == 0.4
     assert a.threshold.alpha(100) == 0.0
-    ours = registry.build(Train(method="s4mc", alpha=0.5, alpha_end=0.2), n_classes=4, total=100, epoch_steps=10)
+    ours = registry.build(
+        tiny_settings.train(method="s4mc", s4mc={"alpha": 0.5, "alpha_end": 0.2}),
+        n_classes=4,
+        total=100,
+        epoch_steps=10,
+    )
     assert [ours.threshold.alpha(t) for t in (0, 50, 100)] == pytest.approx([0.5, 0.35, 0.2])
 
 

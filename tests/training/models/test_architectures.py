@@ -16,6 +16,7 @@ from torch import nn
 
 from export import onnx as export_onnx
 from pipeline.config import Model
+from tests.support import tiny_settings
 from training import predict
 from training.engine import ema
 from training.models import architectures, layers, segmenter
@@ -40,7 +41,7 @@ def small(architecture, **options):
     """A network with random weights and BatchNorm statistics that are not the initial ones, in eval mode."""
     torch.manual_seed(0)
     settings = {"architecture": architecture, "encoder": SMALL.get(architecture, "resnet10t"), "weights": None}
-    model = segmenter.build(Model(**{**settings, **options}), 4)
+    model = segmenter.build(tiny_settings.model(**{**settings, **options}), 4)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -87,7 +88,7 @@ def test_our_dpt_is_smps_where_smps_works(monkeypatch):
     torch.manual_seed(0)
     plain = functools.partial(timm.layers.resample_abs_pos_embed, antialias=False)
     monkeypatch.setattr(timm.models.vision_transformer, "resample_abs_pos_embed", plain)
-    ours = segmenter.build(Model(architecture="DPT", encoder="test_vit", weights=None), 3).eval()
+    ours = segmenter.build(tiny_settings.model(architecture="DPT", encoder="test_vit", weights=None), 3).eval()
     ours.net.encoder.model.norm = nn.Identity()
     theirs = smp.DPT(
         "tu-test_vit",
@@ -198,7 +199,7 @@ def test_asymmetric_padding_is_tensorflows_same_for_even_sizes(kernel):
 )
 def test_settings_that_cannot_be_meant(section, words):
     with pytest.raises(ValidationError, match=words):
-        Model(**section)
+        tiny_settings.model(**section)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_settings_that_cannot_be_meant(section, words):
      ({"output_stride": 8}, 8), ({"architecture": "FPN"}, 32), ({"architecture": "my_nets:Net", "weights": None}, 32)],
 )  # fmt: skip
 def test_the_step_that_settings_must_keep_to(model, step):
-    assert Model(**model).step == step
+    assert tiny_settings.model(**model).step == step
 
 
 def test_dpt_exports_with_free_sizes_and_agrees():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.config import Model
+from tests.support import tiny_settings
 from training import predict
 from training.models import pretrained, segmenter
 
@@ -83,7 +83,7 @@ def own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["Plain", "Open"])
 def test_a_users_own_network(own, name):
-    model = segmenter.build(Model(architecture=f"my_nets:{name}", weights=None), 3).eval()
+    model = segmenter.build(tiny_settings.model(architecture=f"my_nets:{name}", weights=None), 3).eval()
     assert model.has_features == (name == "Open")
     assert model.channels == (8 if name == "Open" else 0)
     image = torch.rand(2, 3, 64, 32) * 255
@@ -102,7 +102,7 @@ def test_a_users_own_network(own, name):
     assert {id(p) for p in model.net.encoder.parameters()} == {id(p) for p in model.net.module.encoder.parameters()}
     meta = {
         "classes": [{"name": str(i)} for i in range(3)],
-        "params": {"model": {"architecture": f"my_nets:{name}", "weights": None}},
+        "params": {"model": tiny_settings.model(architecture=f"my_nets:{name}", weights=None).model_dump()},
     }
     segmenter.save(own / "student.safetensors", model.state_dict(), meta)
     twin = copy.deepcopy(model)
@@ -112,7 +112,7 @@ def test_a_users_own_network(own, name):
 
 
 def test_a_users_own_encoder_can_be_frozen(own):
-    model = segmenter.build(Model(architecture="my_nets:Plain", weights=None, freeze=True), 3).train()
+    model = segmenter.build(tiny_settings.model(architecture="my_nets:Plain", weights=None, freeze=True), 3).train()
     before = model.net.module.encoder[1].running_mean.clone()
     model(torch.rand(2, 3, 32, 32) * 255).sum().backward()
     assert torch.equal(model.net.module.encoder[1].running_mean, before)
@@ -121,7 +121,7 @@ def test_a_users_own_encoder_can_be_frozen(own):
     with pytest.raises(
         pretrained.WeightsError, match=r"model\.freeze: my_nets:Headless has no submodule called `encoder`"
     ):
-        segmenter.build(Model(architecture="my_nets:Headless", weights=None, freeze=True), 3)
+        segmenter.build(tiny_settings.model(architecture="my_nets:Headless", weights=None, freeze=True), 3)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_users_own_encoder_can_be_frozen(own):
 )
 def test_what_a_users_network_gets_wrong_is_said(own, name, words):
     with pytest.raises(pretrained.WeightsError) as error:
-        segmenter.build(Model(architecture=name, weights=None), 3)
+        segmenter.build(tiny_settings.model(architecture=name, weights=None), 3)
     assert str(error.value).startswith("model.architecture: ")
     for part in words.split(" .* "):
         assert part in str(error.value)

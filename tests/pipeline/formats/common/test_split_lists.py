@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Lists
 from pipeline.formats.common import split_lists
 from pipeline.formats.common.source import SourceError
+from tests.support import tiny_settings
 
 CITY = "train/aachen/aachen_000000_000019"
 ALIASES = {f"leftImg8bit/{CITY}_leftImg8bit": CITY, "JPEGImages/2007_000033": "2007_000033"}
@@ -17,7 +17,7 @@ IDS = {CITY, "2007_000033", "a b", "x,y", "deep/a.b"}
 
 def read(root: Path, text: str | bytes, name: str = "val.txt") -> list[str] | None:
     (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return split_lists.read(root, Lists(val=name), IDS, ALIASES)["val"]
+    return split_lists.read(root, tiny_settings.lists(val=name), IDS, ALIASES)["val"]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_list_lies_in_the_source_or_the_project_or_anywhere(tmp_path: Path) ->
     for folder, text in ((source, "a b"), (project, "x,y"), (other, CITY)):
         folder.mkdir()
         (folder / f"{folder.name}.txt").write_text(text)
-    named = Lists(val="source.txt", test="project.txt", labelled=str(other / "other.txt"))
+    named = tiny_settings.lists(val="source.txt", test="project.txt", labelled=str(other / "other.txt"))
     with chdir(project):
         found = split_lists.read(source, named, IDS, ALIASES)
     assert found == {"val": ["a b"], "test": ["x,y"], "labelled": [CITY], "unlabelled": None}
@@ -84,7 +84,7 @@ def test_a_gzip_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_missing_list_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("a b")
     with pytest.raises(SourceError, match=r"vall\.txt: not found \(there is val\.txt\).*data\.lists\.test"):
-        split_lists.read(tmp_path, Lists(test="vall.txt"), IDS)
+        split_lists.read(tmp_path, tiny_settings.lists(test="vall.txt"), IDS)
 
 
 def test_own_lists_keep_benchmark_images_out_of_training() -> None:
@@ -108,7 +108,7 @@ def test_real_published_lists(shared_data: Path) -> None:
     assert len(pascal) == 10582 + 1449
     aliases = {f"JPEGImages/{key}": key for key in pascal}
     for name, counts in {"unimatch/pascal/92": (92, 10490), "u2pl/pascal/183": (183, 10399)}.items():
-        named = Lists(
+        named = tiny_settings.lists(
             labelled=str(splits / name / "labeled.txt"),
             unlabelled=str(splits / name / "unlabeled.txt.gz"),
             test=str(splits / name.partition("/")[0] / "pascal/val.txt"),

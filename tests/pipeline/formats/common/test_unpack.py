@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from pipeline import config
 from pipeline.formats.common import unpack
 from pipeline.formats.common.source import SourceError
 from pipeline.storage import archives
-from tests.support import tiny_labels, tiny_source
+from tests.support import tiny_labels, tiny_settings, tiny_source
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -55,7 +54,7 @@ def test_an_archive_gives_the_same_base_archive_as_its_folder(tmp_path: Path, ki
 
 
 def test_a_single_folder_is_gone_into_unless_a_reader_looks_for_it(tmp_path: Path) -> None:
-    caps = config.Ingest()
+    caps = tiny_settings.ingest()
     for inside, expected in {"x/y/images/a.png": ["images"], "images/a/b.png": ["images"]}.items():
         packed = pack({inside: b"x", "__MACOSX/._a": b"x"}, "zip", tmp_path / "p.zip")
         with unpack.opened(packed, caps, tmp_path / "data") as root:
@@ -67,7 +66,10 @@ def test_a_single_folder_is_gone_into_unless_a_reader_looks_for_it(tmp_path: Pat
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_a_member_that_leads_out_refuses_the_archive(tmp_path: Path, name: str, kind: str) -> None:
     packed = pack({"images/a.png": b"x", name: b"evil"}, kind, tmp_path / "p")
-    with pytest.raises(archives.DumpRefused, match="evil"), unpack.opened(packed, config.Ingest(), tmp_path / "data"):
+    with (
+        pytest.raises(archives.DumpRefused, match="evil"),
+        unpack.opened(packed, tiny_settings.ingest(), tmp_path / "data"),
+    ):
         pass
     assert list((tmp_path / "data").iterdir()) == []
     assert not (tmp_path / "evil.png").exists()
@@ -83,7 +85,7 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path, names: tuple[str, s
             archive.addfile(info, io.BytesIO(b"x"))
     (tmp_path / "p.tar").write_bytes(out.getvalue())
     with pytest.raises(SourceError, match="two members have the name"), unpack.opened(
-        tmp_path / "p.tar", config.Ingest(), tmp_path / "data"
+        tmp_path / "p.tar", tiny_settings.ingest(), tmp_path / "data"
     ):  # fmt: skip
         pass
     assert list((tmp_path / "data").iterdir()) == []
@@ -92,7 +94,7 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path, names: tuple[str, s
 def test_a_member_over_the_cap_is_named(tmp_path: Path) -> None:
     packed = pack({"images/a.png": bytes(1_200_000)}, "tar", tmp_path / "p")
     with pytest.raises(SourceError, match=r"images/a\.png.*max_file_mb: 1"), unpack.opened(
-        packed, config.Ingest(max_file_mb=1), tmp_path / "data"
+        packed, tiny_settings.ingest(max_file_mb=1), tmp_path / "data"
     ):  # fmt: skip
         pass
 
@@ -103,6 +105,6 @@ def test_what_a_killed_run_left_goes_once_it_is_a_day_old(tmp_path: Path) -> Non
         tiny_source.put(tmp_path, f"data/.unpacked.{name}/images/a.png", b"x")
         os.utime(tmp_path / f"data/.unpacked.{name}", (time.time() - age,) * 2)
     packed = pack({"images/a.png": b"x"}, "zip", tmp_path / "a.zip")
-    with unpack.opened(packed, config.Ingest(), tmp_path / "data"):
+    with unpack.opened(packed, tiny_settings.ingest(), tmp_path / "data"):
         pass
     assert [p.name for p in (tmp_path / "data").iterdir()] == [".unpacked.young"]
