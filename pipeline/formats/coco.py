@@ -129,7 +129,7 @@ def _makers(found: Found, data: config.Data, ids: Mapping[str, int], empty: int,
     if data.no_shapes == "background":
         lost = {key for key in found.no_area if key not in found.drawn}
         for key in found.pictures.keys() - made.keys() - lost:
-            made[key] = partial(coco_masks.render, found.pictures[key].size, (), ids, empty, max_pixels)
+            made[key] = partial(annotations_.render_background, found.pictures[key].path, empty, max_pixels)
     return made
 
 
@@ -239,7 +239,7 @@ def _collect(images: Images, path: Path, found: Found, *, named: bool) -> bool:
                 raise SourceError(f"{path}: annotations[{number}]: image {key} has panoptic labels already; keep one")
             found.panoptic[key] = (png, annotation, names)
         elif not coco_masks.has_area(annotation.get("segmentation")):
-            found.no_area.setdefault(key, where)
+            found.no_area.setdefault(key, f"annotation {annotation.get('id')} ({where})")
         else:
             category: Any = parsing.hashable(annotation, "category_id")
             what = names.get(category)

@@ -1,8 +1,9 @@
 """CVAT for images 1.1: annotations.xml, alone or in a zip with images/.
 
 Read: mask, polygon, box and ellipse (both may be turned) by z_order, equal ones in the file's order. What has no area
-(points, polyline, tag, skeleton, cuboid) says nothing about pixels; `occluded` neither. A mask's run lengths go row by
-row inside its own box and begin with the background.
+(points, polyline, skeleton, cuboid) is counted, and refuses its image's mask where pixels in no shape are background; a tag
+is of the whole image and only counted; `occluded` says nothing about pixels. A mask's run lengths go row by row inside its
+own box and begin with the background. `subset` states an image's split.
 
 Written: one mask per region as `regions.regions` cuts them, so that each can be picked, moved and erased alone, and
 ignored pixels as masks of the label `ignore` (or the next free name): every pixel comes back as it was, whatever
@@ -25,6 +26,7 @@ from pipeline import config
 from pipeline.formats.common import tool_source
 from pipeline.formats.common.annotations import (
     IGNORE,
+    NO_AREA,
     Patch,
     Picture,
     Shape,
@@ -37,6 +39,7 @@ from pipeline.formats.common.annotations import (
 from pipeline.formats.common.regions import regions
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.formats.common.task import Item
+from pipeline.formats.names import layout
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
 from pipeline.storage import archives, atomic
@@ -50,7 +53,12 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     """A task's export, unpacked: annotations.xml (or `data.annotations`) and images/. Raises SourceError."""
     labels, found = load(root / (data.annotations or NAME))
     colours = {label["name"]: label["color"] for label in labels if label["color"]}
-    return tool_source.source(root, data, found, [label["name"] for label in labels], colours, max_pixels)
+    names = [label["name"] for label in labels]
+    parts: dict[str, list[str]] = {}
+    for picture in found:
+        if part := layout.split_word(picture.subset):
+            parts.setdefault(part, []).append(picture.name)
+    return tool_source.source(root, data, found, names, colours, max_pixels, parts)
 
 
 def load(path: Path) -> tuple[list[dict[str, Any]], list[Picture]]:
@@ -120,9 +128,11 @@ def _picture(element: Any, path: Path) -> Picture:
         name = element.attrib["name"]
     except (KeyError, ValueError) as error:
         raise SourceError(f"{path}: an <image> without name, width or height ({error}); export it again") from error
-    return Picture(
-        name, height, width, [Shape(*found) for child in element for found in _shape(child.tag, child.attrib)]
-    )
+    shapes = [Shape(*found) for child in element for found in _shape(child.tag, child.attrib)]
+    lost = [
+        (NO_AREA, f"a {child.tag} of {child.attrib.get('label', '')!r}") for child in element if child.tag in _NO_AREA
+    ]
+    return Picture(name, height, width, shapes, lost=lost, subset=element.attrib.get("subset", ""))
 
 
 def _shape(kind: str, at: dict[str, str]) -> Iterator[tuple[str, Any, int]]:
@@ -173,6 +183,7 @@ def _ellipse(at: dict[str, str], height: int, width: int) -> Patch:
     return polygon(ring, height, width)
 
 
+_NO_AREA = ("points", "polyline", "skeleton", "cuboid")
 _DRAW = {"mask": _mask, "polygon": _polygon, "box": _box, "ellipse": _ellipse}
 
 

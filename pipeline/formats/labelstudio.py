@@ -1,7 +1,8 @@
 """Label Studio: the JSON export (a list of tasks), and tasks with pre-labels as predictions.
 
-Read: brush, polygon, rectangle (turned about its top left corner) and ellipse, whatever control tag drew them: the
-value's own fields say what it is. Coordinates are percent of the image; later regions lie over earlier ones. Of several
+Read: brush, bitmask, polygon, rectangle (turned about its top left corner) and ellipse, whatever control tag drew them: the
+value's own fields say what it is. Points, lines and regions without a label are counted, and refuse their image's mask where
+pixels in no shape are background. Coordinates are percent of the image; later regions lie over earlier ones. Of several
 annotations of a task, cancelled ones never count; one marked as ground truth comes before the others, then the one
 changed last. Predictions are never labels. Tasks without an annotation are pictures without shapes.
 
@@ -9,6 +10,7 @@ Written: one brush region per region as `regions.regions` cuts them, ignored pix
 next free name), and the image id in the task's data, where it survives every export.
 """
 
+import base64
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +25,9 @@ from pipeline import config
 from pipeline.formats.common import brush_rle, parsing, tool_source
 from pipeline.formats.common.annotations import (
     IGNORE,
+    NO_AREA,
+    NO_LABEL,
+    Lost,
     Patch,
     Picture,
     Shape,
@@ -41,7 +46,7 @@ from pipeline.storage import atomic
 
 MAX_BYTES = 1 << 29
 ID = "marginalia_id"  # the task data's field that holds the image id
-_LABELS = ("brushlabels", "polygonlabels", "rectanglelabels", "ellipselabels", "labels")
+_LABELS = ("brushlabels", "bitmasklabels", "polygonlabels", "rectanglelabels", "ellipselabels", "labels")
 
 
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
@@ -67,15 +72,61 @@ def load(path: Path) -> list[Picture]:
 
 
 def _picture(task: dict[str, Any]) -> Picture:
-    texts = {key: value for key, value in task["data"].items() if isinstance(value, str)}
-    name = image_name(texts.get("image") or next((v for k, v in texts.items() if k != ID), ""))
+    names = _names(task)
     results = [r for r in _chosen(task) if isinstance(r, dict) and isinstance(r.get("value"), dict)]
     drawn = [Shape(*found) for number, result in enumerate(results) for found in _shape(result, number)]
-    sizes = {(_whole(r.get("original_height")), _whole(r.get("original_width"))) for r in results if drawn}
+    regions_ = [r for r in results if _is_region(r)]
+    sizes = {(_whole(r.get("original_height")), _whole(r.get("original_width"))) for r in regions_}
     height, width = max(sizes, default=(0, 0))
     if len(sizes - {(0, 0)}) > 1 or (drawn and 0 in (height, width)):
-        drawn = [drawn[0]._replace(draw=lambda height, width: _no_size(sizes))]
-    return Picture(name or f"task {task.get('id')}", height, width, drawn, texts.get(ID, ""))
+        drawn = [drawn[0]._replace(draw=lambda height, width: _no_size(sizes))] if drawn else []
+    own_id = next((value for key, value in task["data"].items() if key == ID and isinstance(value, str)), "")
+    return Picture(
+        names[0] if names else f"task {task.get('id')}",
+        height,
+        width,
+        drawn,
+        own_id,
+        names=names[1:],
+        lost=_lost(results),
+        annotated=bool(_live(task)),
+    )
+
+
+def _names(task: dict[str, Any]) -> list[str]:
+    """What the image may be called: the text that the regions were drawn on comes first, then `image`, then the others."""
+    texts = {key: value for key, value in task["data"].items() if isinstance(value, str) and key != ID}
+    order = sorted(texts, key=lambda key: key != "image")
+    return [name for key in order if (name := image_name(texts[key]))]
+
+
+def _is_region(result: Mapping[str, Any]) -> bool:
+    """Whether a result is drawn on the picture; choices, texts and ratings are not."""
+    return any(key in result["value"] for key in (*(key for key, _ in _DRAW), *_POINTS))
+
+
+def _label(value: Mapping[str, Any]) -> Any:
+    return next((value[key] for key in _LABELS if isinstance(value.get(key), list) and value[key]), None)
+
+
+def _lost(results: Sequence[Mapping[str, Any]]) -> list[Lost]:
+    """Regions that cannot be painted: points and lines, and those for which nobody chose a label (a region's label may stand
+    in a twin with its id)."""
+    labelled = {result.get("id") for result in results if _label(result["value"]) is not None}
+    lost: list[Lost] = []
+    for result in results:
+        which = f"region {result.get('id')}"
+        if not _is_region(result):
+            continue
+        if not _has_area(result["value"]):
+            lost.append((NO_AREA, which))
+        elif _label(result["value"]) is None and result.get("id") not in labelled:
+            lost.append((NO_LABEL, which))
+    return lost
+
+
+def _has_area(value: Mapping[str, Any]) -> bool:
+    return not any(key in value for key in _POINTS) and not ("width" in value and "height" not in value)
 
 
 def _no_size(sizes: set[tuple[int, int]]) -> Patch:
@@ -86,12 +137,17 @@ def _whole(value: Any) -> int:
     return value if isinstance(value, int) and value > 0 else 0
 
 
-def _chosen(task: dict[str, Any]) -> Sequence[Any]:
-    """The regions of the one annotation that counts."""
+def _live(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """The annotations that somebody handed in and nobody cancelled."""
     given = task.get("annotations", task.get("completions")) or []
-    live = [
+    return [
         a for a in given if isinstance(a, dict) and not a.get("was_cancelled") and isinstance(a.get("result"), list)
     ]
+
+
+def _chosen(task: dict[str, Any]) -> Sequence[Any]:
+    """The regions of the one annotation that counts."""
+    live = _live(task)
 
     def rank(one: dict[str, Any]) -> tuple[bool, str, int]:
         return (
@@ -113,7 +169,7 @@ def image_name(reference: str) -> str:
     if parts.scheme == "data":
         return ""
     local = parse_qs(parts.query).get("d") if "/local-files" in parts.path else None
-    path = local[0] if local else unquote(parts.path)
+    path = (local[0] if local else unquote(parts.path)).replace("\\", "/")
     if "/upload/" in path:
         path = re.sub(r"^[0-9a-f]{8}-", "", path.rpartition("/")[2])
     return path.lstrip("/")
@@ -122,9 +178,9 @@ def image_name(reference: str) -> str:
 def _shape(result: Mapping[str, Any], number: int) -> Iterator[tuple[str, Any, int]]:
     """The arguments of a Shape; nothing for a result that is no region or has no label (its twin with one follows)."""
     value: dict[str, Any] = result["value"]
-    labels = next((value[key] for key in _LABELS if isinstance(value.get(key), list) and value[key]), None)
+    labels = _label(value)
     draw = next((draw for key, draw in _DRAW if key in value), None)
-    if labels is None or draw is None:
+    if labels is None or draw is None or not _has_area(value):
         return
 
     def checked(height: int, width: int) -> Patch:
@@ -163,7 +219,31 @@ def _rectangle(value: Mapping[str, Any], height: int, width: int) -> Patch:
     return polygon(corners, height, width)
 
 
-_DRAW = (("rle", _brush), ("points", _polygon), ("radiusX", _ellipse), ("width", _rectangle))
+def _bitmask(value: Mapping[str, Any], height: int, width: int) -> Patch:
+    """A PNG as a data URL, painted where it is opaque (without an alpha channel: where it is not black)."""
+    head, _, text = str(value["imageDataURL"]).partition(",")
+    if not head.startswith("data:image/png") or not head.endswith(";base64"):
+        raise Refused("bad-shape", f"a bitmask that begins with {head[:40]!r}; only PNG as base64 is known")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise Refused("bad-shape", f"a bitmask that is no base64 ({error}); draw it again") from error
+    mask_HW = label_maps.opaque(data, max_pixels=height * width)
+    if mask_HW.shape != (height, width):
+        raise Refused(
+            "bad-shape", f"a bitmask of {mask_HW.shape[1]} x {mask_HW.shape[0]} on an image of {width} x {height}"
+        )
+    return Patch(0, 0, mask_HW)
+
+
+_POINTS = ("vertices", "keypoints")
+_DRAW = (
+    ("rle", _brush),
+    ("imageDataURL", _bitmask),
+    ("points", _polygon),
+    ("radiusX", _ellipse),
+    ("width", _rectangle),
+)
 
 
 def config_xml(classes: Sequence[dict[str, Any]]) -> str:

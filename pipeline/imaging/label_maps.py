@@ -72,6 +72,24 @@ def decode_mask(data: bytes, *, max_pixels: int, colours: Mapping[Colour, int] |
     return from_colours(pixels_HWC, colours)
 
 
+def opaque(data: bytes, *, max_pixels: int) -> NDArray[np.bool_]:
+    """Encoded picture -> H x W, True where it is painted: not transparent, or without an alpha channel not black.
+
+    Raises:
+        Refused: the codes of `pipeline.imaging.decode`.
+    """
+    _, image = open_header(data, max_pixels)
+    try:
+        image.load()
+        if "A" in image.getbands() or "transparency" in image.info:
+            painted_HW: NDArray[np.bool_] = np.asarray(image.convert("RGBA"))[..., 3] > 0
+        else:
+            painted_HW = np.asarray(image.convert("RGB")).max(axis=2) > 0
+    except Exception as error:  # a plugin may raise nearly anything on damaged bytes
+        raise Refused("corrupt", f"the picture cannot be decoded ({short(error)}); save it again") from error
+    return painted_HW
+
+
 def _grey_step(data: bytes, kind: str) -> int:
     """Pillow spreads 2- and 4-bit PNG greys over 0..255: the factor that undoes it. Byte 24 is the bit depth."""
     return {2: 85, 4: 17}.get(data[24], 1) if kind == "PNG" else 1

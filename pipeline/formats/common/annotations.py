@@ -5,12 +5,14 @@ Masks are exact; a pixel belongs to an outline by the rule of `pipeline.formats.
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.formats.common import rasterize
+from pipeline.imaging import decode, label_maps
 from pipeline.imaging.decode import Refused
 
 Label = NDArray[np.uint8]
@@ -21,6 +23,7 @@ IGNORE = 255
 # background, what it stands for would become background, so its image's mask is refused.
 NO_AREA = "shape-without-area"
 LOST = "it covers no pixel, and what it stands for would become background; draw its area, or delete it"
+NO_LABEL = "region without a label"
 IGNORE_NAMES = ("ignore", "void", "ignored pixels", "ignore (255)")  # the first that is no class is 255 in a tool
 
 
@@ -40,14 +43,26 @@ class Shape(NamedTuple):
     level: int = 0
 
 
+Lost = tuple[str, str]
+
+
 class Picture(NamedTuple):
-    """One image as a label tool has it. `id`: the image id where the tool carried it along, else ""."""
+    """One image as a label tool has it.
+
+    `id`: the image id where the tool carried it along, else "". `names`: what else it may be called, where the tool does not
+    say which of several texts is its name. `lost`: (kind, which) of what was drawn and cannot be painted. `annotated`: somebody
+    handed it in, be it without a shape. `subset`: the part of the data set that the tool has it in.
+    """
 
     name: str
     height: int
     width: int
     shapes: Sequence[Shape]
     id: str = ""
+    names: Sequence[str] = ()
+    lost: Sequence[Lost] = ()
+    annotated: bool = True
+    subset: str = ""
 
 
 def ignore_name(classes: Sequence[str]) -> str:
@@ -94,6 +109,12 @@ def paint(picture: Picture, ids: Mapping[str, int], *, max_pixels: int, unannota
         height, width = mask_HW.shape
         label_HW[top : top + height, left : left + width][mask_HW] = ids[shape.label]
     return label_HW
+
+
+def render_background(image: Path, background: int, max_pixels: int) -> bytes:
+    """The mask PNG of an image without any object, of the decoded image's own size. Raises Refused as `decode.decode`."""
+    height, width = decode.decode(image.read_bytes(), max_pixels=max_pixels).shape[:2]
+    return label_maps.encode_png(np.full((height, width), background, np.uint8))
 
 
 def polygon(points: Points | Sequence[Sequence[float]], height: int, width: int) -> Patch:

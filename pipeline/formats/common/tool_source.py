@@ -1,19 +1,32 @@
 """A label tool's pictures and a folder of images -> a source."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pipeline import config
 from pipeline.formats.common import annotations, split_lists
 from pipeline.formats.common import class_list as class_lists
 from pipeline.formats.common.annotations import Picture
-from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk_all
+from pipeline.formats.names import image_files, layout, matching
+from pipeline.formats.names.skipped import Skipped
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
 from pipeline.imaging.mask_png import Colour
 
-SHOWN = 4  # names in a reason
+NO_IMAGE, TWICE = "labels-without-image", "labels-twice"
+
+
+@dataclass
+class Labelled:
+    """Which picture labels which image, and what became of the others."""
+
+    pictures: dict[str, Picture] = field(default_factory=dict)  # image -> its picture
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def source(
@@ -23,89 +36,107 @@ def source(
     names: Sequence[str],
     colours: Mapping[str, Colour],
     max_pixels: int,
+    parts: Mapping[str, Sequence[str]] | None = None,
 ) -> Source:
-    """Images lie in `root`/images. A picture's name is its path there; where only one image has its last part, the longer of
-    the two may begin with folders that the other lacks, but no folder that both state may differ. Where several pictures
-    could be one image, the one that is called as the image is it; of others nobody can tell which, and none is taken.
+    """Images lie in `root`/images; which of them a picture means is found by `pipeline.formats.names.matching`.
 
     Args:
         names: the tool's labels; one that stands for ignored pixels becomes 255.
         colours: of some labels.
+        parts: train, val, test -> pictures' names, where the tool says so; else by the images' folders.
 
     Raises:
         SourceError: no image, or what class and id lists raise.
     """
-    files = walk(root / "images")
-    if not files:
+    images = image_files.images_among(walk_all(root / "images"))
+    if not images.images:
         raise SourceError(f"{root}: no files under images/; export the task with its images, or put them there")
-    by_end = defaultdict(list)
-    for name in files:
-        by_end[name.rpartition("/")[2]].append(name)
     given = class_lists.read(root, data)
     ignored = annotations.ignore_label(names, [c["name"] for c in given[0]] if given else ())
     classes, ids, notes = class_lists.named(root, data, [n for n in names if n != ignored], colours)
     ids = ids | ({ignored: label_maps.IGNORE} if ignored else {})
     empty = class_lists.empty_id(data, ids)
-    members: list[tuple[str, Path | Maker]] = [(f"images/{name}", path) for name, path in files.items()]
-    refused: list[tuple[str, str, str]] = []
-    taken: set[str] = set()
-    meant = {picture.name: _file(picture.name, files, by_end) for picture in found}
-    claims: dict[str, list[str]] = defaultdict(list)
-    for name, file in meant.items():
-        if file is not None:
-            claims[file].append(name)
-    owners = {file: _owners(file, names) for file, names in claims.items()}
-    for picture in found:
-        file = meant[picture.name]
-        if file is None:
-            refused.append(
-                (picture.name, "labels-without-image", "no image under images/ has this name, or several have")
-            )
-        elif picture.name not in owners[file]:
-            refused.append((picture.name, "labels-without-image", _contested(file, claims[file])))
-        elif name_id(file) in taken:
-            refused.append((picture.name, "labels-twice", f"images/{file} has labels already; export one task of it"))
-        elif picture.shapes:
-            taken.add(name_id(file))
-            members.append((f"masks/{name_id(file)}.png", _maker(picture, ids, empty, max_pixels)))
-    names_ids = [name_id(name) for name in files]
+
+    labelled = _labelled(found, list(images.images))
+    makers = _makers(labelled, images.images, data, ids, empty, max_pixels)
+    keys = [name_id(name) for name in images.images]
+    masked = {name_id(name) for name in makers}
+    lists, left_out, said = split_lists.read(root, data.lists, set(keys)), set[str](), list[str]()
+    stated = _stated(parts, labelled) or layout.parts(list(images.images))
+    if not split_lists.given(data.lists) and stated.keys() & {"val", "test"}:
+        lists, left_out, said = split_lists.own(stated, masked)
     return Source(
-        files=members,
+        files=[
+            *((f"images/{name}", path) for name, path in images.images.items() if name_id(name) not in left_out),
+            *((f"masks/{name_id(name)}.png", maker) for name, maker in makers.items()),
+        ],
         classes=classes,
-        lists=split_lists.read(root, data.lists, set(names_ids)),
-        groups=groups_by(data.group, names_ids),
-        refused=refused,
-        notes=notes,
+        lists=lists,
+        groups=groups_by(data.group, keys) or layout.groups_or_singles(images.images),
+        refused=labelled.refused,
+        notes=[*notes, *labelled.notes, *said],
+        skipped=[*((kind, f"images/{name}") for kind, name in images.skipped), *labelled.skipped],
     )
 
 
-def _file(name: str, files: Mapping[str, Path], by_end: Mapping[str, list[str]]) -> str | None:
-    for candidate in (name, name.removeprefix("images/"), name.rpartition("images/")[2]):
-        if candidate in files:
-            return candidate
-    same = by_end.get(name.rpartition("/")[2], [])
-    if len(same) != 1:
-        return None
-    # cam2/001.png is not cam1/001.png, although no other image has that last part
-    return same[0] if f"/{name}".endswith(f"/{same[0]}") or f"/{same[0]}".endswith(f"/{name}") else None
+def _labelled(found: Sequence[Picture], images: Sequence[str]) -> Labelled:
+    """Pair pictures with images. Of several pictures of one name the first counts."""
+    index = matching.Index(images)
+    named = [picture._replace(name=_own_name(picture, index)) for picture in found]
+    matched = matching.match([picture.name for picture in named], images)
+    out = Labelled()
+    for picture in named:
+        image = matched.images.get(picture.name)
+        if image is None:
+            meant = index.find(picture.name)
+            better = meant.rule != matching.LAST and meant.image in matched.images.values()
+            out.refused.append((picture.name, TWICE if better else NO_IMAGE, matched.refused[picture.name]))
+        elif image in out.pictures:
+            reason = f"images/{image} has labels already; export one task of it"
+            out.refused.append((picture.name, TWICE, reason))
+        else:
+            out.pictures[image] = picture
+    out.notes = [f"images matched to the labels' names by {rule}: {line}" for rule, line in matched.forgiven]
+    return out
 
 
-def _owners(file: str, names: Sequence[str]) -> set[str]:
-    """Of the pictures that could be `file` those that are: by their whole name, else the nearest where it is one."""
-    exact = {name for name in names if file in (name, name.removeprefix("images/"))}
-    near = {name for name in names if f"/{name}".rpartition("/images/")[2] == file} or set(names)
-    return exact or (near if len(near) == 1 else set())
+def _own_name(picture: Picture, index: matching.Index) -> str:
+    """The one of a picture's possible names that an image answers to; else its first."""
+    return next((name for name in (picture.name, *picture.names) if index.find(name).image), picture.name)
 
 
-def _contested(file: str, names: Sequence[str]) -> str:
-    listed = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-    return f"images/{file} could be each of {listed}; put every image into the folder that its picture's name states"
+def _makers(
+    labelled: Labelled,
+    images: Mapping[str, Path],
+    data: config.Data,
+    ids: Mapping[str, int],
+    empty: int,
+    max_pixels: int,
+) -> dict[str, Maker]:
+    """Image -> who renders its mask. Where what cannot be painted would become background, the mask is refused."""
+    makers: dict[str, Maker] = {}
+    for image, picture in labelled.pictures.items():
+        if picture.lost and data.unannotated == "background":
+            kind, which = picture.lost[0]
+            labelled.refused.append(
+                (f"masks/{name_id(image)}.png", annotations.NO_AREA, f"{kind}: {which}: {annotations.LOST}")
+            )
+            continue
+        labelled.skipped += [(kind, f"{which} of {picture.name}") for kind, which in picture.lost]
+        if picture.shapes:
+            makers[image] = partial(_render, picture, ids, empty, max_pixels)
+        elif data.no_shapes == "background" and picture.annotated and not picture.lost:
+            makers[image] = partial(annotations.render_background, images[image], empty, max_pixels)
+    return makers
 
 
-def _maker(picture: Picture, ids: Mapping[str, int], empty: int, max_pixels: int) -> Maker:
-    def render() -> bytes:
-        if not picture.height or not picture.width:
-            raise Refused("bad-shape", "its labels state no image size; export it again")
-        return label_maps.encode_png(annotations.paint(picture, ids, max_pixels=max_pixels, unannotated=empty))
+def _render(picture: Picture, ids: Mapping[str, int], empty: int, max_pixels: int) -> bytes:
+    if not picture.height or not picture.width:
+        raise Refused("bad-shape", "its labels state no image size; export it again")
+    return label_maps.encode_png(annotations.paint(picture, ids, max_pixels=max_pixels, unannotated=empty))
 
-    return render
+
+def _stated(parts: Mapping[str, Sequence[str]] | None, labelled: Labelled) -> dict[str, list[str]]:
+    """The tool's own splits, by name id of the images that its pictures mean."""
+    keys = {picture.name: name_id(image) for image, picture in labelled.pictures.items()}
+    return {part: [keys[name] for name in names if name in keys] for part, names in (parts or {}).items()}

@@ -71,6 +71,10 @@ def _prefix(name: str) -> str:
     return f"{folder}{slash}{_PREFIX.sub('', file)}"
 
 
+def _below_images(name: str) -> str:
+    return _prefix(name).rpartition("images/")[2]
+
+
 # What each rule calls itself in a report, strictest first.
 RULES: dict[str, Callable[[str], str]] = {
     EXACT: lambda name: name,
@@ -81,6 +85,7 @@ RULES: dict[str, Callable[[str], str]] = {
     "extension": _extension,
     "suffix such as _mask": _suffix,
     "prefix of a tool": _prefix,
+    "folders above images/": _below_images,
 }
 LAST = "folders"  # the last rule: one is the end of the other, and no other image has that last part
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.formats import coco, labelme
+from pipeline.formats import coco, coco_masks, labelme
 from pipeline.formats.common import parsing, rasterize
 from pipeline.formats.common.source import SourceError
 from pipeline.imaging import decode
@@ -26,12 +26,12 @@ BROKEN = {
     "no counts": ({"size": [48, 64]}, "bad-rle"),
     "NaN": ([[0, 0, 9, float("nan"), 9, 9]], "bad-polygon"),
     "infinite": ([[0, 0, 9, float("inf"), 9, 9]], "bad-polygon"),
-    "two points": ([[0, 0, 9, 9]], "bad-polygon"),
+    "two points": ([[0, 0, 9, 9]], "shape-without-area"),
     "an odd number": ([[0, 0, 9, 9, 5, 5, 5]], "bad-polygon"),
     "words": ([["a", "b", "c", "d", "e", "f"]], "bad-polygon"),
-    "a good and an empty polygon": ([BOX, []], "bad-polygon"),
-    "nothing": ([], "label-file"),
-    "null": (None, "label-file"),
+    "a good and a broken polygon": ([BOX, [0, 0, 9, 9, 5, 5, 5]], "bad-polygon"),
+    "nothing": ([], "shape-without-area"),
+    "null": (None, "shape-without-area"),
 }
 
 
@@ -77,7 +77,7 @@ def test_a_zigzag_is_refused_before_it_fills_the_memory() -> None:
 
 
 def test_annotations_beyond_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco, "MAX_HELD", 5 * 30 * 20)
+    monkeypatch.setattr(coco_masks, "MAX_HELD", 5 * 30 * 20)
     root = tree(tmp_path, [GOOD | {"image_id": n} for n in (1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2)])
     assert tiny_labels.refusals(tiny_labels.read(coco.read, root, "coco")) == {"masks/bad.png": "label-file"}
 

@@ -221,7 +221,7 @@ def test_what_covers_no_pixel_is_counted_and_refused_only_where_it_would_become_
     root = tree(tmp_path, [MAT | {"segmentation": [box(0, 0, 6, 1)]}, CUP | {"segmentation": segmentation}])
     source = read(root)
     assert tiny_labels.labels(source)["a"][:, 0].tolist() == [0, 255, 255, 255]
-    assert source.skipped == [("shape without area", "labels/labels.json:annotations[1] of a")]
+    assert source.skipped == [("shape without area", "annotation 1 (labels/labels.json:annotations[1]) of a")]
 
     source = read(root, unannotated="background")
     assert tiny_labels.refusals(source) == {"masks/a.png": "shape-without-area"}
@@ -233,11 +233,8 @@ def test_a_short_ring_beside_a_long_one_is_left_out(tmp_path: Path) -> None:
 
 
 def test_an_image_without_shapes_is_background_where_the_settings_say_so(tmp_path: Path) -> None:
-    images = [
-        {"id": 5, "file_name": "a.png", "width": 6, "height": 4},
-        {"id": 6, "file_name": "b.png", "width": 2, "height": 1},
-    ]
-    root = tree(tmp_path, [CUP | {"segmentation": [box(0, 0, 6, 1)]}], images=images)
+    root = tree(tmp_path, [CUP | {"segmentation": [box(0, 0, 6, 1)]}])
+    tiny_source.put(root, "images/b.png", png(np.zeros((1, 2), np.uint8)))
     assert "b" not in tiny_labels.labels(read(root, unannotated="background"))
     found = tiny_labels.labels(read(root, unannotated="background", no_shapes="background"))
     assert found["b"].tolist() == [[0, 0]]

@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from pipeline.formats import cvat
 from pipeline.formats.common import annotations
-from pipeline.formats.common.source import SourceError
+from pipeline.formats.common.source import Source, SourceError
 from pipeline.formats.common.task import Item, id_prefix, task_name
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
@@ -79,9 +80,52 @@ def test_outlines_by_pixel_centres_turned_about_their_middle() -> None:
     assert np.argwhere(disc == 1).tolist() == [[r, c] for r in (1, 2) for c in range(1, 5)]
 
 
-def test_what_has_no_area_says_nothing() -> None:
-    rest = '<points label="x" points="1,1"/><polyline label="x" points="1,1;2,2"/><tag label="x"/>'
-    assert not cvat.parse(io.BytesIO(xml(rest)), Path("a.xml"))[1][0].shapes
+def test_what_has_no_area_is_lost_and_said_so_but_a_tag_is_of_the_whole_image() -> None:
+    rest = '<points label="x" points="1,1"/><polyline label="y" points="1,1;2,2"/><tag label="x"/>'
+    (picture,) = cvat.parse(io.BytesIO(xml(rest)), Path("a.xml"))[1]
+    assert not picture.shapes
+    assert [which for _, which in picture.lost] == ["a points of 'x'", "a polyline of 'y'"]
+
+
+def one_image(folder: Path, body: str, name: str = "a.png", attributes: str = "", **data: Any) -> Source:
+    """images/a.png, 6 x 4 pixels, and a task with that one picture."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(folder / "images/a.png")
+    image = f'<image id="0" name="{name}" {attributes} width="6" height="4">{body}</image></annotations>'
+    (folder / "annotations.xml").write_text(cvat._head(CLASSES, 1, "t") + image)
+    return cvat.read(folder, config.Data.model_validate({"source": "cvat", **data}), max_pixels=10**6)
+
+
+POLYGON = '<polygon label="wall" points="0,0;6,0;6,2;0,2"/>'
+POLYLINE = '<polyline label="wall" points="1,1;2,2"/>'
+
+
+def test_a_line_refuses_the_mask_only_where_it_would_become_background(tmp_path: Path) -> None:
+    source = one_image(tmp_path, POLYGON + POLYLINE)
+    assert dict(source.files).keys() == {"images/a.png", "masks/a.png"}
+    assert source.skipped == [("shape-without-area", "a polyline of 'wall' of a.png")]
+
+    source = one_image(tmp_path, POLYGON + POLYLINE, unannotated="background")
+    assert dict(source.files).keys() == {"images/a.png"}
+    assert [(name, code) for name, code, _ in source.refused] == [("masks/a.png", "shape-without-area")]
+
+
+def test_an_image_without_shapes_is_background_where_the_settings_say_so(tmp_path: Path) -> None:
+    assert "masks/a.png" not in dict(one_image(tmp_path, "", unannotated="background").files)
+    source = one_image(tmp_path, "", unannotated="background", no_shapes="background")
+    mask = dict(source.files)["masks/a.png"]
+    assert not label_maps.decode_mask(mask(), max_pixels=10**6).any()
+
+
+def test_names_without_extension_and_in_another_case_are_the_image(tmp_path: Path) -> None:
+    source = one_image(tmp_path, POLYGON, name="A")
+    assert "masks/a.png" in dict(source.files)
+    assert source.notes == ["images matched to the labels' names by extension: 1, the first: A is a.png"]
+
+
+def test_a_subset_is_a_split_in_any_case(tmp_path: Path) -> None:
+    source = one_image(tmp_path, POLYGON, attributes='subset="Test"')
+    assert source.lists["test"] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +263,7 @@ def test_pictures_that_could_all_be_one_image_are_all_refused(tmp_path: Path) ->
         got, refused, said = taken_and_refused(tmp_path / str(n), ("001.png", "b.png"), (*names, "x/b.png"))
         assert got == {"masks/b.png": 2}
         assert refused == [(name, "labels-without-image") for name in names]
-        assert said.count(f"images/001.png could be each of {', '.join(names)}; put every image") == 2
+        assert said.count(f"001.png could be each of {', '.join(names)}; keep one") == 2
     six = tuple(f"cam{n}/001.png" for n in range(6))
     got, refused, said = taken_and_refused(tmp_path / "six", ("001.png",), six)
     assert (got, [name for name, _ in refused]) == ({}, list(six))
@@ -232,7 +276,7 @@ def test_pictures_that_could_all_be_one_image_are_all_refused(tmp_path: Path) ->
         (("cam1/001.png", "001.png"), 1, "labels-without-image"),  # the exact name wins from any place
         (("images/001.png", "cam1/001.png"), 0, "labels-without-image"),
         (("task/images/001.png", "cam1/001.png"), 0, "labels-without-image"),
-        (("task/images/001.png", "001.png"), 1, "labels-without-image"),
+        (("task/images/001.png", "001.png"), 1, "labels-twice"),
         (("001.png", "001.png"), 0, "labels-twice"),
         (("001.png", "images/001.png"), 0, "labels-twice"),
         (("cam1/001.png", "cam1/001.png"), 0, "labels-twice"),

@@ -135,7 +135,7 @@ def test_what_cannot_be_used_is_named(root: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SourceError, match=r"broken\.tif: GDAL cannot open"):
         read(root, classes="names.txt")
     monkeypatch.setitem(__import__("sys").modules, "rasterio", None)
-    with pytest.raises(SourceError, match=r"marginalia\[geotiff\]"):
+    with pytest.raises(SourceError, match=r"marginalia-seg\[geotiff\]"):
         read(root)
 
 

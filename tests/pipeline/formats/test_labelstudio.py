@@ -1,5 +1,7 @@
 """Label Studio's brush against its own converter; its JSON; what we write against ourselves."""
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from PIL import Image
 from pipeline.formats import labelstudio
 from pipeline.formats.common import annotations as pictures
 from pipeline.formats.common import brush_rle
-from pipeline.formats.common.source import SourceError
+from pipeline.formats.common.source import Source, SourceError
 from pipeline.formats.common.task import Item
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
@@ -240,3 +242,69 @@ def test_a_folder_with_images_is_a_source(tmp_path: Path) -> None:
     assert [name for name, _ in source.files] == ["images/a.png", "masks/a.png"]
     got = label_maps.decode_mask(source.files[1][1](), max_pixels=10**6)
     assert got[0].tolist() == [2, 2, 2, 2, 1, 1, 0, 0, 0, 0]
+
+
+def source_of(root: Path, *results: dict[str, Any], data: dict[str, str] | None = None, **settings: Any) -> Source:
+    """images/a.png, 10 x 4 pixels, and one task."""
+    (root / "images").mkdir(exist_ok=True)
+    Image.fromarray(np.zeros((4, 10, 3), np.uint8)).save(root / "images/a.png")
+    one = task({"result": list(results)})
+    (root / "e.json").write_text(json.dumps([one | ({"data": data} if data else {})]))
+    return labelstudio.read(root, config.Data.model_validate({"source": "labelstudio", **settings}), max_pixels=10**6)
+
+
+def mask_of(source: Source) -> np.ndarray:
+    return label_maps.decode_mask(dict(source.files)["masks/a.png"](), max_pixels=10**6)
+
+
+def bitmask(pixels_HWC: np.ndarray, **changes: Any) -> dict[str, Any]:
+    out = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(out, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    return region("wall", "bitmasklabels", **({"imageDataURL": url} | changes))
+
+
+def test_a_bitmask_is_painted_where_it_is_opaque(tmp_path: Path) -> None:
+    pixels_HWC = np.zeros((4, 10, 4), np.uint8)
+    pixels_HWC[1:3, 2:5] = 255
+    ids_HW = mask_of(source_of(tmp_path, bitmask(pixels_HWC)))
+    np.testing.assert_array_equal(ids_HW == 0, pixels_HWC[..., 3] > 0)
+    ids_HW = mask_of(source_of(tmp_path, bitmask(pixels_HWC[..., :3])))
+    np.testing.assert_array_equal(ids_HW == 0, pixels_HWC[..., 0] > 0)
+
+
+@pytest.mark.parametrize("changes", [{"imageDataURL": "http://x/a.png"}, {"imageDataURL": "data:image/png;base64,!"}])
+def test_a_bitmask_that_cannot_be_read_refuses_the_mask(tmp_path: Path, changes: dict[str, str]) -> None:
+    source = source_of(tmp_path, bitmask(np.zeros((4, 10, 4), np.uint8), **changes))
+    with pytest.raises(Refused, match="bitmask"):
+        mask_of(source)
+    smaller = source_of(tmp_path, bitmask(np.full((3, 10, 4), 255, np.uint8)))
+    with pytest.raises(Refused, match="10 x 3 on an image of 10 x 4"):
+        mask_of(smaller)
+
+
+def test_regions_without_label_and_points_are_counted_or_refuse_the_mask(tmp_path: Path) -> None:
+    nameless = rows(4, 2, "sky") | {"id": "n1", "type": "rectangle"}
+    nameless["value"] = {k: v for k, v in nameless["value"].items() if k != "rectanglelabels"}
+    point = {**region("sky", "keypointlabels", x=1, y=1, width=0.3), "id": "p1"}
+    drawn = {**rows(0, 4, "wall"), "id": "w1"}
+    source = source_of(tmp_path, drawn, nameless, point)
+    assert mask_of(source)[0].tolist() == [0] * 4 + [255] * 6
+    assert [name for _, name in source.skipped] == ["region n1 of a.png", "region p1 of a.png"]
+
+    source = source_of(tmp_path, drawn, nameless, unannotated="background")
+    assert [(name, code) for name, code, _ in source.refused] == [("masks/a.png", "shape-without-area")]
+
+
+def test_the_text_that_an_image_answers_to_is_its_name(tmp_path: Path) -> None:
+    data = {"caption": "a car", "img": "/data/upload/1/24e3f2d0-a.png"}
+    assert mask_of(source_of(tmp_path, rows(0, 4, "wall"), data=data))[0, 0] == 0
+    windows = {"image": "/data/local-files/?d=myfiles\\dataset1\\a.png"}
+    assert mask_of(source_of(tmp_path, rows(0, 4, "wall"), data=windows))[0, 0] == 0
+
+
+def test_an_empty_annotation_is_background_where_the_settings_say_so(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("background\nwall\n")
+    ids_HW = mask_of(source_of(tmp_path, unannotated="background", no_shapes="background"))
+    assert ids_HW.shape == (4, 10)
+    assert not ids_HW.any()
