@@ -24,6 +24,7 @@ _MASK_WORDS = (
 _SUFFIX = re.compile(rf"[ ._-]({'|'.join(_MASK_WORDS)})$")
 _PREFIX = re.compile(r"^[0-9a-f]{8}-(?=.)")
 _EXTENSION = re.compile(r"\.(png|jpe?g|webp|bmp|tiff?|gif|jp2|json|xml)$", re.IGNORECASE)
+_ABOVE = re.compile(r"^(.*/)?images/")
 _LAYOUT = re.compile(r"^(images|masks|jpegimages|segmentationclass|labels|annotations)/")
 
 
@@ -72,7 +73,7 @@ def _prefix(name: str) -> str:
 
 
 def _below_images(name: str) -> str:
-    return _prefix(name).rpartition("images/")[2]
+    return _ABOVE.sub("", _prefix(name))
 
 
 # What each rule calls itself in a report, strictest first.
