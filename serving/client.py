@@ -45,11 +45,11 @@ Input = str | Path | bytes | bytearray | memoryview | NDArray[Any] | Image.Image
 
 
 class ServiceError(Exception):
-    """The service said no, or nothing.
+    """The service refused, or did not answer.
 
     Attributes:
         code: the service's kebab-case reason; or "unreachable", "deadline", "bad-answer" (not this service's words).
-        message: what is wrong and what to do. request_id: for the service's keeper. status: HTTP, None without answer.
+        message: what is wrong and what to do. request_id: to quote when reporting the error. status: HTTP, None without answer.
     """
 
     def __init__(self, code: str, message: str, request_id: str | None = None, status: int | None = None) -> None:

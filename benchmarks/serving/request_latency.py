@@ -27,7 +27,7 @@ from benchmarks.support.load_server import photograph
 from benchmarks.support.timing import alternate
 from export.bundle import bundle
 from export.runtime import runtime
-from serving.http import negotiate, segment
+from serving.http import negotiate, responses, segment
 from serving.settings import Settings
 from tests.support import tiny_onnx
 from tests.support.live_server import START, free_port, until
@@ -54,7 +54,7 @@ def measure_all(server: str, opened: runtime.Runtime, settings: Settings, rounds
                 response = http.post("/v1/segment", content=data, headers={"Content-Type": "image/jpeg"})
                 return response.raise_for_status()
 
-            def in_process(data: bytes = data) -> segment.Answered:
+            def in_process(data: bytes = data) -> responses.SegmentResult:
                 return segment.segment(data, kind, opened, settings, time.perf_counter())
 
             assert over_http().content == in_process().body

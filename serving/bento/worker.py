@@ -1,4 +1,4 @@
-"""What the worker process holds from its start to its end: the models, the application over them, what it has seen."""
+"""What the worker process holds from its start to its end: the models, the application over them, its statistics."""
 
 import gc
 import os
@@ -41,8 +41,8 @@ class Worker:
         self.models = ModelManager(chosen)
         self._watcher = ChampionWatcher(self.models, chosen)
         self._watcher.start()
-        ours, self._desk = app.build(chosen, self.models)
-        self._desk.on_lost = _leave
+        ours, self.handler = app.build(chosen, self.models)
+        self.handler.health.on_lost = _leave
         uvicorn_protocol.install(chosen, lambda bentoml: Front(bentoml, ours))
         self._dump = prediction_stats.Dump(
             metrics.STATISTICS,
@@ -64,10 +64,10 @@ class Worker:
         gc.set_threshold(5000, 10, 100_000)
 
     def stop(self) -> None:
-        """End the watcher, let the running work finish, write what it saw."""
+        """End the watcher, let the running work finish, write the statistics."""
         self._watcher.stop()
         self.models.close()
-        self._desk.close()
+        self.handler.close()
         self._dump.stop()
 
     @property
@@ -78,7 +78,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """False once a restart is the only way to answer again."""
-        return self._desk.healthy
+        return self.handler.health.is_good
 
 
 def _leave() -> None:

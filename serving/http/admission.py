@@ -3,11 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from serving.http.requests import Problem
+from serving.http.requests import RETRY_AFTER_S, Problem
 from serving.settings import Settings
 from serving.telemetry import metrics
-
-RETRY_AFTER_S = 1
 
 
 def _overloaded(what: str) -> Problem:

@@ -10,10 +10,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.http import openapi, requests, responses
-from serving.http.batch import Many
+from serving.http.batch import BatchHandler
 from serving.http.models import ModelRoutes
 from serving.http.requests import Problem
-from serving.http.segment import Desk
+from serving.http.segment import SegmentHandler
 from serving.model.manager import ModelManager
 from serving.settings import Settings
 from serving.telemetry import metrics, tracing
@@ -63,7 +63,7 @@ async def _answer(request: Request, routes: Mapping[str, tuple[str, Handler]]) -
         code = "internal"
         metrics.failure("internal-error", error)
         response = _problem_response(
-            Problem(500, "internal", "the service failed; tell its keeper the request id"), request_id
+            Problem(500, "internal", "internal error; quote this request id when reporting it"), request_id
         )
     if code is not None:
         metrics.rejected(code)
@@ -97,9 +97,9 @@ def _web_file(path: Path) -> Handler:
     return show
 
 
-def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, Desk]:
-    """The ASGI application (HTTP only) over the models, and the desk to close when it ends."""
-    desk = Desk(settings, manager)
+def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, SegmentHandler]:
+    """The ASGI application (HTTP only) over the models, and the handler to close when it ends."""
+    handler = SegmentHandler(settings, manager)
     models = ModelRoutes(settings, manager)
     page = _web_file(WEB / "index.html")
     description = JSONResponse(openapi.document(settings)).body
@@ -112,9 +112,9 @@ def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, Desk]:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     routes: dict[str, tuple[str, Handler]] = {
-        "/v1/segment": ("POST", desk.answer),
-        "/v1/segment/batch": ("POST", Many(desk).answer),
-        "/v1/model": ("GET", desk.model),
+        "/v1/segment": ("POST", handler.answer),
+        "/v1/segment/batch": ("POST", BatchHandler(handler).answer),
+        "/v1/model": ("GET", models.current),
         "/v1/models": ("GET", models.show),
         "/v1/models/load": ("POST", models.load),
         "/v1/models/rollback": ("POST", models.rollback),
@@ -137,4 +137,4 @@ def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, Desk]:
         await requests.drain(request)
         await send({"type": "http.response.body", "body": b""})
 
-    return application, desk
+    return application, handler

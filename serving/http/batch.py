@@ -1,7 +1,7 @@
 """POST /v1/segment/batch: many images in one call, each answered as soon as it and those before it are done.
 
 The body is read whole before the first answer goes out: most clients read nothing until they have sent everything, and
-the two would wait for each other. Every image goes through the desk like a request of its own, no more of them at a time
+the two would wait for each other. Every image goes through the handler of single requests like one of them, no more at a time
 than requests may be at work; the next one is begun when an answer has been taken. So a slow reader holds up no image of
 another call, but one of the `many_calls` places, from when its body has been read for `many_timeout_s` at most.
 """
@@ -24,19 +24,21 @@ from serving.http.batch_body import Sent
 from serving.http.negotiate import Kind
 from serving.http.query import Query, parse
 from serving.http.requests import Problem
-from serving.http.segment import Answered, Desk, note
+from serving.http.responses import SegmentResult
+from serving.http.segment import SegmentHandler, count_answer
 from serving.telemetry import metrics
 
 LINES = "answers.jsonl"  # the member of a zip answer that has a line for each image
-PAUSE_S = 0.1  # before an image is tried again that found the house full
+PAUSE_S = 0.1  # before an image is tried again that was refused because the server is overloaded
 _ENDINGS = {"mask": "png", "overlay": "png", "confidence": "png", "json": "json", "geojson": "geojson"}
 
 
-class Many:
-    """The route. `desk` answers each image."""
+class BatchHandler:
+    """The route. `segment` answers each image."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk, self.settings = desk, desk.settings
+    def __init__(self, segment: SegmentHandler) -> None:
+        self.segment = segment
+        self.settings = segment.settings
         self._calls = 0
 
     async def answer(self, request: Request) -> Response:
@@ -46,10 +48,10 @@ class Many:
         kind = negotiate.negotiate(request.headers.get("accept"), query.view, negotiate.MANY_KINDS)
         request.state.answer = kind.view
         body_kind = batch_body.body_kind(request)
-        self.desk.check(query)
+        self.segment.check(query)
         self._check_room()  # before the body is read: what would be refused now
         with ExitStack() as stack:
-            body = await self._read(request, stack.enter_context(self.desk.admission.body()))
+            body = await self._read(request, stack.enter_context(self.segment.admission.body()))
             self._check_room()
             self._calls += 1
             stack.callback(self._left)
@@ -74,12 +76,14 @@ class Many:
         except Problem as problem:
             if problem.code != "body-too-large":
                 raise
-            said = f"over the limit of {larger.max_body} bytes for all images together; send fewer at a time"
-            raise Problem(413, problem.code, said, problem.headers) from problem
+            reason = f"over the limit of {larger.max_body} bytes for all images together; send fewer at a time"
+            raise Problem(413, problem.code, reason, problem.headers) from problem
 
-    async def each(self, sent: Sequence[Sent], kind: Kind, query: Query) -> AsyncGenerator[Answered | Problem, None]:
+    async def each(
+        self, sent: Sequence[Sent], kind: Kind, query: Query
+    ) -> AsyncGenerator[SegmentResult | Problem, None]:
         """What became of each image, in order."""
-        under_way: deque[asyncio.Task[Answered | Problem]] = deque()
+        under_way: deque[asyncio.Task[SegmentResult | Problem]] = deque()
         try:
             for image in sent:
                 if len(under_way) >= self.settings.concurrency:
@@ -91,7 +95,7 @@ class Many:
             for task in under_way:
                 task.cancel()
 
-    async def _one(self, image: Sent, kind: Kind, query: Query) -> Answered | Problem:
+    async def _one(self, image: Sent, kind: Kind, query: Query) -> SegmentResult | Problem:
         try:
             data = await asyncio.to_thread(image.load)
             done = await self._patiently(data, kind, query)
@@ -102,17 +106,17 @@ class Many:
         except Exception as error:  # one image's failure is its own
             metrics.failure("internal-error", error)
             metrics.answered(kind.view, 500)
-            return Problem(500, "internal", "the service failed on this image; tell its keeper the request id")
-        note(done, kind)
+            return Problem(500, "internal", "internal error on this image; quote the request id when reporting it")
+        count_answer(done, kind)
         return done
 
-    async def _patiently(self, data: bytes, kind: Kind, query: Query) -> Answered:
-        """As the desk answers, but a full house is waited for as long as work may take. Raises Problem."""
+    async def _patiently(self, data: bytes, kind: Kind, query: Query) -> SegmentResult:
+        """As a single request is answered, but while the server is overloaded it is tried again. Raises Problem."""
         clock = asyncio.get_running_loop().time
         end = clock() + self.settings.timeout_s
         while True:
             try:
-                return await self.desk.process(data, kind, query)
+                return await self.segment.process(data, kind, query)
             except Problem as problem:
                 if problem.code != "overloaded" or clock() + PAUSE_S > end:
                     raise
@@ -120,7 +124,7 @@ class Many:
 
     def bundle(self) -> str | None:
         """The id of the model that answers now."""
-        runtime = self.desk.manager.current
+        runtime = self.segment.manager.current
         return runtime.bundle.manifest.id if runtime else None
 
 
@@ -147,7 +151,7 @@ class _Stream(StreamingResponse):
                 await self._pieces.aclose()
 
 
-def _line(number: int, image: Sent, found: Answered | Problem, bundle: str | None, **more: Any) -> bytes:
+def _line(number: int, image: Sent, found: SegmentResult | Problem, bundle: str | None, **more: Any) -> bytes:
     facts: dict[str, Any] = {"index": number, "file": image.name}
     if isinstance(found, Problem):
         facts |= {"bundle": bundle, "error": {"code": found.code, "message": str(found)}}
@@ -156,13 +160,13 @@ def _line(number: int, image: Sent, found: Answered | Problem, bundle: str | Non
     return json.dumps(facts, separators=(",", ":")).encode()
 
 
-async def _lines(many: Many, sent: Sequence[Sent], kind: Kind, query: Query) -> AsyncGenerator[bytes, None]:
+async def _lines(handler: BatchHandler, sent: Sequence[Sent], kind: Kind, query: Query) -> AsyncGenerator[bytes, None]:
     """application/jsonl: one line for each image."""
-    found = many.each(sent, negotiate.one(kind.view), query)
+    found = handler.each(sent, negotiate.one(kind.view), query)
     try:
         for number, image in enumerate(sent):
             done = await anext(found)
-            line = _line(number, image, done, many.bundle())
+            line = _line(number, image, done, handler.bundle())
             if not isinstance(done, Problem):
                 line = line[:-1] + b',"answer":' + done.body + b"}"  # the body is JSON already
             yield line + b"\n"
@@ -170,9 +174,9 @@ async def _lines(many: Many, sent: Sequence[Sent], kind: Kind, query: Query) -> 
         await found.aclose()
 
 
-async def _zip(many: Many, sent: Sequence[Sent], kind: Kind, query: Query) -> AsyncGenerator[bytes, None]:
+async def _zip(handler: BatchHandler, sent: Sequence[Sent], kind: Kind, query: Query) -> AsyncGenerator[bytes, None]:
     """application/zip: one member for each image that was answered, and LINES as the last one."""
-    found, sink, lines, taken = many.each(sent, negotiate.one(kind.view), query), _Sink(), [], {LINES}
+    found, sink, lines, taken = handler.each(sent, negotiate.one(kind.view), query), _Sink(), [], {LINES}
     pack = zipfile.ZipFile(sink, "w")  # no `with`: it cannot be closed while a cancelled call's thread still packs
     try:
         for number, image in enumerate(sent):
@@ -183,7 +187,7 @@ async def _zip(many: Many, sent: Sequence[Sent], kind: Kind, query: Query) -> As
                 await asyncio.to_thread(_pack, pack, member, done.body)
                 areas = {name: round(share, 4) for name, share in done.asked_shares.items()}
                 more = {"member": member, "areas": areas, "confidence": round(done.asked_confidence, 4)}
-            lines.append(_line(number, image, done, many.bundle(), **more) + b"\n")
+            lines.append(_line(number, image, done, handler.bundle(), **more) + b"\n")
             yield sink.take()
         _pack(pack, LINES, b"".join(lines))
         pack.close()

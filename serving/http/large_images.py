@@ -5,12 +5,11 @@ What is held, for w x h pixels: the image never, except the kinds that `pipeline
 is made band by band and goes to the encoder at once, so the answer is held as its encoded bytes only.
 """
 
+import contextlib
 import io
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -24,9 +23,11 @@ from serving.http.negotiate import Kind
 from serving.http.query import Query, lowest_byte, select
 from serving.http.requests import Problem
 from serving.settings import Settings
+from serving.telemetry.phase_timer import PhaseTimer
 
 Item = TypeVar("Item")
 Labels = NDArray[np.uint8]
+Places = NDArray[np.int64]
 Bands = Iterator[tuple[Labels, Labels]]  # (class ids, confidence), n x width each, from the top
 _ROWS = ("mask", "confidence")  # views that are made row by row; json by columns, which windows do not give
 _BAND_PIXELS = 1 << 20
@@ -36,214 +37,178 @@ _MOST_RUNS = 4_000_000  # in a JSON answer: some 30 MB of text and 200 MB on the
 _one = threading.Lock()
 
 
-def takes(pixels: int, query: Query, settings: Settings) -> bool:
+@dataclass(frozen=True)
+class WindowModel:
+    """A model that takes one image of a size that it was made for.
+
+    `check` is called between bands and windows, and ends the work by raising.
+    """
+
+    bundle: Bundle
+    run: sliding_window.Run
+    check: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One image and what is asked of it: the answer has `height` x `width` pixels. `count` is filled as bands are made."""
+
+    picture: large_image.Picture
+    kind: Kind
+    query: Query
+    model: WindowModel
+    height: int
+    width: int
+    ids: frozenset[int] | None
+    floor: int
+    timer: PhaseTimer
+    count: NDArray[np.int64] = field(default_factory=lambda: np.zeros((256, 256), np.int64))
+
+
+def is_large(pixels: int, query: Query, settings: Settings) -> bool:
     """Whether an image of `pixels` goes this way: it, or the answer, is huge, or its native resolution is asked for."""
     height, width = query.pixels() or (0, 0)
     return max(pixels, height * width) > settings.large_pixels or query.resolution == "full"
 
 
 def image_limits(settings: Settings) -> large_image.Limits:
+    """Of an image that is read in bands."""
     return large_image.Limits(settings.max_pixels, settings.max_whole_pixels, settings.max_body, settings.max_aspect)
 
 
 def segment(
-    file: BinaryIO,
-    kind: Kind,
-    query: Query,
-    bundle: Bundle,
-    run: sliding_window.Run,
-    settings: Settings,
-    check: Callable[[], None] = lambda: None,
+    file: BinaryIO, kind: Kind, query: Query, model: WindowModel, settings: Settings
 ) -> tuple[responses.Rendered, dict[str, float]]:
     """One image, on disk or in memory, to its answer and the seconds of its phases.
 
-    `run` takes one image of a size that the model takes. `check` is called between bands and windows, and ends the work by
-    raising.
-
     Raises:
-        images.Refused: the bytes are no image that we take.
+        decode.Refused: the bytes are no image that we take.
         Problem: 503 another huge image is being worked on; 422 the answer would be too large for its view.
     """
     picture = large_image.open_picture(file, image_limits(settings))
-    huge = picture.height * picture.width > settings.large_pixels
-    if huge and not _one.acquire(blocking=False):
+    with _turn_of(picture, settings):
+        task = _task(picture, kind, query, model)
+        _check_view(task, settings.large_pixels)
+
+        body = _from_windows(task) if query.resolution == "full" else _from_model_size(task)
+
+        seen = responses.summarise(task.count, model.bundle.manifest, None)
+        return responses.Rendered(body, seen, _asked(task)), task.timer.timings()
+
+
+@contextlib.contextmanager
+def _turn_of(picture: large_image.Picture, settings: Settings) -> Iterator[None]:
+    """One huge image at a time; others need no turn. Raises Problem(503)."""
+    if picture.pixels <= settings.large_pixels:
+        yield
+        return
+    if not _one.acquire(blocking=False):
         raise Problem(503, "overloaded", "another huge image is being worked on; try again", {"Retry-After": "5"})
     try:
-        work = _Work(picture, kind, query, bundle, run, settings, check)
-        return work.rendered(), work.timings
+        yield
     finally:
-        if huge:
-            _one.release()
+        _one.release()
 
 
-class _Work:
-    """One image on its way. Seconds are booked by phase as bands are pulled."""
+def _task(picture: large_image.Picture, kind: Kind, query: Query, model: WindowModel) -> _Task:
+    native = picture.height, picture.width
+    fit = model.bundle.fit(*native)
+    at_model = native if query.resolution == "full" else (fit.scaled_height, fit.scaled_width)
+    height, width = query.pixels() or (at_model if query.size == "model" else native)
 
-    def __init__(
-        self,
-        picture: large_image.Picture,
-        kind: Kind,
-        query: Query,
-        bundle: Bundle,
-        run: sliding_window.Run,
-        settings: Settings,
-        check: Callable[[], None],
-    ) -> None:
-        if bands := picture.bands:
-            picture = replace(picture, bands=lambda: self._checked(bands()))
-        self.picture, self.kind, self.query, self.manifest = picture, kind, query, bundle.manifest
-        self.plan, self.full = bundle.fit(picture.height, picture.width), query.resolution == "full"
-        self.timings = {"decode": 0.0, "run": 0.0, "encode": 0.0}
-        self._run, self._check, self._most = run, check, settings.large_pixels
-        self._ids, self._floor = query.class_ids(bundle.manifest), lowest_byte(query.min_confidence)
-        self._count = np.zeros((256, 256), np.int64)
-        native = picture.height, picture.width
-        model = native if self.full else (self.plan.scaled_height, self.plan.scaled_width)
-        self.height, self.width = query.pixels() or (model if query.size == "model" else native)
+    if bands := picture.bands:
+        picture = replace(picture, bands=lambda: _checked(bands(), model))
+    ids, floor = query.class_ids(model.bundle.manifest), lowest_byte(query.min_confidence)
+    return _Task(picture, kind, query, model, height, width, ids, floor, PhaseTimer())
 
-    def rendered(self) -> responses.Rendered:
-        """The answer. Raises as `segment`."""
-        begun = time.perf_counter()
-        self._check_view()
-        body = self._full() if self.full else self._fit()
-        self.timings["encode"] = time.perf_counter() - begun - self.timings["decode"] - self.timings["run"]
-        return responses.Rendered(body, responses.summarise(self._count, self.manifest, None), self._asked())
 
-    def _check_view(self) -> None:
-        if self.full:
-            self.picture.check_rows()
-        in_bands = _ROWS if self.full else (*_ROWS, "json")
-        if self.height * self.width > self._most and self.kind.view not in in_bands:
-            raise Problem(
-                422,
-                "too-large-for-view",
-                f"{self.width} x {self.height} pixels are too many for view={self.kind.view}, which goes up to "
-                f"{self._most}; ask for a smaller size, or for view={' or '.join(in_bands)}",
-            )
+def _check_view(task: _Task, most_pixels: int) -> None:
+    """Raises Problem(422), or decode.Refused where native resolution needs the whole image."""
+    if task.query.resolution == "full":
+        task.picture.check_rows()
+    in_bands = _ROWS if task.query.resolution == "full" else (*_ROWS, "json")
+    if task.height * task.width > most_pixels and task.kind.view not in in_bands:
+        raise Problem(
+            422,
+            "too-large-for-view",
+            f"{task.width} x {task.height} pixels are too many for view={task.kind.view}, which goes up to "
+            f"{most_pixels}; ask for a smaller size, or for view={' or '.join(in_bands)}",
+        )
 
-    def _asked(self) -> responses.Summary:
-        return responses.summarise(self._count, self.manifest, self._ids, self._floor)
 
-    def _select(self, label_HW: Labels, confidence_HW: Labels) -> Labels:
-        self._count += responses.tally(label_HW, confidence_HW)
-        return select(label_HW, confidence_HW, self._ids, self.query.min_confidence, self.manifest.ignore)
+def _from_model_size(task: _Task) -> bytes:
+    """As trained: the image at the model's size; its answer restored to the image's size, and from there sampled."""
+    fit = task.model.bundle.fit(task.picture.height, task.picture.width)
+    with task.timer.phase("decode"):
+        shrunk_HWC = task.picture.shrunk(fit.scaled_height, fit.scaled_width)
+    label_hw, confidence_hw = _run_padded(task, shrunk_HWC)
+    label_hw = _selected(task, label_hw, confidence_hw)
 
-    def _fit(self) -> bytes:
-        """As trained: the image at the model's size; its answer restored to the image's size, and from there sampled."""
-        plan = self.plan
-        with self._booked("decode"):
-            shrunk_HWC = self.picture.shrunk(plan.scaled_height, plan.scaled_width)
-        label_hw, confidence_hw = self._padded_run(shrunk_HWC)
-        label_hw = self._select(label_hw, confidence_hw)
-        rows = self._places(plan.scaled_height, plan.height, self.height)
-        columns = self._places(plan.scaled_width, plan.width, self.width)
-        if self.kind.view == "json":
-            return self._json(label_hw, rows, columns)
+    rows = _places(task, fit.scaled_height, fit.height, task.height)
+    columns = _places(task, fit.scaled_width, fit.width, task.width)
+    if task.kind.view == "json":
+        return _encode_json(task, label_hw, rows, columns)
+    return _encode(task, _enlarged(label_hw, confidence_hw, rows, columns), highest=int(label_hw.max()))
 
-        def bands() -> Bands:
-            step = max(1, _BAND_PIXELS // self.width)
-            for top in range(0, self.height, step):
-                places = np.ix_(rows[top : top + step], columns)
-                yield label_hw[places], confidence_hw[places]
 
-        return self._encode(bands(), highest=int(label_hw.max()))
+def _from_windows(task: _Task) -> bytes:
+    """Native resolution: windows as large as the model's long side, blended, row of windows by row of windows."""
+    picture, manifest = task.picture, task.model.bundle.manifest
+    policy = manifest.input
+    window = max(policy.stride, policy.long_side // policy.stride * policy.stride)
+    overlap = window // _OVERLAP
+    grid = sliding_window.grid(picture.height, picture.width, window=window, overlap=overlap)
 
-    def _places(self, scaled: int, native: int, wanted: int) -> NDArray[np.int64]:
-        """Where on an axis of the model's size each pixel of the answer looks."""
-        if self.query.size == "model":
-            return np.arange(scaled)
-        return resize.places(scaled, native)[resize.places(native, wanted)]
+    pixels = task.timer.pulled("decode", picture.rows())
+    bands = sliding_window.blend(pixels, grid, lambda image_HWC: _run_padded(task, image_HWC), overlap=overlap)
+    selected = ((_selected(task, label_HW, confidence_HW), confidence_HW) for label_HW, confidence_HW in bands)
+    sampled = _sampled(selected, picture.height, task.height, task.width)
 
-    def _full(self) -> bytes:
-        """Native resolution: windows as large as the model's long side, blended, row of windows by row of windows."""
-        policy, picture = self.manifest.input, self.picture
-        window = max(policy.stride, policy.long_side // policy.stride * policy.stride)
-        overlap = window // _OVERLAP
-        plan = sliding_window.grid(picture.height, picture.width, window=window, overlap=overlap)
+    filtered = task.ids is not None or task.floor > 0
+    return _encode(task, sampled, highest=IGNORE if filtered else manifest.classes[-1].id)
 
-        def selected() -> Bands:
-            pixels = self._timed(picture.rows())
-            for label_HW, confidence_HW in sliding_window.blend(pixels, plan, self._padded_run, overlap=overlap):
-                yield self._select(label_HW, confidence_HW), confidence_HW
 
-        filtered = self._ids is not None or self._floor > 0
-        highest = IGNORE if filtered else self.manifest.classes[-1].id
-        return self._encode(_sampled(selected(), picture.height, self.height, self.width), highest=highest)
+def _run_padded(task: _Task, image_HWC: NDArray[np.uint8]) -> tuple[Labels, Labels]:
+    """The model on an image no larger than it takes: padded to the stride by `pipeline.imaging.resize`, cropped again."""
+    task.model.check()
+    height, width = image_HWC.shape[:2]
+    stride = task.model.bundle.manifest.input.stride
+    plan = resize.plan(height, width, long_side=max(height, width), stride=stride)
+    with task.timer.phase("run"):
+        label_HW, confidence_HW = task.model.run(resize.apply(image_HWC, plan))
+    return label_HW[:height, :width], confidence_HW[:height, :width]
 
-    def _encode(self, bands: Bands, *, highest: int) -> bytes:
-        if self.kind.view == "mask":
-            labels = (label_HW for label_HW, _ in bands)
-            table = self.manifest.palette
-            pieces = encode_bands(labels, self.height, self.width, highest=highest, palette=table)
-        elif self.kind.view == "confidence":
-            pieces = encode_bands((part for _, part in bands), self.height, self.width, highest=255)
-        else:
-            label_HW, confidence_HW = (np.concatenate(part) for part in zip(*bands, strict=True))
-            image_HWC = self._image() if self.kind.view == "overlay" else np.empty((0, 0, 3), np.uint8)
-            tolerance = self.query.tolerance
-            return responses.encode(
-                self.kind, image_HWC, label_HW, confidence_HW, self._asked(), self.manifest, tolerance
-            )
-        body = io.BytesIO()
-        for piece in self._checked(pieces):
-            body.write(piece)
-        return body.getvalue()
 
-    def _image(self) -> NDArray[np.uint8]:
-        """The image to lay colours over, no larger than the answer."""
-        sides = min(self.height, self.picture.height), min(self.width, self.picture.width)
-        with self._booked("decode"):
-            return self.picture.shrunk(*sides)
+def _selected(task: _Task, label_HW: Labels, confidence_HW: Labels) -> Labels:
+    """What is asked for of a part of the label map, after counting all of it."""
+    task.count[...] += responses.tally(label_HW, confidence_HW)
+    ignore = task.model.bundle.manifest.ignore
+    return select(label_HW, confidence_HW, task.ids, task.query.min_confidence, ignore)
 
-    def _json(self, label_hw: Labels, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> bytes:
-        """Run lengths go down the columns, so the label map is made in bands of columns."""
-        runs = int(((label_hw[1:] != label_hw[:-1]).sum(axis=0) + 1)[columns].sum())
-        if runs > _MOST_RUNS:
-            raise Problem(
-                422,
-                "too-large-for-view",
-                f"the answer would have {runs} run lengths, more than {_MOST_RUNS}; ask for a smaller size or view=mask",
-            )
-        step = max(1, _BAND_PIXELS // self.height)
-        bands = (label_hw[np.ix_(rows, columns[left : left + step])] for left in range(0, self.width, step))
-        lengths = label_maps.column_rles(self._checked(bands), self.height, self.width, compressed=False)
-        return responses.encode_runs(lengths, self.height, self.width, self._asked(), self.manifest)
 
-    def _padded_run(self, image_HWC: NDArray[np.uint8]) -> tuple[Labels, Labels]:
-        """The model on an image no larger than it takes: padded to the stride by `pipeline.imaging.resize`, cropped again."""
-        self._check()
-        height, width = image_HWC.shape[:2]
-        plan = resize.plan(height, width, long_side=max(height, width), stride=self.manifest.input.stride)
-        with self._booked("run"):
-            label_HW, confidence_HW = self._run(resize.apply(image_HWC, plan))
-        return label_HW[:height, :width], confidence_HW[:height, :width]
+def _asked(task: _Task) -> responses.Summary:
+    return responses.summarise(task.count, task.model.bundle.manifest, task.ids, task.floor)
 
-    def _checked(self, items: Iterator[Item]) -> Iterator[Item]:
-        for item in items:
-            self._check()
-            yield item
 
-    def _timed(self, bands: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
-        while True:
-            with self._booked("decode"):
-                band_HWC = next(bands, None)
-            if band_HWC is None:
-                return
-            yield band_HWC
+def _places(task: _Task, scaled: int, native: int, wanted: int) -> Places:
+    """Where on an axis of the model's size each pixel of the answer looks."""
+    if task.query.size == "model":
+        return np.arange(scaled)
+    return resize.places(scaled, native)[resize.places(native, wanted)]
 
-    @contextmanager
-    def _booked(self, phase: str) -> Iterator[None]:
-        """Adds the seconds spent inside to a phase."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings[phase] += time.perf_counter() - begun
+
+def _enlarged(label_hw: Labels, confidence_hw: Labels, rows: Places, columns: Places) -> Bands:
+    """Bands of the answer from maps of the model's size."""
+    step = max(1, _BAND_PIXELS // len(columns))
+    for top in range(0, len(rows), step):
+        places = np.ix_(rows[top : top + step], columns)
+        yield label_hw[places], confidence_hw[places]
 
 
 def _sampled(bands: Bands, height: int, to_height: int, to_width: int) -> Bands:
     """Bands of `height` rows together -> the bands of `resize.nearest` to `to_height` x `to_width`."""
-    rows, top = resize.places(height, to_height), 0
+    rows = resize.places(height, to_height)
+    top = 0
     for both in bands:
         bottom = top + len(both[0])
         mine = rows[(rows >= top) & (rows < bottom)] - top
@@ -251,3 +216,58 @@ def _sampled(bands: Bands, height: int, to_height: int, to_width: int) -> Bands:
             label_HW, confidence_HW = (resize.nearest(array, len(array), to_width)[mine] for array in both)
             yield label_HW, confidence_HW
         top = bottom
+
+
+def _encode(task: _Task, bands: Bands, *, highest: int) -> bytes:
+    """The answer in its view, from the bands of its maps; `highest` is the largest class id that they may have."""
+    manifest = task.model.bundle.manifest
+    if task.kind.view == "mask":
+        labels = (label_HW for label_HW, _ in bands)
+        pieces = encode_bands(labels, task.height, task.width, highest=highest, palette=manifest.palette)
+        return _written(pieces, task.model)
+    if task.kind.view == "confidence":
+        confidences = (confidence_HW for _, confidence_HW in bands)
+        pieces = encode_bands(confidences, task.height, task.width, highest=255)
+        return _written(pieces, task.model)
+
+    label_HW, confidence_HW = (np.concatenate(part) for part in zip(*bands, strict=True))
+    image_HWC = _image_below(task) if task.kind.view == "overlay" else np.empty((0, 0, 3), np.uint8)
+    return responses.encode(task.kind, image_HWC, label_HW, confidence_HW, _asked(task), manifest, task.query.tolerance)
+
+
+def _written(pieces: Iterator[bytes], model: WindowModel) -> bytes:
+    body = io.BytesIO()
+    for piece in _checked(pieces, model):
+        body.write(piece)
+    return body.getvalue()
+
+
+def _image_below(task: _Task) -> NDArray[np.uint8]:
+    """The image to lay colours over, no larger than the answer."""
+    height, width = min(task.height, task.picture.height), min(task.width, task.picture.width)
+    with task.timer.phase("decode"):
+        return task.picture.shrunk(height, width)
+
+
+def _encode_json(task: _Task, label_hw: Labels, rows: Places, columns: Places) -> bytes:
+    """Run lengths go down the columns, so the label map is made in bands of columns. Raises Problem(422)."""
+    runs = int(((label_hw[1:] != label_hw[:-1]).sum(axis=0) + 1)[columns].sum())
+    if runs > _MOST_RUNS:
+        raise Problem(
+            422,
+            "too-large-for-view",
+            f"the answer would have {runs} run lengths, more than {_MOST_RUNS}; ask for a smaller size or view=mask",
+        )
+
+    step = max(1, _BAND_PIXELS // task.height)
+    bands = (label_hw[np.ix_(rows, columns[left : left + step])] for left in range(0, task.width, step))
+    checked = _checked(bands, task.model)
+    lengths = label_maps.column_rles(checked, task.height, task.width, compressed=False)
+    return responses.encode_runs(lengths, task.height, task.width, _asked(task), task.model.bundle.manifest)
+
+
+def _checked(items: Iterator[Item], model: WindowModel) -> Iterator[Item]:
+    """The items, with a check before each goes on."""
+    for item in items:
+        model.check()
+        yield item

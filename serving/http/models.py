@@ -17,7 +17,7 @@ from export.runtime.runtime import ProviderError, Runtime
 from serving.http import requests
 from serving.http.requests import Problem
 from serving.model import champion, checks
-from serving.model.card import ModelCard, ShadowCard
+from serving.model.card import ModelAnswer, ModelCard, ShadowCard
 from serving.model.claim import Claim
 from serving.model.events import Candidate, ModelEvent
 from serving.model.manager import Busy, ModelManager, NoPrevious
@@ -192,6 +192,15 @@ class ModelRoutes:
                 "raise MARGINALIA_LOAD_TIMEOUT_S",
             )
         await done
+
+    async def current(self, request: Request) -> Response:
+        """GET /v1/model: what is being served. Raises Problem."""
+        requests.check_token(request, self._settings)
+        requests.check_query(request, {})
+        runtime = self._manager.current
+        if runtime is None:
+            raise requests.no_model()
+        return Response(ModelAnswer.of(runtime).model_dump_json(), media_type="application/json")
 
     async def show(self, request: Request) -> Response:
         """GET /v1/models."""

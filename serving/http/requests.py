@@ -13,12 +13,23 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from pipeline.imaging import decode
 from serving.settings import Settings
 
-# curl's --data-binary sends the form type unless told otherwise; the content decides anyway.
+# curl's --data-binary sends the form type unless it is given another; the content decides anyway.
 _RAW_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _DRAIN_BYTES, _DRAIN_SECONDS = 8 << 20, 2.0
+_IMAGE_STATUS = {
+    "unsupported-format": 415,
+    "unsupported-depth": 415,
+    "animated": 415,
+    "too-many-pixels": 422,
+    "bad-aspect": 422,
+    "too-detailed": 422,
+    "body-too-large": 413,
+}
+RETRY_AFTER_S = 1
 GRACE_S = 5.0  # a pause that anybody may make: a slow start, a lost packet, a laptop's lid
 _LONGEST_NAME = 255
 _ENVELOPE = 16 << 10  # what a multipart body may have around the image
@@ -28,16 +39,28 @@ class Problem(Exception):
     """A request that gets an error answer.
 
     Attributes:
-        status: HTTP status; code: kebab-case reason (one of `observe.REASONS`); headers: extra response headers.
+        status: HTTP status; code: kebab-case reason (one of `metrics.REASONS`); headers: extra response headers.
     """
 
     def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers or {}
+        self.status = status
+        self.code = code
+        self.headers = headers or {}
+
+
+def no_model() -> Problem:
+    """The answer before the first model is loaded."""
+    return Problem(503, "no-model", "no model is loaded yet; try again", {"Retry-After": str(RETRY_AFTER_S)})
+
+
+def image_problem(error: decode.Refused) -> Problem:
+    """The answer to bytes that are no image that we take."""
+    return Problem(_IMAGE_STATUS.get(error.code, 400), error.code, str(error))
 
 
 def check_token(request: Request, settings: Settings) -> None:
-    """Bearer token, compared in constant time over digests (so the length tells nothing). Raises Problem(401)."""
+    """Bearer token, compared in constant time over digests (so the time does not depend on the length). Raises Problem(401)."""
     if settings.token is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -114,7 +137,7 @@ async def read_body(
 ) -> bytes:
     """The image's bytes, at most `max_body`, within `body_timeout_s` and at `min_rate`.
 
-    A body that says it is too large is refused unread, one that grows too large at the first byte over. `hold` hears
+    A body that says it is too large is refused unread, one that grows too large at the first byte over. `hold` gets
     the size of each piece, and may refuse it.
 
     Raises:
@@ -153,7 +176,7 @@ async def read_body(
 async def drain(request: Request) -> None:
     """Throw away a bounded rest of the body: a connection closed on unread bytes is reset and the answer lost.
 
-    A client that waits for "100 Continue" has sent nothing, and must not be told to.
+    A client that waits for "100 Continue" has sent nothing, and must not be asked to.
     """
     if "expect" in request.headers:
         return

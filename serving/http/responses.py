@@ -3,7 +3,7 @@
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel
 
+from export.bundle.bundle import Bundle
 from export.bundle.manifest import Manifest
 from export.runtime.runtime import Segmentation
 from pipeline.imaging import label_maps, polygonize, resize
 from serving.http import geojson
 from serving.http.negotiate import Kind
 from serving.http.query import Query, lowest_byte, select
+from serving.telemetry import metrics
 
 OVERLAY_ALPHA = 0.5
 JPEG_QUALITY = 90
@@ -107,11 +109,49 @@ class Summary:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The body of an answer; what the model saw, and what of it was asked for."""
+    """The body of an answer; what the model found, and what of it was asked for."""
 
     body: bytes
     seen: Summary
     asked: Summary
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """A rendered answer: body, bundle id, seconds by phase; shares of the image by class name and mean confidence, of all
+    that the model found (for the metrics) and of what was asked for (for the headers)."""
+
+    body: bytes
+    bundle: str
+    timings: dict[str, float]
+    shares: dict[str, float]
+    confidence: float
+    asked_shares: dict[str, float]
+    asked_confidence: float
+
+    @classmethod
+    def of(cls, rendered: Rendered, timings: Mapping[str, float], bundle: Bundle) -> Self:
+        """By class names."""
+        names = {item.id: item.name for item in bundle.manifest.classes}
+        return cls(
+            body=rendered.body,
+            bundle=bundle.manifest.id,
+            timings={phase: timings[phase] for phase in metrics.PHASES},
+            shares={name: rendered.seen.shares[i] for i, name in names.items()},
+            confidence=rendered.seen.confidence,
+            asked_shares={name: rendered.asked.shares[i] for i, name in names.items()},
+            asked_confidence=rendered.asked.confidence,
+        )
+
+    def headers(self) -> dict[str, str]:
+        """Of the answer to POST /v1/segment."""
+        return {
+            "X-Bundle-Id": self.bundle,
+            "X-Class-Areas": class_areas(self.asked_shares),
+            "X-Confidence": f"{self.asked_confidence:.4f}",
+            "Server-Timing": server_timing(self.timings),
+            "Vary": "Accept",
+        }
 
 
 def tally(label_hw: Bytes_HW, confidence_hw: Bytes_HW) -> NDArray[np.int64]:

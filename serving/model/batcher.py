@@ -1,10 +1,9 @@
 """Where prepared images meet to run the model: those that wait together and have one shape and one model run as one batch.
 
-There is no thread of its own here: whoever comes while a place at the model is free runs it, for the oldest that waits
-and whatever else of the same shape and model is there already, in a size of `export.runtime.batches.BATCH_SIZES`. So
-nobody waits for
-company, an idle server pays for no hand-over between threads (a runner of its own cost 1.0 ms of processor time a
-request more, 1.16 to 1.27 times the whole), and nobody starves.
+There is no thread of its own here: a caller that comes while a place at the model is free runs it, for the oldest image
+that waits and any others of the same shape and model that are there already, in one of
+`export.runtime.batches.BATCH_SIZES`. So no image waits for others to join it, an idle server pays for no hand-over between
+threads (a runner of its own cost 1.0 ms of processor time a request more, 1.16 to 1.27 times the whole), and none starves.
 
 Two may run at once, because the ends of one run (copies, the last thread's share) leave the processor or the card idle:
 on 2 busy cores 1.12 to 1.49 times the images per second of one at a time in ONNX Runtime, 0.96 to 1.22 in OpenVINO
@@ -12,9 +11,9 @@ on 2 busy cores 1.12 to 1.49 times the images per second of one at a time in ONN
 
 BentoML's own batching (1.4.39, `batchable=True`, its CorkDispatcher) measured against this with the same model call: the
 same images per second under load (ours 1.03 times with 16 callers, 1.08 with 4), but 0.86 ms to our 0.36 for a caller
-alone, because it polls every millisecond and waits for company by an estimate. It puts different shapes into one batch
+alone, because it polls every millisecond and waits for others by an estimate. It puts different shapes into one batch
 (a ValueError for all of it), gives one image's error to the whole batch, and cannot drop a caller who has gone. And it
-is had only through a BentoML API method, not from an ASGI app mounted beside it: arrays as bodies, once more over HTTP.
+is available only through a BentoML API method, not from an ASGI app mounted beside it: arrays as bodies, once more over HTTP.
 """
 
 import threading
@@ -33,12 +32,12 @@ Array = NDArray[np.uint8]
 
 
 class Dropped(Exception):
-    """Nobody waits for this work any more: what has not begun is not begun."""
+    """The caller no longer waits for this work: phases that have not begun are skipped."""
 
 
 @dataclass
-class Job:
-    """Somebody's work, which they may stop waiting for; the bytes that came for it, let go when they do."""
+class ImageJob:
+    """The work on one image, which its caller may stop waiting for; the bytes that came for it, let go when that happens."""
 
     data: Any = None
     dropped: bool = False
@@ -50,7 +49,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ran:
+class ModelRun:
     """One image's answer at the model's size: class ids and confidence, uint8 H x W; seconds before and in the model."""
 
     label_HW: Array
@@ -61,25 +60,27 @@ class Ran:
 
 
 @dataclass(eq=False)
-class _Entry:
+class _WaitingImage:
     runtime: Runtime
     image_HWC: Array
-    job: Job
+    job: ImageJob
     since: float = field(default_factory=time.perf_counter)
-    found: Ran | Exception | None = None
+    result: ModelRun | Exception | None = None
 
-    def fits(self, other: "_Entry") -> bool:
+    def fits(self, other: "_WaitingImage") -> bool:
         return self.runtime is other.runtime and self.image_HWC.shape == other.image_HWC.shape
 
 
 class Batcher:
-    """Runs images for many threads; `limit` says the largest batch for a model, `told` hears the size of each run."""
+    """Runs images for many threads; `limit` says the largest batch for a model, `on_run` gets the size of each run."""
 
     def __init__(
-        self, limit: Callable[[Runtime], int], told: Callable[[int], None] = lambda size: None, at_once: int = 2
+        self, limit: Callable[[Runtime], int], on_run: Callable[[int], None] = lambda size: None, at_once: int = 2
     ) -> None:
-        self._limit, self._told, self._free = limit, told, at_once
-        self._waiting: list[_Entry] = []
+        self._limit = limit
+        self._on_run = on_run
+        self._free = at_once
+        self._waiting: list[_WaitingImage] = []
         self._change = threading.Condition()
 
     @property
@@ -87,34 +88,34 @@ class Batcher:
         """Images that wait for a place at the model."""
         return len(self._waiting)
 
-    def run(self, runtime: Runtime, image_HWC: Array, job: Job) -> Ran:
+    def run(self, runtime: Runtime, image_HWC: Array, job: ImageJob) -> ModelRun:
         """One prepared image, uint8 H x W x 3 of a size that `runtime` takes -> its answer. Blocks.
 
         Raises:
             Dropped: the job was dropped while its image waited.
             Exception: what the model raises for this image alone.
         """
-        entry = _Entry(runtime, image_HWC, job)
+        entry = _WaitingImage(runtime, image_HWC, job)
         with self._change:
             job.check()
             self._waiting.append(entry)
-            while entry.found is None:
+            while entry.result is None:
                 if entry in self._waiting and self._free:
                     self._lead()
                 else:
                     self._change.wait()
-        if isinstance(entry.found, Exception):
-            raise entry.found
-        return entry.found
+        if isinstance(entry.result, Exception):
+            raise entry.result
+        return entry.result
 
-    def drop(self, job: Job) -> None:
+    def drop(self, job: ImageJob) -> None:
         """Mark a job as dropped, and let its thread go if its image waits here."""
         with self._change:
             job.dropped = True
             job.data = None  # the pool keeps dropped work until a worker comes to it
             for entry in [entry for entry in self._waiting if entry.job is job]:
                 self._waiting.remove(entry)
-                entry.found = Dropped()
+                entry.result = Dropped()
             self._change.notify_all()
 
     def _lead(self) -> None:
@@ -133,18 +134,19 @@ class Batcher:
             self._free += 1
             self._change.notify_all()
 
-    def _run(self, taken: list[_Entry]) -> None:
-        start, images = time.perf_counter(), [entry.image_HWC for entry in taken]
+    def _run(self, taken: list[_WaitingImage]) -> None:
+        images = [entry.image_HWC for entry in taken]
+        start = time.perf_counter()
         try:
             label_NHW, confidence_NHW = taken[0].runtime.run(images[0][None] if len(images) == 1 else np.stack(images))
             spent = time.perf_counter() - start
             for label_HW, confidence_HW, entry in zip(label_NHW, confidence_NHW, taken, strict=True):
-                entry.found = Ran(label_HW, confidence_HW, start - entry.since, spent, len(taken))
+                entry.result = ModelRun(label_HW, confidence_HW, start - entry.since, spent, len(taken))
         except Exception as error:  # whatever a runtime throws: it belongs to the image's thread, not to the leader's
             if len(taken) == 1:
-                taken[0].found = error
+                taken[0].result = error
                 return
             for entry in taken:  # one of them may be at fault: the others must not pay for it
                 self._run([entry])
         else:
-            self._told(len(taken))
+            self._on_run(len(taken))

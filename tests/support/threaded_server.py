@@ -19,7 +19,7 @@ from export.runtime.runtime import Runtime
 from serving import settings
 from serving.bento import uvicorn_protocol
 from serving.http import app
-from serving.http.segment import Desk
+from serving.http.segment import SegmentHandler
 from serving.model.manager import ModelManager
 from tests.support import tiny_onnx
 from tests.support.live_server import free_port, until
@@ -53,12 +53,12 @@ def manager_of(runtime: Runtime) -> ModelManager:
 @dataclass
 class Own:
     port: int
-    desk: Desk
+    handler: SegmentHandler
     protocol: type[uvicorn_protocol.Connection]
 
     def limit(self, **chosen: Any) -> None:
         """Other limits for the connections and the work that begin after this: a short one only where it must fire."""
-        self.desk.settings = self.protocol.settings = self.desk.settings.model_copy(update=chosen)
+        self.handler.settings = self.protocol.settings = self.handler.settings.model_copy(update=chosen)
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=LONGEST, trust_env=False)
@@ -80,7 +80,7 @@ def told(caplog: pytest.LogCaptureFixture, kind: str) -> list[dict[str, Any]]:
 def serving(runtime: Runtime, **chosen: Any) -> Iterator[Own]:
     """A server with these settings (and patient ones) over `runtime`, ended at the end."""
     these = settings.Settings(**{"timeout_s": LONGEST, "head_timeout_s": LONGEST} | chosen)
-    web, desk = app.build(these, manager_of(runtime))
+    web, handler = app.build(these, manager_of(runtime))
     protocol = type(
         "Limited", (uvicorn_protocol.Connection,), {"settings": these, "front": staticmethod(lambda app: app)}
     )
@@ -92,10 +92,10 @@ def serving(runtime: Runtime, **chosen: Any) -> Iterator[Own]:
     thread.start()
     until(lambda: server.started)
     try:
-        yield Own(port, desk, protocol)
+        yield Own(port, handler, protocol)
     finally:
         if isinstance(runtime, Held):
             runtime.gate.set()
         server.should_exit = True
         thread.join(LONGEST)
-        desk.close()
+        handler.close()

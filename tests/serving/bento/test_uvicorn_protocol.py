@@ -121,7 +121,7 @@ def test_a_long_wait_for_the_answer_is_no_slowness(model: Held) -> None:
         own.client() as http,
     ):
         waiting = pool.submit(http.post, "/v1/segment", content=PICTURE, headers=RAW)
-        until(lambda: own.desk.admission.requests == 1)
+        until(lambda: own.handler.admission.requests == 1)
         with link(own) as clock:
             assert rest(clock) == b""  # a connection that is cut after 5 s is the clock
         model.gate.set()
@@ -174,7 +174,7 @@ def test_who_does_not_read_the_answer_is_cut_and_who_begins_to_is_not(model: Hel
     with serving(model, min_rate_kb=100_000) as own:  # limits.GRACE_S, for one to read all and for the other to be cut
         before = rejected(own, "slow-reader")
         with link(own, ask, buffer=65536) as late, link(own, ask, buffer=4096) as lazy:
-            until(lambda: own.desk.admission.requests == 0)
+            until(lambda: own.handler.admission.requests == 0)
             head, _, picture = late.recv(1 << 16).partition(b"\r\n\r\n")
             size = int(re.findall(rb"content-length: (\d+)", head.lower())[0])
             assert size > 4_000_000
@@ -208,7 +208,7 @@ def test_when_all_connections_work_one_more_is_told_so(model: Held) -> None:
     with serving(model, max_connections=2) as own, ThreadPoolExecutor(2) as pool:
         working = [pool.submit(httpx.post, f"http://127.0.0.1:{own.port}/v1/segment", content=PICTURE, headers=RAW,
                                timeout=LONGEST, trust_env=False) for _ in range(2)]  # fmt: skip
-        until(lambda: own.desk.admission.requests == 2)
+        until(lambda: own.handler.admission.requests == 2)
         with link(own) as made:
             full = rest(made)
         assert full.startswith(b"HTTP/1.1 503")

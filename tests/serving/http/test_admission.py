@@ -33,12 +33,12 @@ def test_after_the_deadline_the_place_stays_taken_until_the_work_ends(
             for response in late:
                 assert (response.result(LONGEST).status_code, error(response.result())) == (504, "deadline")
         own.limit(timeout_s=LONGEST)
-        until(lambda: own.desk.admission.requests == 1)
-        assert (own.desk.admission.pixels, own.desk.admission.bytes) == (4800, len(PICTURE))
+        until(lambda: own.handler.admission.requests == 1)
+        assert (own.handler.admission.pixels, own.handler.admission.bytes) == (4800, len(PICTURE))
         assert model.shapes == [(1, 48, 64)]
         model.gate.set()
-        until(lambda: own.desk.admission.requests == 0)
-        assert (own.desk.admission.pixels, own.desk.admission.bytes) == (0, 0)
+        until(lambda: own.handler.admission.requests == 0)
+        assert (own.handler.admission.pixels, own.handler.admission.bytes) == (0, 0)
         assert model.shapes == [(1, 48, 64)]
         assert told(caplog, "late-error") == []  # it ended well, too late
         assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 200
@@ -63,7 +63,7 @@ def test_a_late_error_is_logged_and_an_early_one_answered(tmp_path: Path, caplog
         until(lambda: told(caplog, "late-error"))
         assert told(caplog, "late-error")[0]["request_id"] == late.headers["x-request-id"]
         assert told(caplog, "late-error")[0]["error"] == "the card fell off the bus"
-        assert own.desk.admission.requests == 0
+        assert own.handler.admission.requests == 0
         failed = http.post("/v1/segment", content=PICTURE, headers=RAW)
         assert (failed.status_code, error(failed)) == (500, "internal")
 
@@ -72,7 +72,7 @@ def test_a_full_house_refuses_before_the_body_and_recovers(model: Held) -> None:
     """503 with Retry-After for a head alone; everybody who was let in is answered."""
     model.gate.clear()
     with serving(model, concurrency=2, queue=3) as own, own.crowd([PICTURE] * 5) as admitted:
-        until(lambda: own.desk.admission.requests == 5)
+        until(lambda: own.handler.admission.requests == 5)
         with socket.create_connection(("127.0.0.1", own.port), LONGEST) as link:
             head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000000\r\n\r\n"
             link.sendall(head)
@@ -86,6 +86,8 @@ def test_a_full_house_refuses_before_the_body_and_recovers(model: Held) -> None:
         assert b'"overloaded"' in answer
         model.gate.set()
         assert [response.result(LONGEST).status_code for response in admitted] == [200] * 5
-        until(lambda: own.desk.admission.requests == own.desk.admission.pixels == own.desk.admission.bytes == 0)
+        until(
+            lambda: own.handler.admission.requests == own.handler.admission.pixels == own.handler.admission.bytes == 0
+        )
         with own.client() as http:
             assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 200

@@ -1,4 +1,4 @@
-"""Many images in one call over real HTTP: each answered as if it had come alone, bad ones as lines, in order, streamed."""
+"""BatchHandler images in one call over real HTTP: each answered as if it had come alone, bad ones as lines, in order, streamed."""
 
 import asyncio
 import io
@@ -18,12 +18,12 @@ from PIL import Image
 
 from export.bundle.bundle import open_bundle
 from serving.http import batch, batch_body, geojson, responses
-from serving.http.batch import Many
+from serving.http.batch import BatchHandler
 from serving.http.batch_body import Sent
 from serving.http.negotiate import MANY_KINDS, one
 from serving.http.query import Query
 from serving.http.requests import Problem
-from serving.http.segment import Desk
+from serving.http.segment import SegmentHandler
 from serving.model import loader
 from serving.model.manager import ModelManager
 from serving.settings import Settings
@@ -324,7 +324,7 @@ def test_only_so_many_calls_are_answered_at_a_time(model: Held) -> None:
     with serving(model, many_calls=1) as own, own.client() as http, ThreadPoolExecutor(1) as pool:
         with socket.create_connection(("127.0.0.1", own.port), LONGEST) as slow:
             slow.sendall(head.encode())
-            until(lambda: own.desk.admission.bytes == 2)
+            until(lambda: own.handler.admission.bytes == 2)
             assert post_zip(http, body).status_code == 200
         model.gate.clear()
         first = pool.submit(post_zip, http, body)
@@ -352,7 +352,7 @@ def test_an_answer_that_takes_too_long_is_cut_off_and_gives_its_place_back(model
             post_zip(http, body)
         own.limit(many_timeout_s=LONGEST)
         model.gate.set()
-        until(lambda: own.desk.admission.requests == own.desk.admission.bytes == 0)
+        until(lambda: own.handler.admission.requests == own.handler.admission.bytes == 0)
         assert 'marginalia_rejected_total{reason="deadline"}' in http.get("/metrics").text
         until(lambda: post_zip(http, body, ZIP).status_code == 200)
 
@@ -385,9 +385,9 @@ def test_a_client_that_leaves_while_its_zip_is_written(model: Held, monkeypatch:
             ended.set()
 
     async def story() -> None:
-        desk = await opened(Settings(bundle=model.bundle.folder, provider="cpu", threads=1))
+        handler = await opened(Settings(bundle=model.bundle.folder, provider="cpu", threads=1))
         monkeypatch.setattr(zipfile, "ZipFile", Slow)
-        pieces = batch._zip(Many(desk), [Sent("a.png", lambda: ALL["folder/0.png"])], MANY_KINDS[2], Query())
+        pieces = batch._zip(BatchHandler(handler), [Sent("a.png", lambda: ALL["folder/0.png"])], MANY_KINDS[2], Query())
         work = asyncio.ensure_future(anext(pieces))
         await asyncio.to_thread(packing.wait, LONGEST)
         work.cancel()
@@ -396,7 +396,7 @@ def test_a_client_that_leaves_while_its_zip_is_written(model: Held, monkeypatch:
         await pieces.aclose()
         go_on.set()
         assert await asyncio.to_thread(ended.wait, LONGEST)
-        desk.close()
+        handler.close()
 
     asyncio.run(story())
 
@@ -407,10 +407,10 @@ def desk_settings(tmp_path: Path) -> Settings:
     return Settings(bundle=made.folder, provider="cpu", threads=1, concurrency=2, queue=0)
 
 
-async def opened(settings: Settings) -> Desk:
+async def opened(settings: Settings) -> SegmentHandler:
     models = ModelManager(settings)
     models.current = loader.open_runtime(settings)
-    return Desk(settings, models)
+    return SegmentHandler(settings, models)
 
 
 def test_an_answer_goes_out_before_later_images_are_looked_at(desk_settings: Settings) -> None:
@@ -424,9 +424,9 @@ def test_an_answer_goes_out_before_later_images_are_looked_at(desk_settings: Set
         return ALL["folder/0.png"]
 
     async def go() -> list[bool]:
-        desk = await opened(desk_settings)
+        handler = await opened(desk_settings)
         sent = [Sent(str(i), lambda i=i: load(i)) for i in range(8)]
-        found, seen = Many(desk).each(sent, one("mask"), Query()), []
+        found, seen = BatchHandler(handler).each(sent, one("mask"), Query()), []
         seen.append(await anext(found))
         assert len(begun) <= 2
         gate.set()
@@ -434,7 +434,7 @@ def test_an_answer_goes_out_before_later_images_are_looked_at(desk_settings: Set
             seen.append(await anext(found))
             assert len(begun) <= taken + 2
         await found.aclose()
-        desk.close()
+        handler.close()
         return [isinstance(answer, Problem) for answer in seen]
 
     assert asyncio.run(go()) == [False] * 8
@@ -445,15 +445,15 @@ def test_a_full_house_is_waited_for(desk_settings: Settings) -> None:
     """Two calls of many images want four places; there are two, and no queue: all images are answered all the same."""
 
     async def go() -> list[object]:
-        desk = await opened(desk_settings)
-        many = Many(desk)
+        handler = await opened(desk_settings)
+        many = BatchHandler(handler)
         sent = [Sent(str(i), lambda: ALL["folder/1.jpeg"]) for i in range(6)]
 
         async def call() -> list[object]:
             return [answer async for answer in many.each(sent, one("mask"), Query())]
 
         found = await asyncio.gather(call(), call())
-        desk.close()
+        handler.close()
         return [answer for part in found for answer in part]
 
     found = asyncio.run(go())

@@ -15,6 +15,7 @@ from pipeline.imaging import decode
 from pipeline.imaging.decode import Refused
 from pipeline.imaging.mask_png import encode_bands
 from serving.http import large_images, negotiate, responses, spool
+from serving.http.large_images import WindowModel
 from serving.http.query import Query
 from serving.http.requests import Problem
 from serving.settings import Settings
@@ -53,7 +54,7 @@ def ask(model: Runtime, data: bytes, query: Query, check: Callable[[], None] = n
         return label[0], confidence[0]
 
     kind = negotiate.one(query.view or "mask")
-    done, timings = large_images.segment(io.BytesIO(data), kind, query, model.bundle, run, SETTINGS, check)
+    done, timings = large_images.segment(io.BytesIO(data), kind, query, WindowModel(model.bundle, run, check), SETTINGS)
     assert list(timings) == ["decode", "run", "encode"]
     assert min(timings.values()) >= 0
     return done
@@ -141,8 +142,8 @@ def test_what_is_asked_for_is_answered_as_by_the_whole_image_path(
 
 def test_an_answer_larger_than_an_ordinary_image(model: Runtime) -> None:
     picture, query = blobs(40, 50), Query(size="201x333")
-    assert not large_images.takes(2000, Query(), SETTINGS)
-    assert large_images.takes(2000, query, SETTINGS)
+    assert not large_images.is_large(2000, Query(), SETTINGS)
+    assert large_images.is_large(2000, query, SETTINGS)
     same(ask(model, save(Image.fromarray(picture)), query), whole(model, picture, query))
 
 

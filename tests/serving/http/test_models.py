@@ -249,7 +249,7 @@ async def _meanwhile(
     home: Path, models: ModelManager, watcher: ChampionWatcher, begun: threading.Event, go: threading.Event
 ) -> None:
     chosen = Settings(champions=home / "champion.json", token=TOKEN)
-    web, desk = app.build(chosen.model_copy(update={"load_timeout_s": 0.2}), models)
+    web, handler = app.build(chosen.model_copy(update={"load_timeout_s": 0.2}), models)
     patient, other = app.build(chosen.model_copy(update={"load_timeout_s": 60.0}), models)
 
     async def ask(app: Any, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
@@ -276,7 +276,7 @@ async def _meanwhile(
     assert (current_name(models), models.candidate, last_event(models)["cause"]) == ("a", None, "late")
     watcher.refresh()
     assert current_name(models) == "c"
-    desk.close()
+    handler.close()
     other.close()
 
 

@@ -24,8 +24,8 @@ from serving.http import requests, responses
 from serving.http.negotiate import KINDS, Kind
 from serving.http.query import Query
 from serving.http.requests import Problem
-from serving.http.segment import Desk, largest_batch, segment
-from serving.model.batcher import Job
+from serving.http.segment import SegmentHandler, largest_batch, segment
+from serving.model.batcher import ImageJob
 from tests.support.image_files import save
 from tests.support.live_server import error, until
 from tests.support.threaded_server import LONGEST, RAW, Held, manager_of, serving, told
@@ -62,7 +62,7 @@ def test_every_answer_is_its_own_whatever_runs_together(model: Held) -> None:
 
         model.gate.clear()
         asked = [pool.submit(ask, body, kind) for body, kind in zip(bodies, kinds, strict=True)]
-        until(lambda: own.desk.waiting == 6)  # of 8 at work; two are at the model
+        until(lambda: own.handler.waiting == 6)  # of 8 at work; two are at the model
         model.gate.set()
         found = [response.result(LONGEST) for response in asked]
     for body, kind, response in zip(bodies, kinds, found, strict=True):
@@ -73,36 +73,36 @@ def test_every_answer_is_its_own_whatever_runs_together(model: Held) -> None:
 def test_pixels_are_counted_and_an_image_alone_is_let_in(model: Held) -> None:
     model.gate.clear()
     with serving(model, max_pixels_at_once=5000) as own, own.client() as http, own.crowd([PICTURE]) as first:
-        until(lambda: own.desk.admission.pixels == 4800)
+        until(lambda: own.handler.admission.pixels == 4800)
         full = http.post("/v1/segment", content=picture(24, 32), headers=RAW)
         assert (full.status_code, error(full)) == (503, "overloaded")
         assert full.headers["retry-after"] == "1"
         with own.crowd([picture(10, 20)]) as small:
-            until(lambda: own.desk.admission.pixels == 5000)
+            until(lambda: own.handler.admission.pixels == 5000)
             full = http.post("/v1/segment", content=picture(1, 1), headers=RAW)
             assert (full.status_code, error(full)) == (503, "overloaded")
             model.gate.set()
             assert small[0].result(LONGEST).status_code == first[0].result(LONGEST).status_code == 200
-        until(lambda: own.desk.admission.pixels == 0)
+        until(lambda: own.handler.admission.pixels == 0)
         assert http.post("/v1/segment", content=picture(100, 60), headers=RAW).status_code == 200
 
 
 def test_an_answer_that_is_larger_than_its_image_takes_the_room_of_the_answer(model: Held) -> None:
-    desk = Desk(settings.Settings(concurrency=1, max_pixels_at_once=5000), manager_of(model))
+    handler = SegmentHandler(settings.Settings(concurrency=1, max_pixels_at_once=5000), manager_of(model))
 
     async def story() -> None:
         model.gate.clear()
-        work = asyncio.create_task(desk.process(picture(1, 1), MASK, Query(size="100x40")))
+        work = asyncio.create_task(handler.process(picture(1, 1), MASK, Query(size="100x40")))
         await asyncio.to_thread(until, lambda: model.shapes)
-        assert desk.admission.pixels == 4000
+        assert handler.admission.pixels == 4000
         with pytest.raises(Problem, match="pixels"):
-            await desk.process(picture(1, 1), MASK, Query(size="40x100"))
+            await handler.process(picture(1, 1), MASK, Query(size="40x100"))
         model.gate.set()
         await work
-        assert desk.admission.pixels == 0
+        assert handler.admission.pixels == 0
 
     asyncio.run(story())
-    desk.close()
+    handler.close()
 
 
 def test_bodies_are_counted_as_they_come(model: Held) -> None:
@@ -114,12 +114,12 @@ def test_bodies_are_counted_as_they_come(model: Held) -> None:
             for _ in range(2):
                 slow = stack.enter_context(socket.create_connection(("127.0.0.1", own.port), LONGEST))
                 slow.sendall(head % 800_000 + bytes(700_000))
-            until(lambda: own.desk.admission.bytes == 1_400_000)
-            assert own.desk.admission.requests == 0
+            until(lambda: own.handler.admission.bytes == 1_400_000)
+            assert own.handler.admission.requests == 0
             full = http.post("/v1/segment", content=large, headers=RAW)
             assert (full.status_code, error(full)) == (503, "overloaded")
             assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 200
-        until(lambda: own.desk.admission.bytes == 0)
+        until(lambda: own.handler.admission.bytes == 0)
         assert http.post("/v1/segment", content=large, headers=RAW).status_code == 200
 
 
@@ -128,17 +128,17 @@ def test_a_client_that_has_gone_is_dropped_from_the_line(
 ) -> None:
     """And so are its bytes, though the pool keeps the work until a worker comes to it."""
     caplog.set_level(logging.INFO, "marginalia")
-    jobs: list[Job] = []
-    monkeypatch.setattr("serving.http.segment.Job", lambda data: jobs.append(Job(data)) or jobs[-1])
+    jobs: list[ImageJob] = []
+    monkeypatch.setattr("serving.http.segment.ImageJob", lambda data: jobs.append(ImageJob(data)) or jobs[-1])
     model.gate.clear()
     head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
     with serving(model, concurrency=1, queue=2) as own, own.crowd([PICTURE]) as first:
         until(lambda: model.shapes)
         with socket.create_connection(("127.0.0.1", own.port), LONGEST) as link:
             link.sendall(head % len(PICTURE) + PICTURE)
-            until(lambda: own.desk.admission.requests == 2)
-        until(lambda: own.desk.admission.requests == 1)  # the first still runs
-        until(lambda: own.desk.admission.bytes == len(PICTURE))
+            until(lambda: own.handler.admission.requests == 2)
+        until(lambda: own.handler.admission.requests == 1)  # the first still runs
+        until(lambda: own.handler.admission.bytes == len(PICTURE))
         assert [job.data for job in jobs] == [PICTURE, None]
         until(lambda: [line for line in told(caplog, "request") if line["code"] == "disconnected"])
         model.gate.set()
@@ -156,7 +156,7 @@ def test_a_dropped_request_skips_the_phases_that_have_not_begun(model: Held, mon
         return original(*arguments)
 
     monkeypatch.setattr(responses, "render", render)
-    desk = Desk(settings.Settings(concurrency=1), manager_of(model))
+    handler = SegmentHandler(settings.Settings(concurrency=1), manager_of(model))
 
     async def story() -> None:
         gone = asyncio.Event()
@@ -165,24 +165,24 @@ def test_a_dropped_request_skips_the_phases_that_have_not_begun(model: Held, mon
             await gone.wait()
 
         model.gate.clear()
-        work = asyncio.create_task(desk.process(PICTURE, MASK, Query(), leave))
+        work = asyncio.create_task(handler.process(PICTURE, MASK, Query(), leave))
         await asyncio.to_thread(until, lambda: model.shapes)
         gone.set()
         with pytest.raises(Problem, match="closed") as caught:
             await work
         assert caught.value.code == "disconnected"
-        assert desk.admission.requests == 1
+        assert handler.admission.requests == 1
         model.gate.set()
-        await asyncio.to_thread(until, lambda: desk.admission.requests == 0)
+        await asyncio.to_thread(until, lambda: handler.admission.requests == 0)
         assert rendered == []
-        assert (await desk.process(PICTURE, MASK, Query(), leave_never)).body.startswith(b"\x89PNG")
+        assert (await handler.process(PICTURE, MASK, Query(), leave_never)).body.startswith(b"\x89PNG")
         assert len(rendered) == 1
 
     async def leave_never() -> None:
         await asyncio.Event().wait()
 
     asyncio.run(story())
-    desk.close()
+    handler.close()
 
 
 def test_decode_and_encode_go_on_while_the_model_runs(model: Held) -> None:
@@ -198,7 +198,7 @@ def test_decode_and_encode_go_on_while_the_model_runs(model: Held) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "decode", decode)
         with serving(model, concurrency=3) as own, own.crowd([PICTURE] * 5):
-            until(lambda: own.desk.admission.requests == 5)
+            until(lambda: own.handler.admission.requests == 5)
             until(lambda: len(decoded) == 3)  # no more than are at work
             assert model.shapes == [(1, 48, 64)] * 2
             model.gate.set()
@@ -206,14 +206,14 @@ def test_decode_and_encode_go_on_while_the_model_runs(model: Held) -> None:
 
 def test_bad_images_are_refused_before_they_take_a_place(model: Held) -> None:
     """With no place to be had, a bomb still hears that it is one."""
-    desk = Desk(settings.Settings(concurrency=1, queue=0, max_pixels=4000), manager_of(model))
-    desk.admission.enter(1)
+    handler = SegmentHandler(settings.Settings(concurrency=1, queue=0, max_pixels=4000), manager_of(model))
+    handler.admission.enter(1)
     for body, code in ((b"nothing", "not-an-image"), (PICTURE, "too-many-pixels"), (picture(20, 20), "overloaded")):
         with pytest.raises(Problem) as caught:
-            asyncio.run(desk.process(body, MASK, Query()))
+            asyncio.run(handler.process(body, MASK, Query()))
         assert caught.value.code == code
-    assert desk.admission.requests == 1
-    desk.close()
+    assert handler.admission.requests == 1
+    handler.close()
 
 
 def test_batches_are_for_cards_unless_a_size_is_set(model: Held) -> None:
@@ -244,19 +244,19 @@ def test_a_failed_run_puts_the_model_to_the_test(tmp_path: Path, caplog: pytest.
     model, lost = Lost(tmp_path / "bundle"), threading.Event()
     thirteen = save(Image.fromarray(np.full((20, 20, 3), 13, np.uint8)))
     with serving(model) as own, own.client() as http:
-        own.desk.on_lost = lost.set
+        own.handler.health.on_lost = lost.set
         assert http.post("/v1/segment", content=thirteen, headers=RAW).status_code == 500
         until(lambda: (64, 64) in {shape[1:] for shape in model.shapes})  # the self-test's larger size
         assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 200
-        assert own.desk.healthy
+        assert own.handler.health.is_good
         assert not lost.is_set()
         model.lost = True
         assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 500
         assert lost.wait(LONGEST)
-        assert not own.desk.healthy
+        assert not own.handler.health.is_good
         assert "device lost" in told(caplog, "model-lost")[0]["error"]
-        own.desk.manager.current = Held(tmp_path / "next")  # another model in its place is another matter
-        assert own.desk.healthy
+        own.handler.manager.current = Held(tmp_path / "next")  # another model in its place is another matter
+        assert own.handler.health.is_good
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_a_worker_tells_a_lost_model(held_worker: worker.Worker, model: Held) ->
     assert (held_worker.alive, held_worker.ready) == (True, False)
     held_worker.models.current = model
     assert (held_worker.alive, held_worker.ready) == (True, True)
-    held_worker._desk._lost = model
+    held_worker.handler.health.lost = model
     assert (held_worker.alive, held_worker.ready) == (False, False)
 
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from export.runtime.batches import BATCH_SIZES
-from serving.model.batcher import Batcher, Dropped, Job, Ran
+from serving.model.batcher import Batcher, Dropped, ImageJob, ModelRun
 from tests.support import tiny_onnx
 from tests.support.live_server import until
 from tests.support.threaded_server import LONGEST, Held
@@ -22,7 +22,7 @@ def picture(height: int, width: int) -> NDArray[np.uint8]:
     return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def assert_own(ran: Ran, image_HWC: NDArray[np.uint8], threshold: float = 100.0) -> None:
+def assert_own(ran: ModelRun, image_HWC: NDArray[np.uint8], threshold: float = 100.0) -> None:
     label_NHW, confidence_NHW = tiny_onnx.expected(image_HWC[None], threshold)
     np.testing.assert_array_equal(ran.label_HW, label_NHW[0])
     np.testing.assert_array_equal(ran.confidence_HW, confidence_NHW[0])
@@ -41,18 +41,18 @@ def pool(model: Held) -> Iterator[ThreadPoolExecutor]:
         model.gate.set()
 
 
-Submit = Callable[..., "Future[Ran]"]
+Submit = Callable[..., "Future[ModelRun]"]
 
 
 def line(batcher: Batcher, pool: ThreadPoolExecutor, model: Held) -> Submit:
     """The model is held by an image of a size of its own; what is submitted from now on stands in line, in order."""
     model.gate.clear()
-    pool.submit(batcher.run, model, picture(16, 16), Job())
+    pool.submit(batcher.run, model, picture(16, 16), ImageJob())
     until(lambda: model.shapes == [(1, 16, 16)])
 
-    def submit(image_HWC: NDArray[np.uint8], other: Held = model, job: Job | None = None) -> "Future[Ran]":
+    def submit(image_HWC: NDArray[np.uint8], other: Held = model, job: ImageJob | None = None) -> "Future[ModelRun]":
         before = batcher.waiting
-        future = pool.submit(batcher.run, other, image_HWC, job or Job())
+        future = pool.submit(batcher.run, other, image_HWC, job or ImageJob())
         until(lambda: batcher.waiting == before + 1)
         return future
 
@@ -63,7 +63,7 @@ def test_mixed_sizes_from_many_threads_get_their_own_answers(model: Held, pool: 
     batcher = Batcher(lambda runtime: 8)
     sizes = [(32, 48), (48, 32), (64, 64)]
     pictures = [picture(*sizes[i % 3]) for i in range(240)]
-    found = list(pool.map(lambda image_HWC: batcher.run(model, image_HWC, Job()), pictures))
+    found = list(pool.map(lambda image_HWC: batcher.run(model, image_HWC, ImageJob()), pictures))
     for image_HWC, ran in zip(pictures, found, strict=True):
         assert_own(ran, image_HWC)
     assert {shape[0] for shape in model.shapes} <= set(BATCH_SIZES)
@@ -74,7 +74,7 @@ def test_mixed_sizes_from_many_threads_get_their_own_answers(model: Held, pool: 
 def test_two_run_at_once_and_no_more(model: Held, pool: ThreadPoolExecutor) -> None:
     batcher = Batcher(lambda runtime: 8)
     model.gate.clear()
-    futures = [pool.submit(batcher.run, model, picture(*size), Job()) for size in [(16, 16), (32, 32), (48, 48)]]
+    futures = [pool.submit(batcher.run, model, picture(*size), ImageJob()) for size in [(16, 16), (32, 32), (48, 48)]]
     until(lambda: batcher.waiting == 1)
     assert len(model.shapes) == 2
     model.gate.set()
@@ -106,7 +106,7 @@ def test_the_oldest_goes_first_and_the_limit_holds(model: Held, pool: ThreadPool
 def test_alone_it_runs_at_once_and_in_its_own_thread(model: Held, pool: ThreadPoolExecutor) -> None:
     threads: list[int] = []
     batcher = Batcher(lambda runtime: threads.append(threading.get_ident()) or 8)  # type: ignore[func-returns-value]
-    assert batcher.run(model, picture(32, 32), Job()).batch == 1  # nobody else ever comes
+    assert batcher.run(model, picture(32, 32), ImageJob()).batch == 1  # nobody else ever comes
     assert threads == [threading.get_ident()]
 
 
@@ -152,7 +152,7 @@ def test_one_bad_image_does_not_take_the_others_down(tmp_path: Path, pool: Threa
 
 def test_dropped_images_never_reach_the_model(model: Held, pool: ThreadPoolExecutor) -> None:
     batcher = Batcher(lambda runtime: 8, at_once=1)
-    submit, jobs = line(batcher, pool, model), [Job() for _ in range(4)]
+    submit, jobs = line(batcher, pool, model), [ImageJob() for _ in range(4)]
     futures = [submit(picture(32, 32), job=job) for job in jobs]
     for i in (0, 2):
         batcher.drop(jobs[i])
@@ -173,7 +173,7 @@ def test_a_batch_answered_short_is_everybodys_error(tmp_path: Path, pool: Thread
 
     batcher = Batcher(lambda runtime: 8)
     model = Short(tmp_path / "bundle")
-    futures = [pool.submit(batcher.run, model, picture(32, 32), Job()) for _ in range(6)]
+    futures = [pool.submit(batcher.run, model, picture(32, 32), ImageJob()) for _ in range(6)]
     for future in futures:
         with pytest.raises(ValueError, match="zip"):
             future.result(LONGEST)

@@ -38,7 +38,7 @@ made = tiny_onnx.write(Path(sys.argv[1]) / "one")
 chosen = settings.Settings(bundle=made.folder, provider="cpu", threads=1, token="hush-hush")
 models = ModelManager(chosen)
 models.current = loader.open_runtime(chosen)
-web, desk = app.build(chosen, models)
+web, handler = app.build(chosen, models)
 http = TestClient(web, headers={"Authorization": "Bearer hush-hush"})
 parent = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
 picture = save(Image.fromarray(np.zeros((20, 30, 3), np.uint8)))
@@ -46,7 +46,7 @@ raw = {"Content-Type": "application/octet-stream"}
 http.post("/v1/segment", content=picture, headers=raw | {"traceparent": parent, "X-Request-Id": "mine"})
 http.post("/v1/segment", content=b"no image", headers=raw | {"traceparent": "zz-bad"})
 http.request("BREW", "/v1/se%0acret")
-desk.close()
+handler.close()
 print(json.dumps({"bundle": made.manifest.id, "spans": [json.loads(s.to_json()) | {
     "begin": s.start_time, "end": s.end_time} for s in exporter.get_finished_spans()]}))
 """
