@@ -79,3 +79,22 @@ def compare(
         raise typer.BadParameter(f"--seeds: {error}") from error
     result = compare.run(split_list(methods or []) or compare.default_methods(), numbers, settings or [])
     return replace(result, as_json=as_json)
+
+
+@command(app)
+def headroom(
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="repeatable; default: 0 and 1, for without two there is no verdict"),
+    ] = None,
+    params: Params = PARAMS,
+    as_json: Json = False,
+) -> Result:
+    """Say whether more images can pay at all: train on a quarter, a half and all of your labels, and draw the curve.
+
+    Judged on val, in reports/headroom. Six trainings of train.steps without unlabelled images; those done are kept.
+    """
+    from pipeline import config
+    from training import headroom
+
+    return replace(headroom.run(config.load(params), seeds or [0, 1]), as_json=as_json)

@@ -21,6 +21,10 @@ class Bar:
     def advance(self, steps: int = 1) -> None:
         self._progress.advance(self._task, steps)
 
+    def reach(self, step: int) -> None:
+        """Show `step` steps as done, however many were before."""
+        self._progress.update(self._task, completed=step)
+
 
 @contextmanager
 def bar(what: str, total: int, console: Console | None = None) -> Iterator[Bar]:

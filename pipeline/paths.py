@@ -65,6 +65,7 @@ SUSPECTS = REPORTS / "suspects"
 SUSPECT_LABELS = REPORTS / "suspect_labels.csv"
 DATA_REPORT = REPORTS / "data.html"
 COMPARISON = REPORTS / "compare"
+HEADROOM = REPORTS / "headroom"
 ENGINES_REPORT = REPORTS / "engines.json"
 
 # What only this machine needs; never in git.

@@ -164,14 +164,14 @@ COLUMNS = {
     "/ sd": ("gain_to_scatter", 1),
     "closed": ("share", 2),
     "kept": ("kept", 2),
-    "precision": ("precision", 2),
+    "right": ("precision", 2),
     "s/step": ("seconds_per_step", 2),
 }
 
 
 def table(rows: Sequence[dict[str, Any]], comparison: gains.Comparison, out: Path) -> Table:
     shown = Table(
-        title="test mIoU (%), teacher, last step; kept and precision at the end",
+        title="test mIoU (%), teacher, last step; pixels kept and right at the end",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,

@@ -36,6 +36,7 @@ ONLOOKERS = frozenset(
         "confident_learning",
         "evaluate",
         "gains",
+        "headroom",
         "predict",
         "reports/curves",
         "reports/evaluation",
