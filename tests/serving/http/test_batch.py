@@ -1,4 +1,4 @@
-"""BatchHandler images in one call over real HTTP: each answered as if it had come alone, bad ones as lines, in order, streamed."""
+"""Many images in one call over real HTTP: each answered as if it had come alone, bad ones as lines, in order, streamed."""
 
 import asyncio
 import io
