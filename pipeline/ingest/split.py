@@ -256,7 +256,7 @@ def run(params: config.Params) -> Result:
     shown: list[Table | str] = [_table(summary)]
     if summary["hidden_labels"]:
         shown.append(
-            f"{summary['hidden_labels']} unlabelled images have hidden labels: for diagnostics and train.method ceiling, no other trains on them"
+            f"{summary['hidden_labels']} unlabelled images have hidden labels: for diagnostics, and for train.method: ceiling"
         )
     return Result(shown, warnings(summary, source["lists"], before))
 
