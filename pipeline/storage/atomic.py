@@ -95,7 +95,11 @@ def sha256(source: Path | bytes) -> str:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold `file`'s exclusive lock; waits for another process that has it. A crash sets it free."""
+    """Hold `file`'s exclusive lock; waits for another process that has it. A crash sets it free.
+
+    By flock itself: where a file system has none this fails, while filelock then takes the file's existence for the lock,
+    which a killed process leaves behind.
+    """
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
