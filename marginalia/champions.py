@@ -26,9 +26,9 @@ def history(as_json: Json = False) -> Result:
     """Every champion: data, settings that changed, scores and why it won."""
     from pipeline.champions import history
 
-    told = history.told(paths.CHAMPIONS)
-    shown = history.table(told) if told["champions"] else "no champion yet: the gate has promoted nothing"
-    return Result((shown,), record=told, as_json=as_json)
+    found = history.summarize(paths.CHAMPIONS)
+    shown = history.table(found) if found.champions else "no champion yet: the gate has promoted nothing"
+    return Result((shown,), record=found.to_record(), as_json=as_json)
 
 
 @command(app)

@@ -241,10 +241,10 @@ def previews(
 
 def rescore_champion(params: config.Params, home: Path = paths.CHAMPIONS) -> stage.Result:
     """Score the champion on today's test split, so that the gate can compare again after the test set changed."""
-    record = store.current(home)
-    if record is None:
+    champion = store.read_champion(home)
+    if champion is None:
         raise EvaluateError(f"{home}/champion.json: there is no champion to score yet")
-    folder = home / str(record["id"])
+    folder = home / champion.id
     weights = folder / "student.safetensors"
     rows = manifest.read(paths.SPLIT_MANIFEST)
     warm_start.refuse_seen(weights, segmenter.read_meta(weights), (row.id for row in rows if row.split == "test"))

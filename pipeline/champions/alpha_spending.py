@@ -19,9 +19,11 @@ that only gained an image has another hash too and is not fresh, which no hash c
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import config
 from pipeline.champions import store
@@ -50,39 +52,51 @@ def _student(z: float, freedom: int) -> float:
     return math.sqrt(freedom * math.expm1(scaled**2 / freedom))
 
 
-def read(home: Path) -> list[dict[str, Any]]:
-    """Lines, oldest first. Raises ChampionError that names a damaged one."""
+class Comparison(BaseModel):
+    """One line of comparisons.jsonl; lines of older versions may lack what followed from it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    test_hash: str
+    challenger: str
+    champion: str  # "" where there was none
+    at: str | None = None
+    verdict: str | None = None
+    delta: int | float | None = None
+
+    @property
+    def pair(self) -> Pair:
+        return self.test_hash, self.challenger, self.champion
+
+    def to_line(self) -> str:
+        return json.dumps(self.model_dump(mode="json", exclude_unset=True), sort_keys=True) + "\n"
+
+
+def read_comparisons(home: Path) -> list[Comparison]:
+    """Oldest first. Raises ChampionError that names a damaged line."""
     file = home / FILE
-    found = []
+    comparisons = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 1):
         try:
-            record = json.loads(line)
-            _pair(record)
-        except (ValueError, KeyError, TypeError) as error:
+            comparisons.append(Comparison.model_validate(json.loads(line)))
+        except ValueError as error:  # no JSON, or no such record
+            wrong = store.first_problem(error) if isinstance(error, ValidationError) else error
             raise store.ChampionError(
-                f"{file}: line {number} is no comparison ({error!r}); mend or remove that line, then run "
+                f"{file}: line {number} is no comparison ({wrong}); mend or remove that line, then run "
                 "`dvc repro -f -s gate`"
             ) from error
-        found.append(record)
-    return found
+    return comparisons
 
 
-def _pair(record: dict[str, Any]) -> Pair:
-    return record["test_hash"], record["challenger"], record["champion"]
-
-
-def number(lines: list[dict[str, Any]], pair: Pair) -> int:
+def comparison_number(comparisons: Sequence[Comparison], pair: Pair) -> int:
     """Which comparison on its test set this pair is, from 1; one that was made already keeps its number."""
-    known = list(dict.fromkeys(_pair(line) for line in lines if line["test_hash"] == pair[0]))
+    known = list(dict.fromkeys(made.pair for made in comparisons if made.test_hash == pair[0]))
     return known.index(pair) + 1 if pair in known else len(known) + 1
 
 
-def add(home: Path, lines: list[dict[str, Any]], pair: Pair, about: dict[str, Any]) -> None:
+def add_comparison(home: Path, comparisons: Sequence[Comparison], comparison: Comparison) -> None:
     """Write one more line, unless the pair has one. Before the pointer moves: what was looked at is never forgotten."""
-    if pair not in map(_pair, lines):
-        record = dict(zip(("test_hash", "challenger", "champion"), pair, strict=True)) | about
-        text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in [*lines, record])
-        atomic.write_text(home / FILE, text)
+    if comparison.pair not in [made.pair for made in comparisons]:
+        atomic.write_text(home / FILE, "".join(made.to_line() for made in [*comparisons, comparison]))
 
 
 def worn(gate: config.Gate, comparison: int, images: int, test_hash: str) -> str | None:

@@ -13,44 +13,45 @@ For a challenger that passed parity and was scored on the champion's test hash a
 - inside a DVC experiment nothing is promoted: what is tried must not reach the running service. The numbers are told.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
 from pipeline import config
-from pipeline.champions import alpha_spending, metrics, store
+from pipeline.champions import alpha_spending, metrics
+from pipeline.champions.scored import GateError, Scored
 
 SEED = 0
 VERDICTS = Literal["promoted", "kept", "refused"]
 
 
-class GateError(store.ChampionError):
-    """An input of the gate is missing or does not belong to the others; the message names the file and what to do."""
+class ClassComparison(BaseModel):
+    """One class's IoU in percent, the challenger's minus the champion's with its interval, and whether it blocks."""
+
+    model_config = ConfigDict(frozen=True)
+    delta: float | None
+    ci: list[float] | None
+    challenger: float | None
+    champion: float | None
+    guarded: bool
+    blocks: bool
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One model's result: id, test hash, class names, image ids and per-image confusion matrices N x K x K."""
+class Verdict(BaseModel):
+    """What the gate decides and why; mIoU and their difference in percent, None where they were not compared."""
 
-    id: str
-    test_hash: str
-    classes: tuple[str, ...]
-    images: tuple[str, ...]
-    confusion_NKK: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Verdict:
+    model_config = ConfigDict(frozen=True)
     verdict: VERDICTS
     reason: str
     delta: float | None = None
     ci: list[float] | None = None
-    per_class: dict[str, dict[str, Any]] = field(default_factory=dict)
+    per_class: dict[str, ClassComparison] = {}
     miou: float | None = None
     champion_miou: float | None = None
-    comparison: int | None = None
+    comparison: int | None = None  # which one on this test set, from 1
 
 
 def number(value: float) -> float | None:
@@ -109,66 +110,88 @@ def judge(
         f"an experiment never moves the champion: `dvc exp apply {experiment}` and then `dvc repro -f -s gate` let it "
         f"compete; judged: {verdict.reason}"
     )
-    return replace(verdict, verdict="kept", reason=reason)
+    return verdict.model_copy(update={"verdict": "kept", "reason": reason})
 
 
 def _judge(challenger: Scored, champion: Scored | None, gate: config.Gate, comparison: int) -> Verdict:
     miou = metrics.miou(challenger.confusion_NKK.sum(0))
     if champion is None:
-        if not miou >= gate.minimum_miou:
-            return Verdict(
-                "kept",
-                f"no champion yet, and mIoU {miou:.2f} is below gate.minimum_miou {gate.minimum_miou:g}",
-                miou=number(miou),
-            )
-        return Verdict("promoted", f"first champion: mIoU {miou:.2f}", miou=miou)
-    rest = _aligned(challenger, champion)
-    reason = _incomparable(challenger, champion, rest)
-    if reason is not None or rest is None:
-        return Verdict("refused", reason or "", miou=number(miou))
-    return _compare(challenger, rest, gate, comparison)
+        if miou >= gate.minimum_miou:
+            return Verdict(verdict="promoted", reason=f"first champion: mIoU {miou:.2f}", miou=miou)
+        reason = f"no champion yet, and mIoU {miou:.2f} is below gate.minimum_miou {gate.minimum_miou:g}"
+        return Verdict(verdict="kept", reason=reason, miou=number(miou))
+
+    champion_NKK = _aligned(challenger, champion)
+    wrong = _incomparable(challenger, champion, champion_NKK)
+    if wrong is not None or champion_NKK is None:
+        return Verdict(verdict="refused", reason=wrong or "", miou=number(miou))
+    return _compare(challenger, champion_NKK, gate, comparison)
 
 
 def _compare(challenger: Scored, champion_NKK: NDArray[np.int64], gate: config.Gate, comparison: int) -> Verdict:
     pair = (challenger.confusion_NKK, champion_NKK)
-    drawn = [metrics.bootstrap(conf, samples=gate.bootstrap, seed=SEED) for conf in pair]
-    new, old = (metrics.iou(conf.sum(0)) for conf in pair)
-    miou, champion_miou = (metrics.miou(conf.sum(0)) for conf in pair)
-    spread = metrics.interval(100 * (metrics.mean_present(drawn[0]) - metrics.mean_present(drawn[1])), gate.confidence)
+    new_SK, old_SK = (metrics.bootstrap(counts_NKK, samples=gate.bootstrap, seed=SEED) for counts_NKK in pair)
+    miou, champion_miou = (metrics.miou(counts_NKK.sum(0)) for counts_NKK in pair)
     delta = miou - champion_miou
-    per_class: dict[str, dict[str, Any]] = {}
-    fallen = []
+    spread = metrics.interval(100 * (metrics.mean_present(new_SK) - metrics.mean_present(old_SK)), gate.confidence)
+
+    new_K, old_K = (metrics.iou(counts_NKK.sum(0)) for counts_NKK in pair)
+    per_class: dict[str, ClassComparison] = {}
+    falls = []
     for c, name in enumerate(challenger.classes):
-        change = 100 * float(new[c] - old[c])
-        ci = metrics.interval(100 * (drawn[0][:, c] - drawn[1][:, c]), gate.confidence)
-        blocks = None
-        if change < -gate.class_floor:
-            blocks = f"{name} falls by {-change:.2f} points (gate.class_floor {gate.class_floor:g})"
-        elif name in gate.guarded and change < -gate.class_floor / 2:
-            blocks = f"guarded {name} falls by {-change:.2f} points (half of gate.class_floor {gate.class_floor:g})"
-        elif name in gate.guarded and ci is not None and ci.high < 0:
-            blocks = f"guarded {name} falls by {-change:.2f} points, interval [{ci.low:.2f}, {ci.high:.2f}] below 0"
-        if blocks:
-            fallen.append(blocks)
-        per_class[name] = {
-            "delta": number(change), "ci": ci.as_list() if ci else None,
-            "challenger": number(100 * float(new[c])), "champion": number(100 * float(old[c])),
-            "guarded": name in gate.guarded, "blocks": blocks is not None,
-        }  # fmt: skip
+        change = 100 * float(new_K[c] - old_K[c])
+        ci = metrics.interval(100 * (new_SK[:, c] - old_SK[:, c]), gate.confidence)
+        fall = _unacceptable_fall(name, change, ci, gate)
+        if fall is not None:
+            falls.append(fall)
+        per_class[name] = ClassComparison(
+            delta=number(change),
+            ci=ci.as_list() if ci else None,
+            challenger=number(100 * float(new_K[c])),
+            champion=number(100 * float(old_K[c])),
+            guarded=name in gate.guarded,
+            blocks=fall is not None,
+        )
     if spread is None or np.isnan(delta):
-        return Verdict("kept", "no pixel of the test set could be compared", per_class=per_class)
+        return Verdict(verdict="kept", reason="no pixel of the test set could be compared", per_class=per_class)
+
     wider = alpha_spending.widening(gate, comparison, len(challenger.images))
     low, high = (delta + wider * (end - delta) for end in (spread.low, spread.high))
-    told = f"delta mIoU {delta:+.2f}, {100 * gate.confidence:g}% interval [{low:+.2f}, {high:+.2f}]"
+    numbers = f"delta mIoU {delta:+.2f}, {100 * gate.confidence:g}% interval [{low:+.2f}, {high:+.2f}]"
     if wider > 1:
-        told += f", {wider:.2f} times as wide as at first: challenger {comparison} on this test set"
-    if fallen:
-        verdict: VERDICTS = "kept"
-        reason = f"{'; '.join(fallen)}; {told}"
-    elif len(challenger.images) < 2:
-        verdict, reason = "kept", f"{told}, but one test image says nothing about the spread: add test images"
-    elif low > 0:
-        verdict, reason = "promoted", told
-    else:
-        verdict, reason = "kept", f"not better beyond chance: {told}"
-    return Verdict(verdict, reason, delta, [low, high], per_class, miou, champion_miou, comparison)
+        numbers += f", {wider:.2f} times as wide as at first: challenger {comparison} on this test set"
+    verdict, reason = _weigh(falls, len(challenger.images), low, numbers)
+    return Verdict(
+        verdict=verdict,
+        reason=reason,
+        delta=delta,
+        ci=[low, high],
+        per_class=per_class,
+        miou=miou,
+        champion_miou=champion_miou,
+        comparison=comparison,
+    )
+
+
+def _unacceptable_fall(name: str, change: float, ci: metrics.Interval | None, gate: config.Gate) -> str | None:
+    """Why a class's change, in points, keeps the champion, or None."""
+    if change < -gate.class_floor:
+        return f"{name} falls by {-change:.2f} points (gate.class_floor {gate.class_floor:g})"
+    if name not in gate.guarded:
+        return None
+    if change < -gate.class_floor / 2:
+        return f"guarded {name} falls by {-change:.2f} points (half of gate.class_floor {gate.class_floor:g})"
+    if ci is not None and ci.high < 0:
+        return f"guarded {name} falls by {-change:.2f} points, interval [{ci.low:.2f}, {ci.high:.2f}] below 0"
+    return None
+
+
+def _weigh(falls: Sequence[str], images: int, low: float, numbers: str) -> tuple[VERDICTS, str]:
+    """Verdict and reason, from what speaks against the challenger and the lower end of its gain."""
+    if falls:
+        return "kept", f"{'; '.join(falls)}; {numbers}"
+    if images < 2:
+        return "kept", f"{numbers}, but one test image says nothing about the spread: add test images"
+    if low > 0:
+        return "promoted", numbers
+    return "kept", f"not better beyond chance: {numbers}"

@@ -5,121 +5,167 @@ must be one model: bundle, weights, scores and parity report name each other by 
 """
 
 import os
-import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from pipeline import config, paths
-from pipeline.champions import alpha_spending, history, metrics, store
-from pipeline.champions.decision import GateError, Scored, Verdict, judge, number
+from pipeline.champions import alpha_spending, history, store
+from pipeline.champions.alpha_spending import Comparison
+from pipeline.champions.challenger import Challenger, added_variants, read_challenger
+from pipeline.champions.champion import Champion, origin
+from pipeline.champions.decision import VERDICTS, Verdict, judge
+from pipeline.champions.scored import GateError, Scored, read_scored
 from pipeline.stage import Exit, Result
 from pipeline.storage import atomic
 
 
-def read_scored(id: str, scores_file: Path, confusions_file: Path, remedy: str = "run the evaluate stage") -> Scored:
-    """Scores and per-image counts as evaluate left them.
+class GateReport(Verdict):
+    """reports/gate.json: the verdict, between which two, and the rules it was made by."""
 
-    Raises:
-        GateError: a file is missing or damaged, or the two do not belong together; the message ends with `remedy`.
-    """
-    for file in (scores_file, confusions_file):
-        if not file.exists():
-            raise GateError(f"{file}: not found; {remedy}")
-    said = store.read_record(scores_file, ("test_hash", "weights"), f"{remedy} again")
-    try:
-        with np.load(confusions_file, allow_pickle=False) as arrays:
-            hashes = str(arrays["test_hash"]), str(arrays["weights"])
-            names, images = (tuple(map(str, arrays[key])) for key in ("classes", "ids"))
-            counts_NKK = arrays["confusion"]
-    except (
-        OSError,
-        EOFError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise GateError(f"{confusions_file}: damaged ({error!r}); {remedy} again") from error
-    if hashes != (said["test_hash"], said["weights"]):
-        raise GateError(f"{confusions_file} and {scores_file} come from different runs; {remedy} again")
-    wanted = (len(images), len(names), len(names))
-    if counts_NKK.shape != wanted or counts_NKK.dtype.kind not in "iu":
-        found = f"{counts_NKK.dtype} {counts_NKK.shape}"
-        raise GateError(f"{confusions_file}: confusion is {found}, not whole numbers {wanted}; {remedy} again")
-    return Scored(id, said["test_hash"], names, images, counts_NKK)
+    challenger: str
+    champion: str | None  # of before
+    confidence: float
+    sequential: str
+    warning: str | None
+    draws: int
+    test_hash: str
+    test_images: int
 
 
-def _belongs(bundle_id: str, student: Path, said: dict[str, Any], parity: dict[str, Any]) -> str | None:
-    """Why this bundle, these weights, these scores and this parity report are not one model; None when they are."""
-    weights = atomic.sha256(student)
-    if parity.get("bundle") != bundle_id:
-        return (
-            f"reports/parity.json is about bundle {parity.get('bundle')}, not {bundle_id}; run the parity stage again"
+@dataclass(frozen=True)
+class Outcome:
+    """The verdict, and what the pointer says from now on; None where it stays."""
+
+    verdict: Verdict
+    champion: Champion | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One challenger before the gate. `home` is the champions' folder; inside `experiment` nothing there is written."""
+
+    home: Path
+    gate: config.Gate
+    challenger: Challenger
+    champion: Champion | None
+    experiment: str | None
+    when: str
+
+    def decide(self) -> Outcome:
+        """Raises ChampionError where the champion's own scores are missing or damaged."""
+        challenger = self.challenger
+        wrong = challenger.inconsistency()
+        if wrong is not None:
+            return Outcome(Verdict(verdict="refused", reason=wrong))
+        if self.champion is not None and self.champion.id == challenger.id:
+            return self._champion_again(self.champion)
+        if challenger.id in history.withdrawn(history.read_history(self.home)):
+            reason = (
+                f"bundle {challenger.id} was rolled back from; `marginalia rollback {challenger.id}` makes it the champion "
+                "again, a new training may compete"
+            )
+            return self._outcome("kept", reason)
+
+        if self.champion is None:
+            return self._compared(None)
+        rival = _champion_scored(self.home, self.champion)
+        if self.experiment is None and (added := added_variants(challenger, rival, self.home)) is not None:
+            return self._more_variants(self.champion, added)
+        return self._compared(rival)
+
+    def _champion_again(self, champion: Champion) -> Outcome:
+        """The challenger is the champion: it is kept, and its files are written again where they are damaged."""
+        harm = None if self.experiment is not None else _damage(self.home, champion, self.challenger.student)
+        reason = f"bundle {champion.id} is the champion already"
+        if harm is None:
+            return self._outcome("kept", reason)
+        repaired = champion.model_copy(update={"repaired_at": self.when, "repaired": harm})
+        return self._outcome("kept", f"{reason}; its files were written again, since {harm}", repaired)
+
+    def _more_variants(self, champion: Champion, added: str) -> Outcome:
+        """The champion's own network with further variants takes its place, and keeps what that network won by."""
+        reason = f"the network of champion {champion.id}, exported anew with {added}"
+        verdict = Verdict(verdict="promoted", reason=reason, miou=self.challenger.miou)
+        won_by = {"delta": champion.delta, "ci": champion.ci, "comparison": champion.comparison}
+        return Outcome(verdict, self._promoted(verdict).model_copy(update=won_by))
+
+    def _compared(self, rival: Scored | None) -> Outcome:
+        made = alpha_spending.read_comparisons(self.home)
+        challenger = self.challenger
+        pair = (challenger.scored.test_hash, challenger.id, self.champion.id if self.champion is not None else "")
+        count = alpha_spending.comparison_number(made, pair)
+        verdict = judge(challenger.scored, rival, self.gate, experiment=self.experiment, comparison=count)
+
+        if verdict.comparison is not None and self.experiment is None:
+            line = Comparison(
+                test_hash=pair[0],
+                challenger=pair[1],
+                champion=pair[2],
+                at=self.when,
+                verdict=verdict.verdict,
+                delta=verdict.delta,
+            )
+            alpha_spending.add_comparison(self.home, made, line)
+        return Outcome(verdict, self._promoted(verdict) if verdict.verdict == "promoted" else None)
+
+    def _outcome(self, verdict: VERDICTS, reason: str, champion: Champion | None = None) -> Outcome:
+        return Outcome(Verdict(verdict=verdict, reason=reason, miou=self.challenger.miou), champion)
+
+    def _promoted(self, verdict: Verdict) -> Champion:
+        """The challenger's record as champion."""
+        id = self.challenger.id
+        trained = self.challenger.student.with_name("train.json")
+        return Champion(
+            **origin(atomic.read_json(trained) if trained.exists() else {}, self.challenger.scores),
+            id=id,
+            bundle=f"champions/{id}/bundle",
+            student=f"champions/{id}/student.safetensors",
+            previous=self.champion.id if self.champion else None,
+            promoted_at=self.when,
+            miou=verdict.miou,
+            reason=verdict.reason,
+            delta=verdict.delta,
+            ci=verdict.ci,
+            comparison=verdict.comparison,
         )
-    if said["weights"] != weights or parity.get("weights") != weights:
-        return f"{student} is not what was evaluated and checked for parity; run `dvc repro` so that all three agree"
-    if not parity.get("passed"):
-        return f"parity failed: {'; '.join(parity.get('failures', [])) or 'see reports/parity.json'}"
-    return None
+
+    def report(self, verdict: Verdict) -> GateReport:
+        scored = self.challenger.scored
+        warning = None
+        if verdict.comparison is not None:
+            warning = alpha_spending.worn(self.gate, verdict.comparison, len(scored.images), scored.test_hash)
+        return GateReport(
+            **dict(verdict),
+            challenger=self.challenger.id,
+            champion=self.champion.id if self.champion else None,
+            confidence=self.gate.confidence,
+            sequential=self.gate.sequential,
+            warning=warning,
+            draws=self.gate.bootstrap,
+            test_hash=scored.test_hash,
+            test_images=len(scored.images),
+        )
 
 
-def _champions_scores(home: Path, champion: dict[str, Any]) -> Scored:
-    theirs = home / str(champion["id"])
-    remedy = f"restore {theirs}, or move {home / 'champion.json'} away; then run `dvc repro -f -s gate`"
-    return read_scored(theirs.name, theirs / "scores.json", theirs / "confusions.npz", remedy)
+def _champion_scored(home: Path, champion: Champion) -> Scored:
+    folder = home / champion.id
+    remedy = f"restore {folder}, or move {home / 'champion.json'} away; then run `dvc repro -f -s gate`"
+    return read_scored(folder.name, folder / "scores.json", folder / "confusions.npz", remedy)
 
 
-def _damage(home: Path, champion: dict[str, Any], student: Path) -> str | None:
+def _damage(home: Path, champion: Champion, student: Path) -> str | None:
     """What is wrong with the files of a champion whose weights are `student`, or None."""
     try:
         store.check_copy(home, champion, student)
-        _champions_scores(home, champion)
+        _champion_scored(home, champion)
     except store.ChampionError as error:
         return str(error).partition("; ")[0]  # the rest is advice that is followed here
     return None
-
-
-def _forms(bundle: Path) -> set[str]:
-    """What a bundle offers; nothing where that cannot be read."""
-    try:
-        return {
-            f"{o['runtime']} {o['device']} {o['precision']}"
-            for o in atomic.read_json(bundle / "bundle.json")["options"]
-        }
-    except (OSError, ValueError, LookupError, TypeError):
-        return set()
-
-
-def _weights(home: Path, id: str) -> str | None:
-    try:
-        return str(atomic.read_json(home / id / "scores.json")["weights"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def _added_forms(challenger: Scored, weights: str, bundle: Path, rival: Scored, home: Path) -> str | None:
-    """What a bundle of the champion's own weights offers beyond the champion's; None where the weights, the scores or the
-    classes differ, it lacks a form (which may be this machine's doing), adds none, or that network was rolled back from."""
-    if weights != _weights(home, rival.id) or (challenger.test_hash, challenger.classes) != (
-        rival.test_hash,
-        rival.classes,
-    ):
-        return None
-    if weights in {_weights(home, id) for id in history.withdrawn(history.read(home))}:
-        return None
-    if not np.array_equal(challenger.confusion_NKK.sum(0), rival.confusion_NKK.sum(0)):
-        return None
-    now, before = _forms(bundle), _forms(home / rival.id / "bundle")
-    return ", ".join(sorted(now - before)) if now > before > set() else None
 
 
 def run(
@@ -129,97 +175,42 @@ def run(
     experiment: str | None = None,
     home: Path | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
-) -> Verdict:
+) -> GateReport:
     """The stage: read, judge, promote if so, write reports/gate.json. `home` is the champions' folder, if not in `root`.
 
     A challenger that is the champion already is kept; when the champion's own files are damaged or gone, they are
-    written again from it, and its record keeps what it won by. The champion's own network in a bundle with further forms
-    (int8 that was left out before, say) takes its place without a comparison, unless it was rolled back from. Inside
-    `experiment` nothing in `home` is written.
+    written again from it, and its record keeps what it won by. The champion's own network in a bundle with further
+    variants (int8 that was left out before, say) takes its place without a comparison, unless it was rolled back from.
+    Inside `experiment` nothing in `home` is written.
 
     Raises:
         ChampionError: missing or damaged inputs; the message names the file and what to do.
     """
     home = home or root / paths.CHAMPIONS
     with store.locked(home) if experiment is None else nullcontext():
-        return _run(root, gate, experiment, home, now)
+        for file in (root / paths.STUDENT_WEIGHTS, root / paths.PARITY):
+            if not file.exists():
+                raise GateError(f"{file}: not found; run `dvc repro`")
+        id = store.check_bundle(root / paths.BUNDLE)
+        champion = _standing(home, id)
+        if champion is not None and experiment is None:
+            store.settle(home, champion)
+
+        challenger = read_challenger(root, id)
+        trial = Trial(home, gate, challenger, champion, experiment, now().isoformat(timespec="seconds"))
+        outcome = trial.decide()
+        if outcome.champion is not None:
+            store.promote(home, id, challenger.bundle, challenger.files, outcome.champion)
+
+        report = trial.report(outcome.verdict)
+        atomic.write_json(root / paths.GATE, report.model_dump(mode="json"))
+        return report
 
 
-def _run(root: Path, gate: config.Gate, experiment: str | None, home: Path, now: Callable[[], datetime]) -> Verdict:
-    reports, bundle = root / "reports", root / "bundle"
-    student = root / "models/student/student.safetensors"
-    inputs = [reports / "scores.json", reports / "confusions.npz"]
-    for file in (student, reports / "parity.json"):
-        if not file.exists():
-            raise GateError(f"{file}: not found; run `dvc repro`")
-    id = store.check_bundle(bundle)
-    champion = store.pointer(home)
-    if champion is not None and champion["id"] != id:
-        champion = store.current(home)
-    if champion is not None and experiment is None:
-        store.settle(home, champion)
-    challenger = read_scored(id, inputs[0], inputs[1])
-    miou = number(metrics.miou(challenger.confusion_NKK.sum(0)))
-    parity = store.read_record(reports / "parity.json", (), "run the parity stage again")
-    said = store.read_record(inputs[0], ("weights",), "run the evaluate stage again")
-    wrong = _belongs(id, student, said, parity)
-    added: str | None = None
-    move, harm, when = False, None, now().isoformat(timespec="seconds")
-    if wrong is not None:
-        verdict = Verdict("refused", wrong)
-    elif champion is not None and champion["id"] == id:
-        harm = None if experiment is not None else _damage(home, champion, student)
-        reason, move = f"bundle {id} is the champion already", harm is not None
-        if harm is not None:
-            reason = f"{reason}; its files were written again, since {harm}"
-        verdict = Verdict("kept", reason, miou=miou)
-    elif id in history.withdrawn(history.read(home)):
-        verdict = Verdict(
-            "kept",
-            f"bundle {id} was rolled back from; `marginalia rollback {id}` makes it the champion again, a new training "
-            "may compete",
-            miou=miou,
-        )
-    else:
-        rival = _champions_scores(home, champion) if champion is not None else None
-        if rival is not None and experiment is None:
-            added = _added_forms(challenger, str(said["weights"]), bundle, rival, home)
-        if rival is not None and added is not None:
-            verdict = Verdict("promoted", f"the network of champion {rival.id}, exported anew with {added}", miou=miou)
-        else:
-            made = alpha_spending.read(home)
-            pair = (challenger.test_hash, id, champion["id"] if champion is not None else "")
-            verdict = judge(
-                challenger, rival, gate, experiment=experiment, comparison=alpha_spending.number(made, pair)
-            )
-            if verdict.comparison is not None and experiment is None:
-                alpha_spending.add(home, made, pair, {"at": when, "verdict": verdict.verdict, "delta": verdict.delta})
-        move = verdict.verdict == "promoted"
-    if move:
-        trained = student.with_name("train.json")
-        record = history.made_from(atomic.read_json(trained) if trained.exists() else {}, said) | {
-            "id": id, "bundle": f"champions/{id}/bundle", "student": f"champions/{id}/student.safetensors",
-            "previous": champion["id"] if champion else None, "promoted_at": when,
-            "miou": verdict.miou, "reason": verdict.reason, "delta": verdict.delta, "ci": verdict.ci,
-            "comparison": verdict.comparison,
-        }  # fmt: skip
-        if champion is not None and added is not None:
-            record |= {name: champion.get(name) for name in ("delta", "ci", "comparison")}  # what its network won by
-        if champion is not None and harm is not None:
-            record = champion | {"repaired_at": when, "repaired": harm}
-        store.promote(home, id, bundle, [student, *inputs], record)
-    report = {**verdict.__dict__, "challenger": id, "champion": champion["id"] if champion else None}
-    report |= {
-        "confidence": gate.confidence,
-        "sequential": gate.sequential,
-        "warning": verdict.comparison
-        and alpha_spending.worn(gate, verdict.comparison, len(challenger.images), challenger.test_hash),
-        "draws": gate.bootstrap,
-        "test_hash": challenger.test_hash,
-        "test_images": len(challenger.images),
-    }
-    atomic.write_json(reports / "gate.json", report)
-    return verdict
+def _standing(home: Path, challenger: str) -> Champion | None:
+    """The champion of now. Its bundle may be gone where the challenger is the same one, and can restore it."""
+    champion = store.read_pointer(home)
+    return champion if champion is None or champion.id == challenger else store.read_champion(home)
 
 
 def stage(params: config.Params) -> Result:
@@ -228,13 +219,14 @@ def stage(params: config.Params) -> Result:
     # lies elsewhere, without champions/; DVC_ROOT is then still the project.
     experiment = os.environ.get("DVC_EXP_NAME") or None
     project = Path(os.environ.get("DVC_ROOT", "")) if experiment else Path()
-    verdict = run(Path(), params.gate, experiment=experiment, home=project / paths.CHAMPIONS)
+    report = run(Path(), params.gate, experiment=experiment, home=project / paths.CHAMPIONS)
 
-    report = atomic.read_json(paths.GATE)
-    shown, warnings = (_table(verdict),), [report["warning"]] if report["warning"] else []
-    if verdict.verdict == "refused":
-        return Result(shown, warnings, (f"gate: refused: {verdict.reason}",), Exit.REFUSED, report)
-    return Result(shown, warnings, record=report)
+    shown = (_table(report),)
+    warnings = [report.warning] if report.warning else []
+    record = report.model_dump(mode="json")
+    if report.verdict == "refused":
+        return Result(shown, warnings, (f"gate: refused: {report.reason}",), Exit.REFUSED, record)
+    return Result(shown, warnings, record=record)
 
 
 def _table(verdict: Verdict) -> Table:
@@ -242,11 +234,9 @@ def _table(verdict: Verdict) -> Table:
         "class", "champion", "challenger", "delta", "interval", title=f"gate: {verdict.verdict}", caption=verdict.reason
     )
     for name, row in verdict.per_class.items():
-        cells = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("champion", "challenger", "delta")]
-        ci = "-" if row["ci"] is None else f"{row['ci'][0]:+.2f} .. {row['ci'][1]:+.2f}"
-        table.add_row(
-            f"{name} (guarded)" if row["guarded"] else name, *cells, ci, style="red" if row["blocks"] else None
-        )
+        cells = ["-" if value is None else f"{value:.2f}" for value in (row.champion, row.challenger, row.delta)]
+        ci = "-" if row.ci is None else f"{row.ci[0]:+.2f} .. {row.ci[1]:+.2f}"
+        table.add_row(f"{name} (guarded)" if row.guarded else name, *cells, ci, style="red" if row.blocks else None)
     if verdict.delta is not None and verdict.ci is not None:
         cells = [f"{value:.2f}" for value in (verdict.champion_miou or 0.0, verdict.miou or 0.0, verdict.delta)]
         table.add_row("mIoU", *cells, f"{verdict.ci[0]:+.2f} .. {verdict.ci[1]:+.2f}", style="bold")

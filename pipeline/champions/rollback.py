@@ -7,10 +7,12 @@ it. What is trained next starts from the champion returned to.
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline import paths
-from pipeline.champions import gate, history, store
+from pipeline.champions import history, store
+from pipeline.champions.champion import Champion
+from pipeline.champions.scored import read_scored
 from pipeline.ingest import dump_registry
 from pipeline.storage import atomic, dvc
 
@@ -35,52 +37,55 @@ def run(root: Path, id: str | None = None, *, now: Callable[[], datetime] = lamb
     """
     home = root / paths.CHAMPIONS
     with store.locked(home):
-        here = store.pointer(home)
+        here = store.read_pointer(home)
         if here is None:
             raise store.ChampionError(f"{home / 'champion.json'}: no champion yet, so none to go back to")
-        begun = store.settle(home, here) and not here.get("repaired_at") and here.get("rolled_back_from")
+        begun = store.settle(home, here) and not here.repaired_at and here.rolled_back_from
         if id is None and begun:
-            return Moved(here["id"], begun, _start_from(root, here["id"]))
-        target = id or here.get("previous")
+            return Moved(here.id, begun, _start_from(root, here.id))
+
+        target = id or here.previous
         if target is None:
             raise store.ChampionError(
-                f"{home / 'champion.json'}: {here['id']} has no champion before it; name one of "
+                f"{home / 'champion.json'}: {here.id} has no champion before it; name one of "
                 f"{home / store.HISTORY} (`marginalia history`)"
             )
-        record = _record(home, target)
-        _check(home, record)
+        champion = _find(home, target)
+        _check(home, champion)
+
         moved = _start_from(root, target)
-        if target != here["id"]:
+        if target != here.id:
             when = now().isoformat(timespec="seconds")
-            record |= {"rolled_back_from": here["id"], "moved_at": when}
-            atomic.write_json(home / "champion.json", record)
-            store.settle(home, record)
-        return Moved(target, here["id"], moved)
+            update = {"rolled_back_from": here.id, "moved_at": when}
+            store.write_pointer(home, champion.model_copy(update=update))
+        return Moved(target, here.id, moved)
 
 
-def _record(home: Path, id: str) -> dict[str, Any]:
+def _find(home: Path, id: str) -> Champion:
     """The newest line of history about `id`, without the own words of an earlier rollback or repair."""
-    records = history.read(home)
-    found = next((record for record in reversed(records) if record["id"] == id), None)
+    champions = history.read_history(home)
+    found = next((champion for champion in reversed(champions) if champion.id == id), None)
     if found is None:
-        known = ", ".join(dict.fromkeys(record["id"] for record in records)) or "none"
+        known = ", ".join(dict.fromkeys(champion.id for champion in champions)) or "none"
         raise store.ChampionError(f"{home / store.HISTORY}: no champion {id!r}; known: {known}")
-    return {key: value for key, value in found.items() if key not in history.LATER}
+    return found.without_later()
 
 
-def _check(home: Path, record: dict[str, Any]) -> None:
+def _check(home: Path, champion: Champion) -> None:
     """The bundle against its checksums, the weights against the scores: what serves, trains and judges next."""
-    folder = home / str(record["id"])
+    folder = home / champion.id
     remedy = f"restore {folder} (`dvc checkout`, a backup), or name another champion"
     if not folder.is_dir() and not dvc.restore(folder):
         raise store.ChampionError(f"{folder}: is gone; {remedy}")
+
     bundle, student = folder / "bundle", folder / "student.safetensors"
     found = store.check_bundle(bundle, remedy)
-    if found != record["id"]:
-        raise store.ChampionError(f"{bundle}: holds bundle {found}, not {record['id']}; {remedy}")
-    gate.read_scored(folder.name, folder / "scores.json", folder / "confusions.npz", remedy)
-    said = store.read_record(folder / "scores.json", ("weights",), remedy)
-    if not student.is_file() or atomic.sha256(student) != said["weights"]:
+    if found != champion.id:
+        raise store.ChampionError(f"{bundle}: holds bundle {found}, not {champion.id}; {remedy}")
+
+    read_scored(folder.name, folder / "scores.json", folder / "confusions.npz", remedy)
+    scores = store.read_record(folder / "scores.json", ("weights",), remedy)
+    if not student.is_file() or atomic.sha256(student) != scores["weights"]:
         raise store.ChampionError(
             f"{student}: missing, or not the weights that {folder / 'scores.json'} is about; {remedy}"
         )

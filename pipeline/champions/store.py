@@ -13,6 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from pipeline.champions.champion import Champion
 from pipeline.storage import atomic
 
 HISTORY = "history.jsonl"
@@ -67,7 +70,7 @@ def _copy(source: Path, target: Path) -> None:
         os.fsync(write.fileno())
 
 
-def promote(champions: Path, id: str, bundle: Path, extra: Sequence[Path], record: dict[str, Any]) -> None:
+def promote(champions: Path, id: str, bundle: Path, extra: Sequence[Path], champion: Champion) -> None:
     """Make `bundle` (with the files `extra` beside it) the champion.
 
     Repeating it after a kill at any point is safe. Readers see the old champion until the pointer is replaced.
@@ -90,8 +93,13 @@ def promote(champions: Path, id: str, bundle: Path, extra: Sequence[Path], recor
         home.rename(aside)
     fresh.rename(home)
     atomic.sync_folder(champions)
-    atomic.write_json(champions / "champion.json", record)
-    settle(champions, record)
+    write_pointer(champions, champion)
+
+
+def write_pointer(champions: Path, champion: Champion) -> None:
+    """Move the pointer, and write its line of history."""
+    atomic.write_json(champions / "champion.json", champion.to_record())
+    settle(champions, champion)
 
 
 def locked(champions: Path) -> AbstractContextManager[None]:
@@ -99,14 +107,14 @@ def locked(champions: Path) -> AbstractContextManager[None]:
     return atomic.locked(champions / ".lock") if champions.is_dir() else nullcontext()
 
 
-def settle(champions: Path, record: dict[str, Any]) -> bool:
+def settle(champions: Path, champion: Champion) -> bool:
     """What follows the pointer, also after a kill right behind it: the champion's line of history, and no leftovers.
 
     Returns whether the line was missing.
     """
     file = champions / HISTORY
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
-    line = json.dumps(record, sort_keys=True)
+    line = json.dumps(champion.to_record(), sort_keys=True)
     if missing := line not in lines:
         atomic.write_text(file, "\n".join([*lines, line]) + "\n")
     for left in champions.glob(".new-*"):
@@ -114,7 +122,7 @@ def settle(champions: Path, record: dict[str, Any]) -> bool:
     return missing
 
 
-def pointer(champions: Path) -> dict[str, Any] | None:
+def read_pointer(champions: Path) -> Champion | None:
     """What champion.json says, or None before the first champion. Raises ChampionError when it is damaged."""
     file = champions / "champion.json"
     if not file.exists():
@@ -126,29 +134,38 @@ def pointer(champions: Path) -> dict[str, Any] | None:
     record = read_record(file, ("id", "bundle", "student"), remedy)
     if Path(record["id"]).name != record["id"]:
         raise ChampionError(f"{file}: id {record['id']!r} is no folder name; {remedy}")
-    return record
+    try:
+        return Champion.model_validate(record)
+    except ValidationError as error:
+        raise ChampionError(f"{file}: {first_problem(error)}; {remedy}") from error
 
 
-def current(champions: Path) -> dict[str, Any] | None:
-    """`pointer`, whose bundle is there too. Raises ChampionError when the pointer or the folder it names is not."""
-    record = pointer(champions)
-    if record is not None and not (champions / record["id"] / "bundle").is_dir():
+def first_problem(error: ValidationError) -> str:
+    """Which key of a record is wrong, and how."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def read_champion(champions: Path) -> Champion | None:
+    """`read_pointer`, whose bundle is there too. Raises ChampionError when the pointer or the folder it names is not."""
+    champion = read_pointer(champions)
+    if champion is not None and not (champions / champion.id / "bundle").is_dir():
         raise ChampionError(
-            f"{champions / 'champion.json'} names {record['id']}, but {champions / record['id'] / 'bundle'} is gone: "
+            f"{champions / 'champion.json'} names {champion.id}, but {champions / champion.id / 'bundle'} is gone: "
             "restore that folder, or move the pointer away and run `dvc repro -f -s gate`"
         )
-    return record
+    return champion
 
 
-def check_copy(champions: Path, record: dict[str, Any], student: Path) -> None:
+def check_copy(champions: Path, champion: Champion, student: Path) -> None:
     """The champion's own bundle against its checksums and id, and its weights against `student`.
 
     Raises:
         ChampionError: a file is missing, extra or changed; named.
     """
-    home = champions / str(record["id"])
+    home = champions / champion.id
     found = check_bundle(home / "bundle")
-    if found != record["id"]:
+    if found != champion.id:
         raise ChampionError(f"{home / 'bundle'}: holds bundle {found}")
     copy = home / "student.safetensors"
     if not copy.is_file() or atomic.sha256(copy) != atomic.sha256(student):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.champions import gate
+from pipeline.champions.scored import Scored
 from pipeline.storage import atomic
 
 NAMES = ("road", "tree", "lamp")
@@ -25,8 +25,8 @@ def counts(recall: tuple[float, float, float], *, seed: int = 0, images: int = 3
     return out
 
 
-def scored(id: str, conf: np.ndarray, *, test_hash: str = "t1", images: tuple[str, ...] = IMAGES) -> gate.Scored:
-    return gate.Scored(id, test_hash, NAMES, images[: len(conf)], conf)
+def scored(id: str, conf: np.ndarray, *, test_hash: str = "t1", images: tuple[str, ...] = IMAGES) -> Scored:
+    return Scored(id, test_hash, NAMES, images[: len(conf)], conf)
 
 
 def write_run(

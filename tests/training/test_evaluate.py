@@ -179,7 +179,7 @@ def test_champion_is_scored_again_on_todays_test_split(project: config.Params) -
     segmenter.save(home / "student.safetensors", tiny_project.trained(8).state_dict(), seen)
     assert marginalia("rescore") == 1  # it has been trained on an image that would judge it
     Path("champions/champion.json").unlink()
-    assert store.current(Path("champions")) is None
+    assert store.read_champion(Path("champions")) is None
     assert marginalia("rescore") == 1
 
 

@@ -147,4 +147,4 @@ def test_a_worn_test_set_is_named_with_what_to_do(
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / alpha_spending.FILE).write_text(line + "\n")
     with pytest.raises(store.ChampionError, match=r"comparisons\.jsonl: line 1"):
-        alpha_spending.read(tmp_path)
+        alpha_spending.read_comparisons(tmp_path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.champions import alpha_spending, gate, metrics, rollback, store
+from pipeline.champions.scored import Scored
 from pipeline.storage import atomic
 from tests.support import tiny_settings
 from tests.support.command_line import marginalia
@@ -61,7 +62,7 @@ def test_pairing_makes_the_interval_narrow() -> None:
 def test_worse_is_kept_and_image_order_does_not_matter() -> None:
     assert gate.judge(scored("b", counts(GOOD)), scored("a", counts(BETTER)), GATE).verdict == "kept"
     order = np.random.default_rng(0).permutation(30)
-    shuffled = gate.Scored("a", "t1", NAMES, tuple(f"{i:02d}" for i in order), counts(GOOD)[order])
+    shuffled = Scored("a", "t1", NAMES, tuple(f"{i:02d}" for i in order), counts(GOOD)[order])
     straight = gate.judge(scored("b", counts(BETTER)), scored("a", counts(GOOD)), GATE)
     assert gate.judge(scored("b", counts(BETTER)), shuffled, GATE) == straight
 
@@ -78,7 +79,7 @@ def test_a_class_absent_from_the_test_set_is_reported_as_none() -> None:
         conf[:, 2, :], conf[:, :, 2] = 0, 0
     verdict = gate.judge(scored("b", new), scored("a", old), GATE)
     assert verdict.verdict == "promoted"
-    assert verdict.per_class["lamp"] == {
+    assert verdict.per_class["lamp"].model_dump() == {
         "delta": None, "ci": None, "challenger": None, "champion": None, "guarded": False, "blocks": False,
     }  # fmt: skip
 
@@ -218,9 +219,9 @@ def test_the_champions_own_files_are_healed_from_the_same_bundle(tmp_path: Path,
     assert verdict.verdict == "kept"
     assert "written again" in verdict.reason
     assert {p.relative_to(home): p.read_bytes() for p in home.rglob("*") if p.is_file()} == wanted
-    pointer = store.current(tmp_path / "champions")
+    pointer = store.read_champion(tmp_path / "champions")
     assert pointer is not None
-    assert (pointer["id"], pointer["previous"]) == (id, None)
+    assert (pointer.id, pointer.previous) == (id, None)
     assert "written again" not in gate.run(tmp_path, GATE).reason
 
 
@@ -250,9 +251,9 @@ def test_a_lost_champions_folder_is_promoted_again(tmp_path: Path) -> None:
     assert atomic.read_json(tmp_path / "reports/gate.json")["verdict"] == "kept"
     shutil.rmtree(tmp_path / "champions")
     assert gate.run(tmp_path, GATE).verdict == "promoted"
-    pointer = store.current(tmp_path / "champions")
+    pointer = store.read_champion(tmp_path / "champions")
     assert pointer is not None
-    assert store.check_bundle(tmp_path / pointer["bundle"]) == id
+    assert store.check_bundle(tmp_path / pointer.bundle) == id
 
 
 def test_an_experiment_never_moves_the_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +272,7 @@ def test_an_experiment_never_moves_the_champion(tmp_path: Path, monkeypatch: pyt
     assert said["verdict"] == "kept"
     assert "`dvc exp apply odd-idea` and then `dvc repro -f -s gate`" in said["reason"]
     honest = gate.judge(scored("b", counts(BETTER)), scored("a", counts(GOOD)), GATE)
-    assert (said["delta"], said["ci"], said["per_class"]) == (honest.delta, honest.ci, honest.per_class)
+    assert (said["delta"], said["ci"], said["per_class"]) == (honest.delta, honest.ci, honest.model_dump()["per_class"])
     assert not (copy / "champions").exists()
     assert {p: p.read_bytes() for p in project.rglob("*") if p.is_file()} == before
     monkeypatch.delenv("DVC_EXP_NAME")
@@ -296,14 +297,14 @@ def test_a_kill_at_any_point_leaves_a_valid_champion(tmp_path: Path, again_of_a_
         root = tmp_path / f"k{points}"
         shutil.copytree(start, root)
         killed = killed_at(points, lambda root=root: gate.run(root, GATE))
-        record = store.current(root / "champions")
+        record = store.read_champion(root / "champions")
         assert record is not None
-        store.check_bundle(root / record["bundle"])
-        assert (root / record["student"]).exists()
-        pointed_old, pointed_new = pointed_old + (record["id"] == old), pointed_new + (record["id"] == new)
+        store.check_bundle(root / record.bundle)
+        assert (root / record.student).exists()
+        pointed_old, pointed_new = pointed_old + (record.id == old), pointed_new + (record.id == new)
         verdict = gate.run(root, GATE)  # what the next `dvc repro` does
-        assert verdict.verdict == ("promoted" if record["id"] == old else "kept")
-        assert store.current(root / "champions")["id"] == new
+        assert verdict.verdict == ("promoted" if record.id == old else "kept")
+        assert store.read_champion(root / "champions").id == new
         assert store.check_bundle(root / f"champions/{new}/bundle") == new
         history = [json.loads(line)["id"] for line in (root / "champions/history.jsonl").read_text().splitlines()]
         assert history == [old, new]
@@ -325,17 +326,17 @@ def test_the_champions_network_exported_anew_takes_its_place(tmp_path: Path) -> 
     gate.run(tmp_path, GATE)
     write_run(tmp_path, "again", counts(GOOD), weights_of="one", forms=[FP32])
     assert gate.run(tmp_path, GATE).verdict == "kept"  # only another file: no reason to change
-    spent = alpha_spending.read(tmp_path / "champions")
+    spent = alpha_spending.read_comparisons(tmp_path / "champions")
     id = write_run(tmp_path, "int8", counts(GOOD), weights_of="one", forms=[FP32, INT8])
     assert gate.run(tmp_path, GATE, experiment="try-1").verdict != "promoted"
     verdict = gate.run(tmp_path, GATE)
     assert (verdict.verdict, verdict.comparison) == ("promoted", None)
     assert verdict.reason.endswith(f"exported anew with {INT8}")
-    assert alpha_spending.read(tmp_path / "champions") == spent
-    pointer = store.current(tmp_path / "champions")
+    assert alpha_spending.read_comparisons(tmp_path / "champions") == spent
+    pointer = store.read_champion(tmp_path / "champions")
     assert pointer is not None
-    assert pointer["id"] == id
-    assert pointer["previous"] is not None
+    assert pointer.id == id
+    assert pointer.previous is not None
     write_run(tmp_path, "bare", counts(GOOD), weights_of="one", forms=[FP32])
     assert gate.run(tmp_path, GATE).verdict == "kept"  # a form that this machine lacks, or found slow today
 

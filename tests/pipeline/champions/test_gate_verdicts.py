@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.champions import gate, metrics
+from pipeline.champions.scored import Scored
 from pipeline.storage import atomic
 from tests.support import tiny_settings
 from tests.support.command_line import marginalia
@@ -23,7 +24,7 @@ def test_better_in_the_mean_worse_in_one_class_is_kept() -> None:
     assert verdict.ci[0] > 0  # the mean alone would promote it
     assert verdict.verdict == "kept"
     assert "lamp falls by" in verdict.reason
-    assert verdict.per_class["lamp"]["blocks"]
+    assert verdict.per_class["lamp"].blocks
     assert (
         gate.judge(scored("b", new), scored("a", old), GATE.model_copy(update={"class_floor": 50.0})).verdict
         == "promoted"
@@ -34,7 +35,7 @@ def test_a_guarded_class_blocks_a_smaller_fall() -> None:
     new, old = counts((0.95, 0.95, 0.775)), counts((0.75, 0.75, 0.80))
     unguarded = gate.judge(scored("b", new), scored("a", old), GATE.model_copy(update={"class_floor": 20.0}))
     assert unguarded.verdict == "promoted"
-    fall = unguarded.per_class["lamp"]["delta"]
+    fall = unguarded.per_class["lamp"].delta
     assert -20 < fall < 0
     for floor in (20.0, -1.9 * fall):  # the interval below 0; then beyond half the floor
         rules = GATE.model_copy(update={"class_floor": floor, "guarded": ("lamp",)})
@@ -84,7 +85,7 @@ def test_other_images_or_classes_under_the_same_hash_are_refused_too() -> None:
     new, old = scored("b", counts((0.9, 0.9, 0.9))), scored("a", counts((0.8, 0.8, 0.7)))
     fewer = scored("a", old.confusion_NKK[:29])
     assert gate.judge(new, fewer, GATE).verdict == "refused"
-    renamed = gate.Scored("a", "t1", ("road", "tree", "sign"), old.images, old.confusion_NKK)
+    renamed = Scored("a", "t1", ("road", "tree", "sign"), old.images, old.confusion_NKK)
     verdict = gate.judge(new, renamed, GATE)
     assert verdict.verdict == "refused"
     assert "class lists differ" in verdict.reason

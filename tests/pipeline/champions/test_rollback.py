@@ -49,10 +49,10 @@ def test_back_one_by_one_then_forward_by_name(tmp_path: Path) -> None:
         rollback.run(tmp_path)
     assert rollback.run(tmp_path, three) == (three, one, False)
     assert ids_in_history(tmp_path)[3:] == [(two, three), (one, two), (three, one)]
-    now = store.current(tmp_path / "champions")
+    now = store.read_champion(tmp_path / "champions")
     assert now is not None
-    assert {key: now[key] for key in promoted} == promoted  # what it was made from is still said
-    assert now["previous"] == two
+    assert {key: now.to_record()[key] for key in promoted} == promoted  # what it was made from is still said
+    assert now.previous == two
 
 
 def test_the_server_follows_and_the_next_training_starts_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,12 +76,12 @@ def test_the_gate_leaves_what_was_rolled_back_from_alone_until_it_is_named(tmp_p
     rollback.run(tmp_path)
     verdict = gate.run(tmp_path, GATE)  # bundle/ still holds number three, which is better
     assert (verdict.verdict, "was rolled back from" in verdict.reason) == ("kept", True)
-    assert store.current(tmp_path / "champions")["id"] == two
+    assert store.read_champion(tmp_path / "champions").id == two
     four = write_run(tmp_path, "four", counts((0.88, 0.88, 0.88)))
     assert gate.run(tmp_path, GATE).verdict == "promoted"
-    assert store.current(tmp_path / "champions")["previous"] == two
+    assert store.read_champion(tmp_path / "champions").previous == two
     rollback.run(tmp_path, three)
-    assert history.withdrawn(history.read(tmp_path / "champions")) == {four}
+    assert history.withdrawn(history.read_history(tmp_path / "champions")) == {four}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_repair_is_no_move_of_the_pointer(tmp_path: Path) -> None:
     write_run(tmp_path, "two", counts((0.78, 0.78, 0.78)))
     shutil.rmtree(tmp_path / "champions" / two)
     assert "written again" in gate.run(tmp_path, GATE).reason
-    assert history.withdrawn(history.read(tmp_path / "champions")) == {three}
+    assert history.withdrawn(history.read_history(tmp_path / "champions")) == {three}
     file = tmp_path / "champions/history.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     assert [bool(json.loads(line).get("repaired")) for line in lines] == [False] * 4 + [True]
@@ -147,12 +147,12 @@ def test_a_kill_at_any_point_leaves_a_champion_and_the_second_try_ends_at_the_sa
         root = tmp_path / f"k{points}"
         shutil.copytree(begin, root)
         killed = killed_at(points, lambda root=root: rollback.run(root))
-        record = store.current(root / "champions")
+        record = store.read_champion(root / "champions")
         assert record is not None
-        seen.add(record["id"])
-        assert store.check_bundle(root / record["bundle"]) == record["id"]
+        seen.add(record.id)
+        assert store.check_bundle(root / record.bundle) == record.id
         again = rollback.run(root) if killed else None
-        assert store.current(root / "champions")["id"] == two, points
+        assert store.read_champion(root / "champions").id == two, points
         assert again is None or again[:2] == (two, three)
         assert dump_registry.read(root / "dumps.yaml").warm_start == two
         assert ids_in_history(root) == [(one, None), (two, None), (three, None), (two, three)]
