@@ -23,7 +23,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from export import onnx, quantize
+from export import onnx_graph, quantize
 from export.tensorrt import builder
 from export.tensorrt.builder import Profile
 from pipeline import config
@@ -40,13 +40,13 @@ def forms(params: config.Params) -> dict[str, bytes]:
     torch.manual_seed(0)
     own = params.model.model_copy(update={"weights": None})
     model, stride = segmenter.build(own, CLASSES).eval(), params.input.stride
-    plain = onnx.trace(model, stride, {}).data
+    plain = onnx_graph.trace(model, stride, {}).data
     side = -(-SIZE // stride) * stride
     noise = np.random.default_rng(0)
     images = [noise.integers(0, 256, (1, side, side, 3), dtype=np.uint8) for _ in range(4)]
     return {
         "fp32": plain,
-        "fp16": onnx.trace(copy.deepcopy(model).half(), stride, {}).data,
+        "fp16": onnx_graph.trace(copy.deepcopy(model).half(), stride, {}).data,
         "int8": quantize.quantize(plain, images, "tensorrt"),
     }
 

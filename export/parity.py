@@ -106,17 +106,11 @@ def finish(draft: bundle.Bundle, records: Sequence[dict[str, Any]], folder: Path
         for r in records
         if r["left_out"] is None and r["passed"]
     ]
-    facts = draft.manifest
-    used = {option.file for option in options}
-    return bundle.create(
-        folder, draft.read_model(), classes=[c.model_dump() for c in facts.classes], long_side=facts.input.long_side,
-        stride=facts.input.stride, card=(draft.folder / bundle.CARD).read_text(encoding="utf-8"), created=facts.created,
-        others={name: draft.read_model(name) for name in draft.models if name in used and name != MODEL}, options=options,
-        rejected=[r["name"] for r in records if r["failures"]],
-        **{k: getattr(facts, k) for k in (
-            "opset", "ir_version", "name", "ignore", "metrics", "data_hash", "split_hash", "test_hash", "commit", "method",
-        )},
-    )  # fmt: skip
+    used: set[str] = {MODEL, *(option.file for option in options)}
+    models = {name: draft.read_model(name) for name in draft.models if name in used}
+    description = draft.manifest.description(options=options, rejected=[r["name"] for r in records if r["failures"]])
+    card = (draft.folder / bundle.CARD).read_text(encoding="utf-8")
+    return bundle.create(folder, models, description, card)
 
 
 def _points(value: float | None) -> str:

@@ -37,20 +37,8 @@ def twin(original: bundle.Bundle, folder: Path) -> bundle.Bundle:
     told = original.manifest
     model = onnx.load_model_from_string(original.read_model())
     onnx.helper.set_model_props(model, {"twin": "of " + told.id})
-    return bundle.create(
-        folder,
-        model.SerializeToString(),
-        classes=[item.model_dump() for item in told.classes],
-        long_side=told.input.long_side,
-        stride=told.input.stride,
-        card=f"# twin of {told.id}\n",
-        others={name: original.read_model(name) for name in original.models if name != MODEL},
-        **{
-            name: getattr(told, name)
-            for name in ("opset", "ir_version", "name", "ignore", "options", "rejected", "metrics", "data_hash",
-                         "split_hash", "test_hash", "commit", "method", "created")
-        },
-    )  # fmt: skip
+    models = {name: original.read_model(name) for name in original.models} | {MODEL: model.SerializeToString()}
+    return bundle.create(folder, models, told.description(), card=f"# twin of {told.id}\n")
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,15 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from export.bundle.external_data import external_references
-from export.bundle.manifest import MODEL, MODELS, ClassInfo, InputPolicy, Manifest, Option, ranked
+from export.bundle.manifest import MODEL, MODELS, Description, Manifest, explain, ranked
 from pipeline.imaging import resize
 from pipeline.storage import atomic
 
@@ -62,102 +61,80 @@ class Bundle:
         return [name for name in MODELS if name in self.sha256]
 
 
-def bundle_id(
-    model: bytes,
-    classes: tuple[ClassInfo, ...],
-    policy: InputPolicy,
-    others: dict[str, bytes] | None = None,
-    options: Sequence[Option] = (),
-) -> str:
+def bundle_id(models: Mapping[str, bytes], description: Description) -> str:
     """First 16 hex digits of SHA-256 over all that shapes an answer.
 
-    That is the model's bytes and the canonical JSON of classes, input policy, the names and checksums of `others`, and
-    the options in the order in which they are preferred: two bundles that may answer differently have two ids. Of the
-    measured speeds only this order is part of it.
+    That is the bytes of `model.onnx` and the canonical JSON of classes, input policy, the names and checksums of the other
+    models, and the options in the order in which they are preferred: two bundles that may answer differently have two
+    ids. Of the measured speeds only this order is part of it.
     """
     rest: dict[str, Any] = {
-        "classes": [c.model_dump(mode="json") for c in classes],
-        "input": policy.model_dump(mode="json"),
+        "classes": [c.model_dump(mode="json") for c in description.classes],
+        "input": description.input.model_dump(mode="json"),
     }
-    if others:
-        rest["models"] = {name: atomic.sha256(data) for name, data in others.items()}
-    if options:
-        rest["options"] = [[str(o), o.file, o.speedup is not None] for o in ranked(options)]
-    digest = hashlib.sha256(model)
+    if len(models) > 1:
+        rest["models"] = {name: atomic.sha256(data) for name, data in models.items() if name != MODEL}
+    if description.options:
+        rest["options"] = [[str(o), o.file, o.speedup is not None] for o in ranked(description.options)]
+
+    digest = hashlib.sha256(models[MODEL])
     digest.update(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
     return digest.hexdigest()[:16]
 
 
-def _sums(digests: dict[str, str]) -> bytes:
-    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
-
-
-def create(
-    folder: Path,
-    model: bytes,
-    *,
-    classes: list[dict[str, Any]],
-    long_side: int,
-    stride: int,
-    card: str,
-    opset: int,
-    ir_version: int,
-    name: str = "marginalia",
-    ignore: int = 255,
-    metrics: dict[str, Any] | None = None,
-    data_hash: str = "",
-    split_hash: str = "",
-    test_hash: str = "",
-    commit: str = "",
-    method: str = "",
-    created: str | None = None,
-    others: dict[str, bytes] | None = None,
-    options: Sequence[Option] = (),
-    rejected: Sequence[str] = (),
-) -> Bundle:
+def create(folder: Path, models: Mapping[str, bytes], description: Description, card: str) -> Bundle:
     """Write a bundle to `folder`, replacing what is there, and verify it as a reader would before it takes the name.
 
-    `classes` are {"id", "name", "color"} in rising id order; `created` is an ISO time, now if None; `others` are further
-    models by file name, each of which some option must use.
+    Args:
+        models: by file name, `model.onnx` among them; each other one must be used by some option.
+        card: MODEL_CARD.md.
 
     Raises:
         BundleError: the parts do not make a valid bundle; `folder` is then as it was.
     """
-    try:
-        infos = tuple(ClassInfo.model_validate(item) for item in classes)
-        policy = InputPolicy(long_side=long_side, stride=stride)
-        manifest = Manifest(
-            id=bundle_id(model, infos, policy, others, options),
-            name=name,
-            created=created or datetime.now(UTC).isoformat(timespec="seconds"),
-            classes=infos,
-            ignore=ignore,
-            input=policy,
-            options=tuple(options),
-            rejected=tuple(rejected),
-            metrics=metrics or {},
-            data_hash=data_hash,
-            split_hash=split_hash,
-            test_hash=test_hash,
-            commit=commit,
-            opset=opset,
-            ir_version=ir_version,
-            method=method,
-        )
-    except ValidationError as error:
-        raise BundleError(f"{folder}: {_explain(error)}") from error
+    manifest = Manifest(id=bundle_id(models, description), **dict(description))
     content = {
         CARD: card.encode("utf-8"),
         MANIFEST: atomic.to_json(manifest.model_dump(mode="json")).encode("utf-8"),
-        MODEL: model,
-        **(others or {}),
+        **models,
     }
     content[SUMS] = _sums({name: atomic.sha256(data) for name, data in content.items()})
+
     with atomic.replacing_folder(folder) as fresh:
         for file, data in content.items():
             atomic.write_bytes(fresh / file, data)
         verify(fresh)
     return open_bundle(folder)
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Verify `folder` and return it. Checksums come first; only then is anything parsed.
+
+    Raises:
+        BundleError: names the file that is missing, extra, a link, changed or malformed.
+    """
+    folder = Path(folder)
+    content = {name: (folder / name).read_bytes() for name in _check_files(folder)}
+    digests = {name: atomic.sha256(data) for name, data in content.items()}
+    _check_sums(folder, digests)
+
+    try:
+        manifest = Manifest.model_validate_json(content[MANIFEST])
+    except ValidationError as error:
+        raise BundleError(f"{folder / MANIFEST}: {explain(error)}") from error
+    models = {name: content[name] for name in MODELS if name in content}
+    _check_models(folder, manifest, models)
+    return Bundle(folder, manifest, digests)
+
+
+def verify(folder: Path) -> Manifest:
+    """Check a bundle folder and return its manifest. Raises BundleError as `open_bundle` does."""
+    return open_bundle(folder).manifest
+
+
+def _sums(digests: Mapping[str, str]) -> bytes:
+    """SHA256SUMS of files by name."""
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
 
 
 def _check_files(folder: Path) -> list[str]:
@@ -183,53 +160,36 @@ def _check_files(folder: Path) -> list[str]:
     return sorted(present - {SUMS})
 
 
-def open_bundle(folder: Path) -> Bundle:
-    """Verify `folder` and return it. Checksums come first; only then is anything parsed.
-
-    Raises:
-        BundleError: names the file that is missing, extra, a link, changed or malformed.
-    """
-    folder = Path(folder)
-    listed = _check_files(folder)
-    content = {name: (folder / name).read_bytes() for name in listed}
-    digests = {name: atomic.sha256(data) for name, data in content.items()}
+def _check_sums(folder: Path, digests: Mapping[str, str]) -> None:
+    """SHA256SUMS has exactly these lines. Raises BundleError naming the first file that differs."""
     expected, stored = _sums(digests), (folder / SUMS).read_bytes()
-    if stored != expected:
-        lines = stored.split(b"\n")
-        for name, line in zip(listed, expected.split(b"\n"), strict=False):
-            if line not in lines:
-                raise BundleError(f"{folder / name}: does not match its line in {SUMS}; restore the bundle")
-        for name in MODELS:
-            if name not in listed and f"  {name}\n".encode() in stored:
-                raise BundleError(f"{folder / name}: missing; restore the bundle")
-        raise BundleError(f"{folder / SUMS}: has lines beyond the bundle's files; restore the bundle")
-    try:
-        manifest = Manifest.model_validate_json(content[MANIFEST])
-    except ValidationError as error:
-        raise BundleError(f"{folder / MANIFEST}: {_explain(error)}") from error
-    others = {name: content[name] for name in MODELS if name in content and name != MODEL}
-    if manifest.id != bundle_id(content[MODEL], manifest.classes, manifest.input, others, manifest.options):
+    if stored == expected:
+        return
+    lines = stored.split(b"\n")
+    for name, line in zip(sorted(digests), expected.split(b"\n"), strict=False):
+        if line not in lines:
+            raise BundleError(f"{folder / name}: does not match its line in {SUMS}; restore the bundle")
+    for name in MODELS:
+        if name not in digests and f"  {name}\n".encode() in stored:
+            raise BundleError(f"{folder / name}: missing; restore the bundle")
+    raise BundleError(f"{folder / SUMS}: has lines beyond the bundle's files; restore the bundle")
+
+
+def _check_models(folder: Path, manifest: Manifest, models: Mapping[str, bytes]) -> None:
+    """The models are those that the manifest means, and none refers to another file. Raises BundleError."""
+    if manifest.id != bundle_id(models, manifest):
         raise BundleError(f"{folder / MANIFEST}: id {manifest.id} is not that of this model; export it again")
-    used = {option.file for option in manifest.options}
-    if wrong := sorted((used | {MODEL}) ^ {MODEL, *others}):
+
+    used = {MODEL, *(option.file for option in manifest.options)}
+    if wrong := sorted(used ^ set(models)):
         raise BundleError(
             f"{folder / wrong[0]}: the options in {MANIFEST} and the models do not match; export it again"
         )
-    for name in (MODEL, *others):
+
+    for name, model in models.items():
         try:
-            references = external_references(content[name])
+            references = external_references(model)
         except ValueError as error:
             raise BundleError(f"{folder / name}: not an ONNX file ({error}); export it again") from error
         if references:
             raise BundleError(f"{folder / name}: refers to other files ({references[0]}); export it as a single file")
-    return Bundle(folder, manifest, digests)
-
-
-def verify(folder: Path) -> Manifest:
-    """Check a bundle folder and return its manifest. Raises BundleError as `open_bundle` does."""
-    return open_bundle(folder).manifest
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}"

@@ -1,9 +1,9 @@
 """bundle.json: what is in a bundle and how it may be run."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 INPUT, OUTPUTS = "image", ("label", "confidence")  # of every graph
 MODEL: Final = "model.onnx"
@@ -71,7 +71,7 @@ class Option(_Part):
     @model_validator(mode="after")
     def _exists(self) -> "Option":
         if (self.device, self.precision) not in FORMS.get((self.runtime, self.file), ()):
-            raise ValueError(f"{self} from {self.file} is no way to run a bundle")
+            raise ValueError(f"{self} from {self.file}: unsupported combination of runtime, device, precision and file")
         return self
 
     @property
@@ -83,11 +83,13 @@ class Option(_Part):
         return f"{self.runtime} {self.device} {self.precision}"
 
 
-class Manifest(_Part):
-    """bundle.json. `id` is the first 16 hex digits of SHA-256 over models, classes, input policy and options."""
+class Description(_Part):
+    """What is said of a bundle's models by whoever makes it; `Manifest` is this with the bundle's id.
 
-    format: Literal[1] = 1
-    id: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    `created` is an ISO time; `classes` in rising id order; `rejected` names options that did not keep parity's thresholds
+    and are never run. The hashes say which data, split and test images it was made and judged with.
+    """
+
     name: str
     created: str
     classes: Annotated[tuple[ClassInfo, ...], Field(min_length=1)]
@@ -95,8 +97,8 @@ class Manifest(_Part):
     input: InputPolicy
     outputs: Outputs = Outputs()
     options: tuple[Option, ...] = ()
-    rejected: tuple[str, ...] = ()  # options by name that did not keep parity's bars: never run
-    metrics: dict[str, Any]
+    rejected: tuple[str, ...] = ()
+    metrics: dict[str, JsonValue]
     data_hash: str
     split_hash: str
     test_hash: str
@@ -106,7 +108,7 @@ class Manifest(_Part):
     method: str
 
     @model_validator(mode="after")
-    def _classes_are_distinct(self) -> "Manifest":
+    def _are_distinct(self) -> Self:
         ids, names = [c.id for c in self.classes], [c.name for c in self.classes]
         if ids != sorted(set(ids)) or len(set(names)) != len(names):
             raise ValueError("class ids must rise and class names must differ")
@@ -125,9 +127,27 @@ class Manifest(_Part):
         return table
 
 
+class Manifest(Description):
+    """bundle.json. `id` is the first 16 hex digits of SHA-256 over models, classes, input policy and options."""
+
+    format: Literal[1] = 1
+    id: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+
+    def description(self, **changes: Any) -> Description:
+        """What is said here, with other values for some fields. Raises pydantic.ValidationError."""
+        fields = {name: getattr(self, name) for name in Description.model_fields}
+        return Description.model_validate(fields | changes)
+
+
 def ranked(options: Sequence[Option]) -> list[Option]:
     """Cards before processors, then by measured speed; what was not judged comes last, ONNX Runtime first among it."""
     return sorted(
         options,
         key=lambda o: (o.device == "cpu", o.speedup is None, -(o.speedup or 0.0), o.runtime != "onnxruntime", str(o)),
     )
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing that is wrong: the field's path and the reason."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'manifest'}: {first['msg']}"

@@ -11,6 +11,7 @@ from onnx import numpy_helper
 
 from export import parity, parity_metrics
 from export.bundle import bundle
+from export.bundle.manifest import MODEL
 from pipeline import config
 from pipeline.storage import atomic, manifest
 from tests.support import tiny_project, tiny_settings
@@ -33,12 +34,9 @@ def rebundle(change: dict[str, np.ndarray] | None = None, *, long_side: int | No
     for tensor in proto.graph.initializer:
         if change and tensor.name in change:
             tensor.CopyFrom(numpy_helper.from_array(change[tensor.name], tensor.name))
-    facts = opened.manifest
-    bundle.create(
-        Path("models/exported"), proto.SerializeToString(), classes=[c.model_dump() for c in facts.classes],
-        long_side=long_side or facts.input.long_side, stride=facts.input.stride, card="changed", opset=facts.opset,
-        ir_version=facts.ir_version,
-    )  # fmt: skip
+    policy = opened.manifest.input.model_copy(update={"long_side": long_side or opened.manifest.input.long_side})
+    description = opened.manifest.description(options=(), input=policy)
+    bundle.create(Path("models/exported"), {MODEL: proto.SerializeToString()}, description, card="changed")
 
 
 def head_bias() -> tuple[str, np.ndarray]:

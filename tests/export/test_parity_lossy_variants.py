@@ -69,13 +69,9 @@ def test_through_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good
     draft = bundle.open_bundle(paths.DRAFT)
     assert "model.int8.onnx" in draft.models
     if not good:
-        facts = draft.manifest
-        bundle.create(
-            paths.DRAFT, draft.read_model(), classes=[c.model_dump() for c in facts.classes],
-            long_side=facts.input.long_side, stride=facts.input.stride, card="spoilt", opset=facts.opset,
-            ir_version=facts.ir_version, options=facts.options,
-            others={"model.int8.onnx": spoilt(draft.read_model("model.int8.onnx"))},
-        )  # fmt: skip
+        models = {name: draft.read_model(name) for name in draft.models}
+        models["model.int8.onnx"] = spoilt(models["model.int8.onnx"])
+        bundle.create(paths.DRAFT, models, draft.manifest.description(), card="spoilt")
     monkeypatch.setattr(
         parity, "seconds", lambda runtimes, images: {o: 0.5 if o.precision == "int8" else 1.0 for o in runtimes}
     )

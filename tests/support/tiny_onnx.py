@@ -3,6 +3,7 @@
 label = argmax over (threshold, R, G, B), confidence = max(R, G, B): exact in float32, so served answers are golden.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.bundle import bundle
+from export.bundle.manifest import MODEL, Description
 
 CLASSES: list[dict[str, Any]] = [
     {"id": 0, "name": "dark", "color": [20, 20, 20]},
@@ -63,13 +65,12 @@ def expected(images_NHWC: NDArray[np.uint8], threshold: float = 100.0) -> tuple[
     return scores.argmax(axis=3).astype(np.uint8), images_NHWC.max(axis=3)
 
 
-def write(folder: Path, *, model_bytes: bytes | None = None, **changes: Any) -> bundle.Bundle:
-    """A complete bundle around the tiny model; long side 64, stride 16 unless changed."""
+def describe(**changes: Any) -> Description:
+    """What is said of the tiny model, with other fields where `changes` has them; long side 64, stride 16."""
     fields: dict[str, Any] = {
+        "name": "marginalia",
         "classes": CLASSES,
-        "long_side": 64,
-        "stride": 16,
-        "card": "# tiny\n",
+        "input": {"long_side": changes.pop("long_side", 64), "stride": changes.pop("stride", 16)},
         "opset": OPSET,
         "ir_version": IR,
         "metrics": {"miou": 61.5},
@@ -80,4 +81,17 @@ def write(folder: Path, *, model_bytes: bytes | None = None, **changes: Any) -> 
         "method": "supervised",
         "created": "2026-01-01T00:00:00+00:00",
     }
-    return bundle.create(folder, model_bytes or model(), **(fields | changes))
+    return Description.model_validate(fields | changes)
+
+
+def write(
+    folder: Path,
+    *,
+    model_bytes: bytes | None = None,
+    others: Mapping[str, bytes] | None = None,
+    card: str = "# tiny\n",
+    **changes: Any,
+) -> bundle.Bundle:
+    """A complete bundle around the tiny model and `others`, described as `describe` does."""
+    models = {MODEL: model_bytes or model(), **(others or {})}
+    return bundle.create(folder, models, describe(**changes), card)

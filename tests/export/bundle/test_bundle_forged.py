@@ -28,7 +28,7 @@ def seal(folder: Path) -> None:
     """Make id and checksums fit whatever lies there now: a forger's bundle, consistent in itself."""
     facts = json.loads((folder / "bundle.json").read_text())
     manifest = bundle.Manifest.model_validate(facts)
-    facts["id"] = bundle.bundle_id((folder / "model.onnx").read_bytes(), manifest.classes, manifest.input)
+    facts["id"] = bundle.bundle_id({"model.onnx": (folder / "model.onnx").read_bytes()}, manifest)
     (folder / "bundle.json").write_text(json.dumps(facts))
     lines = [f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in FILES if n != "SHA256SUMS"]
     (folder / "SHA256SUMS").write_text("".join(lines))

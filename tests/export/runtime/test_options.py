@@ -213,12 +213,12 @@ def test_a_further_model_may_not_point_outside_either(tmp_path: Path) -> None:
     ids=str,
 )
 def test_only_ways_that_exist_are_options(changes: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="is no way to run a bundle"):
+    with pytest.raises(ValueError, match="unsupported combination of runtime, device, precision and file"):
         Option.model_validate(FP32.model_dump() | changes)
 
 
 def test_an_option_stands_once(tmp_path: Path) -> None:
-    with pytest.raises(bundle.BundleError, match="an option is there twice"):
+    with pytest.raises(ValueError, match="an option is there twice"):
         tiny_onnx.write(tmp_path / "b", options=[FP32, FP32.model_copy(update={"speedup": 2.0})])
 
 

@@ -21,7 +21,7 @@ import torch
 from onnxruntime import quantization
 from torch import nn
 
-from export import onnx as exporter
+from export import onnx_graph
 from export.tensorrt import builder, check, cudart
 from export.tensorrt import session as engines
 from export.tensorrt.builder import EngineError, Profile
@@ -58,7 +58,7 @@ class Noise(quantization.CalibrationDataReader):
 def traced(half: bool) -> bytes:
     torch.manual_seed(0)
     model = Featured().eval()
-    return exporter.trace(Half(model) if half else model, STRIDE, {}).data
+    return onnx_graph.trace(Half(model) if half else model, STRIDE, {}).data
 
 
 def graph(precision: str, folder: Path) -> bytes:

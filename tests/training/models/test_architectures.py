@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from timm.models.vision_transformer import _create_vision_transformer
 from torch import nn
 
-from export import onnx as export_onnx
+from export import onnx_graph
 from pipeline.config import Model
 from tests.support import tiny_settings
 from training import predict
@@ -213,11 +213,11 @@ def test_the_step_that_settings_must_keep_to(model, step):
 
 def test_dpt_exports_with_free_sizes_and_agrees():
     model = small("DPT")
-    graph = export_onnx.trace(model, model.step, {})
+    graph = onnx_graph.trace(model, model.step, {})
     for node in onnx.load_from_string(graph.data).graph.node:  # TensorRT refuses it, OpenVINO leaves it out
         assert not [a for a in node.attribute if a.name == "antialias" and a.i], node.name
     session = onnxruntime.InferenceSession(graph.data, providers=["CPUExecutionProvider"])
-    deployed = export_onnx.Deployed(model).eval()
+    deployed = onnx_graph.Deployed(model).eval()
     for batch, rows, columns in ((1, 1, 1), (1, 3, 5), (3, 2, 7), (2, 5, 5)):
         image = torch.randint(0, 256, (batch, 14 * rows, 14 * columns, 3), dtype=torch.uint8)
         with torch.inference_mode():
