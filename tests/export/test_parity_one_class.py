@@ -10,11 +10,7 @@ from onnx import numpy_helper
 
 from export import parity_metrics
 from export.bundle import bundle
-<<<<<<< HEAD
-=======
 from export.bundle.manifest import MODEL
-from pipeline import config
->>>>>>> 6ed0522 (Create a bundle from its models, a description and a card)
 from pipeline.storage import atomic
 from tests.support import tiny_project, tiny_settings
 from tests.support.command_line import marginalia
@@ -44,19 +40,9 @@ def test_through_the_stage_with_a_real_graph(
     value = numpy_helper.to_array(bias).copy()
     value[3] -= 0.2
     bias.CopyFrom(numpy_helper.from_array(value, bias.name))
-<<<<<<< HEAD
-    facts = opened.manifest
-    bundle.create(
-        Path("models/exported"), proto.SerializeToString(), classes=[c.model_dump() for c in facts.classes], long_side=96,
-        stride=32, card="changed", opset=facts.opset, ir_version=facts.ir_version,
-    )  # fmt: skip
-    tiny_project.write_params(Path(), parity={"agreement": 0.9, "class_agreement": 0.99, "miou_drop": 100})
-=======
     description = opened.manifest.description(options=())
     bundle.create(Path("models/exported"), {MODEL: proto.SerializeToString()}, description, card="changed")
-    params = Path("params.yaml")
-    params.write_text(params.read_text() + "parity: {agreement: 0.9, class_agreement: 0.99, miou_drop: 100}\n")
->>>>>>> 6ed0522 (Create a bundle from its models, a description and a card)
+    tiny_project.write_params(Path(), parity={"agreement": 0.9, "class_agreement": 0.99, "miou_drop": 100})
     assert marginalia("stage", "parity") == 3
     said = atomic.read_json(Path("reports/parity.json"))
     assert said["grid"]["agreement"] >= 0.9

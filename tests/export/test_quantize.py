@@ -209,13 +209,8 @@ def test_export_calibrates_on_training_images_alone(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(inference, "read", watch)
     params = config.load()
-<<<<<<< HEAD
     params = params.model_copy(update={"export": tiny_settings.export(calibration_images=5)})
-    images = exporter.calibration(params, tiny_project.INPUT)
-=======
-    params = params.model_copy(update={"export": config.Export(calibration_images=5)})
     images = variants.calibration_images(params, tiny_project.INPUT)
->>>>>>> 6ed0522 (Create a bundle from its models, a description and a card)
     assert len(images) == len(read) == 5
     assert set(read) == {"labelled", "unlabelled"}
     assert {image.shape for image in images} <= {(1, 64, 96, 3), (1, 96, 96, 3), (1, 64, 128, 3), (1, 96, 128, 3)}
