@@ -93,7 +93,7 @@ def one_image(folder: Path, body: str, name: str = "a.png", attributes: str = ""
     Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(folder / "images/a.png")
     image = f'<image id="0" name="{name}" {attributes} width="6" height="4">{body}</image></annotations>'
     (folder / "annotations.xml").write_text(cvat._head(CLASSES, 1, "t") + image)
-    return cvat.read(folder, config.Data.model_validate({"source": "cvat", **data}), max_pixels=10**6)
+    return cvat.read(folder, tiny_settings.data(source="cvat", **data), max_pixels=10**6)
 
 
 POLYGON = '<polygon label="wall" points="0,0;6,0;6,2;0,2"/>'

@@ -250,7 +250,7 @@ def source_of(root: Path, *results: dict[str, Any], data: dict[str, str] | None 
     Image.fromarray(np.zeros((4, 10, 3), np.uint8)).save(root / "images/a.png")
     one = task({"result": list(results)})
     (root / "e.json").write_text(json.dumps([one | ({"data": data} if data else {})]))
-    return labelstudio.read(root, config.Data.model_validate({"source": "labelstudio", **settings}), max_pixels=10**6)
+    return labelstudio.read(root, tiny_settings.data(source="labelstudio", **settings), max_pixels=10**6)
 
 
 def mask_of(source: Source) -> np.ndarray:
