@@ -1,16 +1,19 @@
 """params.yaml -> Params, or what is wrong with it in terms of its keys."""
 
 import difflib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.overlay import merge
 from pipeline.config.params import Params
 from pipeline.config.renamed import renamed
 from pipeline.config.section import ConfigError
 
+SHIPPED = Path(__file__).with_name("shipped.yaml")
 Loc = tuple[str | int, ...]
 
 
@@ -52,10 +55,8 @@ def _problems(error: ValidationError) -> list[str]:
     return [_explain(e) for e in errors if not (e["type"] == "missing" and e["loc"] in mistyped)]
 
 
-def check(raw: Any, file: Path = Path("params.yaml")) -> Params:
+def check(raw: dict[str, Any], file: Path = Path("params.yaml")) -> Params:
     """The content of `file`, as YAML gives it -> Params. Raises ConfigError as `parse` does."""
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file}: expected sections like 'data:' and 'train:', got {type(raw).__name__}")
     if problems := list(renamed(raw)):
         raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
     try:
@@ -71,15 +72,32 @@ def parse(text: str, file: Path = Path("params.yaml")) -> Params:
         ConfigError: not YAML, a key that is missing, unknown (with the nearest known one) or renamed, or a value out of
             range; one line each, naming file and key.
     """
+    return check(_read(text, file), file)
+
+
+def load(file: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml. Raises ConfigError as `parse` does, also when the file is missing.
+
+    A key that the file leaves out has the value of the params.yaml that this version was shipped with: there alone are
+    defaults. So a small project says only what differs, and an older file goes on working with a newer version.
+    """
+    if not file.exists():
+        raise ConfigError(f"{file}: not found; run from the project's folder or pass --params")
+    return check(merge(shipped(), _read(file.read_text(encoding="utf-8"), file)), file)
+
+
+@cache
+def shipped() -> dict[str, Any]:
+    """The content of the params.yaml of this version (in the repository a link, in the package a copy)."""
+    return _read(SHIPPED.read_text(encoding="utf-8"), SHIPPED)
+
+
+def _read(text: str, file: Path) -> dict[str, Any]:
+    """YAML text of sections. Raises ConfigError for anything else."""
     try:
         raw = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    return check(raw, file)
-
-
-def load(file: Path = Path("params.yaml")) -> Params:
-    """Read and check params.yaml. Raises ConfigError as `parse` does, also when the file is missing."""
-    if not file.exists():
-        raise ConfigError(f"{file}: not found; run from the project's folder or pass --params")
-    return parse(file.read_text(encoding="utf-8"), file)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected sections like 'data:' and 'train:', got {type(raw).__name__}")
+    return raw

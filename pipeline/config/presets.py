@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config.load import parse
 from pipeline.config.section import ConfigError
 
-FOLDER = Path(__file__).parents[2] / "presets"
+FOLDER = Path(__file__).with_name("presets")  # in the repository a link, in the package a copy
 
 
 def names(folder: Path = FOLDER) -> list[str]:

@@ -227,7 +227,7 @@ def test_the_image_runs_as_nobody_in_particular_without_a_shell() -> None:
                 assert isinstance(json.loads(rest[rest.index("[") :]), list)
                 assert "sh" not in json.loads(rest[rest.index("[") :])
     (install,) = [rest for word, rest in stages()["build"] if word == "RUN" and "install" in json.loads(rest)]
-    assert json.loads(install)[-3:] == ["-c", "constraints.txt", ".[cpu]"]
+    assert json.loads(install)[-3:] == ["-c", "constraints.txt", ".[serve,cpu,geo]"]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert not [line for line in extras["cpu"] if line.startswith("torch")]
 
@@ -247,7 +247,8 @@ def test_the_image_gets_what_the_package_is_made_of() -> None:
         assert source in admitted
     told = tomllib.loads((ROOT / "pyproject.toml").read_text())
     modules = {pattern.removesuffix("*") for pattern in told["tool"]["setuptools"]["packages"]["find"]["include"]}
-    needed = {*modules, *(f"{name}.py" for name in told["tool"]["setuptools"]["py-modules"]), told["project"]["readme"]}
+    links = {"params.yaml", "presets"}  # what pipeline/config links to
+    needed = {*modules, *links, told["project"]["readme"]}
     assert needed | {"pyproject.toml", "constraints.txt", *told["project"]["license-files"]} == set(copied)
     for secret in (".git", ".venv", "data", "models", ".env"):
         assert not any(fnmatch.fnmatch(secret, pattern) for pattern in admitted)

@@ -45,7 +45,7 @@ def digests(folder: Path) -> dict[str, tuple[str, int]]:
 
 def test_every_image_and_mask_is_found_again(project: Path) -> None:
     path = archive(project / "base.tar", range(12))
-    counts = check.ingest(path, "base", SOURCE, tiny_settings.ingest(shard_mb=1))
+    counts = check.ingest(path, "base", SOURCE, tiny_settings.ingest(shard_mb=1), tiny_settings.scale())
     assert counts == {"images": 12, "with mask": 12}
     rows = manifest.read(project / "data/ingested/base/rows.parquet")
     assert len(rows) == 12
@@ -68,7 +68,7 @@ def test_exif_and_grey_images_keep_their_bytes_and_get_the_oriented_size(project
     turned = tiny_source.encode(tiny_source.picture(1), "JPEG", exif=exif, quality=95)
     grey = tiny_source.encode(tiny_source.picture(2)[..., 0])
     shards.write_tar(project / "b.tar", [("images/t.jpg", turned), ("images/g.png", grey)])
-    check.ingest(project / "b.tar", "base", SOURCE, tiny_settings.ingest())
+    check.ingest(project / "b.tar", "base", SOURCE, tiny_settings.ingest(), tiny_settings.scale())
     t, g = manifest.read(project / "data/ingested/base/rows.parquet")
     assert (t.width, t.height, g.width, g.height) == (48, 64, 64, 48)
     assert [manifest.read_image_bytes(r) for r in (t, g)] == [turned, grey]
@@ -122,7 +122,7 @@ def test_misplaced_files_are_named(project: Path) -> None:
     names = ["images/a.png", "images/a.webp", "masks/z.png", "readme.txt", "images/b.png"]
     seeds = dict(zip(names, range(5), strict=True))
     shards.write_tar(project / "b.tar", [(n, tiny_source.encode(tiny_source.picture(s))) for n, s in seeds.items()])
-    check.ingest(project / "b.tar", "base", SOURCE, tiny_settings.ingest())
+    check.ingest(project / "b.tar", "base", SOURCE, tiny_settings.ingest(), tiny_settings.scale())
     codes = {k: v["code"] for k, v in tiny_source.quarantine(project, "data/ingested/base/quarantine.json").items()}
     assert codes == {
         "images/a.webp": "duplicate-name", "masks/z.png": "mask-without-image", "readme.txt": "unexpected-place",
