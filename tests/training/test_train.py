@@ -189,7 +189,7 @@ def test_the_stage_says_so_before_it_trains(project, tmp_path, monkeypatch, caps
     with pytest.raises(trainer.Interrupted):
         train.stage(params)
     said = capsys.readouterr().err
-    assert "train: .marginalia/work/abc: an unfinished run at step 7, which differs in code, data, params" in said
+    assert "warning: .marginalia/work/abc: an unfinished run at step 7, which differs in code, data, params" in said
     assert len([line for line in said.splitlines() if "work/abc" in line]) == 1
 
 

@@ -61,7 +61,7 @@ def test_a_reader_that_dies_stops_training_with_the_images_name(project, monkeyp
     assert marginalia("stage", "train") == 1
     said = capsys.readouterr().err
     (row,) = blamed
-    assert f"train: {row.shard} ({row.dump}/{row.name}) cannot be read: {type(error).__name__}" in said
+    assert f"marginalia: {row.shard} ({row.dump}/{row.name}) cannot be read: {type(error).__name__}" in said
     assert "Traceback" not in said
     (work,) = checkpoint.WORK.iterdir()  # step 0 is done and kept: the same command goes on from there
     assert (work / "checkpoint.pt").exists()
