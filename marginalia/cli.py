@@ -5,14 +5,14 @@ from typing import Annotated
 import typer
 
 import marginalia
-from marginalia import bundles, champions, data, service, stages
+from marginalia import bundles, champions, data, service, settings, stages
 
 app = typer.Typer(
     help="Few labels and many unlabelled images in, a served segmentation model out. Run in the project's folder.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for group in (data, service, bundles, champions):
+for group in (settings, data, service, bundles, champions):
     app.add_typer(group.app)
 app.add_typer(stages.app, name="stage")
 

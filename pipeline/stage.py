@@ -145,7 +145,7 @@ def show(result: Result) -> None:
         console = Console()
         for item in result.shown:
             if isinstance(item, str):
-                console.print(item, markup=False, highlight=False, soft_wrap=True)
+                console.print(item, markup=False, emoji=False, highlight=False, soft_wrap=True)
             else:
                 console.print(item)
     for warning in result.warnings:
@@ -162,4 +162,6 @@ def warn(text: str) -> None:
 def _say(text: str, style: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(f"marginalia: {text}", style=style, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"marginalia: {text}", style=style, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
