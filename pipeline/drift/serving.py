@@ -1,7 +1,6 @@
 """What the running service answers against what the champion answered on its training images: `marginalia drift --serving`.
 
-The service's statistics (GET /v1/statistics, or the file it dumps; the format is in
-serving/telemetry/prediction_stats.py) hold samples of
+The service's statistics (GET /v1/statistics, or the file it dumps; `pipeline.storage.served_statistics`) hold samples of
 class areas and confidences by window of time. The reference is data/pool/images.npz, where predict left the same numbers
 of the student over the labelled images and those of the first dump; where that student did not become the champion, a
 warning says so. Windows are groups: neighbours in time are not independent draws.
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 from rich.table import Table
 
 from pipeline import config, paths
@@ -23,6 +23,7 @@ from pipeline.stage import Exit, Result
 from pipeline.storage import atomic
 from pipeline.storage import predictions as pool
 from pipeline.storage.predictions import Floats, Pool, PoolError
+from pipeline.storage.served_statistics import ServedStatistics
 
 SERVED = "served"
 MAX_BYTES = 64 << 20
@@ -39,11 +40,11 @@ class Answers(NamedTuple):
     window_N: list[str]
 
 
-def read(where: str) -> dict[str, Any]:
+def read(where: str) -> ServedStatistics:
     """The statistics in a file or behind http(s)://.
 
     Raises:
-        PoolError: not reachable, too large, or not of format 1; names the source.
+        PoolError: not reachable, too large, not of format 1, or a field is not what that says; names the source.
     """
     try:
         if where.startswith(("http://", "https://")):
@@ -59,40 +60,42 @@ def read(where: str) -> dict[str, Any]:
         raise PoolError(f"{where}: cannot be read as statistics ({error}); ask GET /v1/statistics") from error
     if not isinstance(value, dict) or value.get("format") != 1:
         raise PoolError(f"{where}: not the statistics of the service (format 1); ask GET /v1/statistics")
-    return value
+    try:
+        return ServedStatistics.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise PoolError(f"{where}: {field} is missing or odd ({first['msg']}); ask GET /v1/statistics") from error
 
 
-def answers(statistics: dict[str, Any], champion: str | None) -> Answers:
+def answers(statistics: ServedStatistics, champion: str | None) -> Answers:
     """The samples of the champion's bundle, or without one of the bundle that answered last.
 
     Raises:
-        PoolError: that bundle answered nothing or fewer than `FEWEST`, or a field is not what the format says.
+        PoolError: that bundle answered nothing or fewer than `FEWEST`, or its samples do not fit its classes.
     """
+    bundles = {item.bundle: item for item in statistics.bundles}
+    if not bundles:
+        raise PoolError("the service has answered nothing yet")
+    if champion is not None and champion not in bundles:
+        raise PoolError(f"the champion {champion[:12]} has answered nothing; answered: {', '.join(bundles)}")
+    chosen = bundles[champion] if champion else statistics.bundles[-1]
+
+    rows = [row for window in chosen.windows for row in window.sample.area]
+    confidence = np.array([value for window in chosen.windows for value in window.sample.confidence], np.float64)
+    windows = [str(window.start) for window in chosen.windows for _ in window.sample.confidence]
     try:
-        bundles = {str(item["bundle"]): item for item in statistics["bundles"]}
-        if not bundles:
-            raise PoolError("the service has answered nothing yet")
-        if champion is not None and champion not in bundles:
-            raise PoolError(f"the champion {champion[:12]} has answered nothing; answered: {', '.join(bundles)}")
-        chosen = bundles[champion] if champion else list(bundles.values())[-1]
-        classes = [str(name) for name in chosen["classes"]]
-        samples = [(window["sample"], str(window["start"])) for window in chosen["windows"]]
-        area = np.array([row for sample, _ in samples for row in sample["area"]], np.float64)
-        confidence = np.array([value for sample, _ in samples for value in sample["confidence"]], np.float64)
-        windows = [start for sample, start in samples for _ in sample["confidence"]]
-        area_NK = area.reshape(len(confidence), len(classes))
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, PoolError):
-            raise
-        raise PoolError(f"statistics of the service: a field is missing or odd ({error!r})") from error
+        area_NK = np.array(rows, np.float64).reshape(len(confidence), len(chosen.classes))
+    except ValueError as error:
+        raise PoolError(f"bundle {chosen.bundle}: its samples do not fit its classes ({error})") from error
     if not len(confidence) or not (np.isfinite(area_NK).all() and np.isfinite(confidence).all()):
-        raise PoolError(f"bundle {chosen['bundle']}: no sample of its answers, or one with numbers that are not finite")
+        raise PoolError(f"bundle {chosen.bundle}: no sample of its answers, or one with numbers that are not finite")
     if (count := len(confidence)) < FEWEST:
         raise PoolError(
-            f"bundle {chosen['bundle']}: {count} sampled answers, and a verdict takes {FEWEST}; let the service answer "
+            f"bundle {chosen.bundle}: {count} sampled answers, and a verdict takes {FEWEST}; let the service answer "
             f"{FEWEST - count} more images, then ask again"
         )
-    return Answers(str(chosen["bundle"]), classes, area_NK, confidence, windows)
+    return Answers(chosen.bundle, chosen.classes, area_NK, confidence, windows)
 
 
 def compare(seen: Pool, served: Answers, settings: config.Pool) -> tuple[Finding, dict[str, dict[str, Any]]]:

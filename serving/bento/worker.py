@@ -44,7 +44,7 @@ class Worker:
         ours, self.handler = app.build(chosen, self.models)
         self.handler.health.on_lost = _leave
         uvicorn_protocol.install(chosen, lambda bentoml: Front(bentoml, ours))
-        self._dump = prediction_stats.Dump(
+        self._writer = prediction_stats.StatisticsWriter(
             metrics.STATISTICS,
             chosen.statistics,
             chosen.statistics_every_s,
@@ -57,7 +57,7 @@ class Worker:
         Full collections took 80 to 440 ms with the defaults; frozen start-up objects and rare full rounds cure it.
         """
         tracing.recorder()
-        self._dump.start()
+        self._writer.start()
         gc.collect()
         gc.freeze()
         gc.enable()
@@ -68,7 +68,7 @@ class Worker:
         self._watcher.stop()
         self.models.close()
         self.handler.close()
-        self._dump.stop()
+        self._writer.stop()
 
     @property
     def ready(self) -> bool:

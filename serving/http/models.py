@@ -5,7 +5,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -113,32 +113,51 @@ def in_thread(work: Callable[[], None]) -> "Future[None]":
     return future
 
 
+class _Operation(NamedTuple):
+    """A route as OpenAPI has it: the names of the schemas of its answer and of its body, the statuses of its errors."""
+
+    method: str
+    id: str
+    summary: str
+    answer: str
+    errors: str
+    body: str | None = None
+
+    def describe(self, errors: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """The OpenAPI operation; `errors` describes the error answers of given statuses."""
+        responses = {"200": {"description": self.summary, "content": _json_content(self.answer)}}
+        described: dict[str, Any] = {"operationId": self.id, "summary": self.summary}
+        if self.body:
+            described |= {"requestBody": {"required": True, "content": _json_content(self.body)}}
+        return described | {"responses": responses | errors(*self.errors.split())}
+
+
+def _json_content(schema: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+
+
+_READ = "400 401 405"
+_CHANGE = "400 401 403 404 405 408 409 413 415 422 504"
+_OPERATIONS = {
+    "/v1/models": _Operation("get", "models", "Which models are held", "ModelsAnswer", _READ),
+    "/v1/models/load": _Operation(
+        "post", "load", "Put another bundle in place, if it passes", "ModelsAnswer", _CHANGE, "LoadRequest"
+    ),
+    "/v1/models/rollback": _Operation(
+        "post", "rollback", "Back to the previous model", "ModelsAnswer", "400 401 403 405 409"
+    ),
+    "/v1/models/shadow": _Operation(
+        "post", "shadow", "Compare another bundle in the shadow", "ModelsAnswer", _CHANGE, "ShadowRequest"
+    ),
+    "/v1/statistics": _Operation(
+        "get", "statistics", "Prediction statistics, by bundle and window of time", "ServedStatistics", _READ
+    ),
+}
+
+
 def operations(errors: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """The OpenAPI paths of this file; `errors` describes the error answers of given statuses."""
-
-    def operation(id: str, summary: str, answer: str, failures: str, asked: str | None = None) -> dict[str, Any]:
-        def content(name: str) -> dict[str, Any]:
-            schema = {"$ref": f"#/components/schemas/{name}"} if name else {"type": "object"}
-            return {"application/json": {"schema": schema}}
-
-        body = {"requestBody": {"required": True, "content": content(asked)}} if asked else {}
-        good = {"200": {"description": summary, "content": content(answer)}}
-        return {"operationId": id, "summary": summary, **body, "responses": good | errors(*failures.split())}
-
-    change = "400 401 403 404 405 408 409 413 415 422 504"
-    return {
-        "/v1/models": {"get": operation("models", "Which models are held", "ModelsAnswer", "400 401 405")},
-        "/v1/models/load": {
-            "post": operation("load", "Put another bundle in place, if it passes", "ModelsAnswer", change, "LoadRequest")
-        },
-        "/v1/models/rollback": {"post": operation("rollback", "Back to the previous model", "ModelsAnswer",
-                                                  "400 401 403 405 409")},
-        "/v1/models/shadow": {
-            "post": operation("shadow", "Compare another bundle in the shadow", "ModelsAnswer", change, "ShadowRequest")
-        },
-        "/v1/statistics": {"get": operation("statistics", "Prediction statistics, by bundle and window of time", "",
-                                            "400 401 405")},
-    }  # fmt: skip
+    return {path: {operation.method: operation.describe(errors)} for path, operation in _OPERATIONS.items()}
 
 
 class ModelRoutes:
@@ -239,7 +258,7 @@ class ModelRoutes:
         return self._answer()
 
     async def statistics(self, request: Request) -> Response:
-        """GET /v1/statistics: the JSON of `serving.telemetry.prediction_stats`."""
+        """GET /v1/statistics: `pipeline.storage.served_statistics.ServedStatistics`."""
         requests.check_token(request, self._settings)
         requests.check_query(request, {})
         return Response(await run_in_threadpool(metrics.STATISTICS.text), media_type="application/json")

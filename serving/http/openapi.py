@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from pipeline.imaging.decode import FORMATS
+from pipeline.storage.served_statistics import ServedStatistics
 from serving.http.geojson import FeatureCollection
 from serving.http.models import LoadRequest, ModelsAnswer, ShadowRequest, operations
 from serving.http.negotiate import KINDS, Kind
@@ -147,7 +148,7 @@ def _description() -> dict[str, Any]:
 
 def document(settings: Settings) -> dict[str, Any]:
     """The whole OpenAPI document, with this service's limits in words."""
-    answered = (SegmentAnswer, FeatureCollection, Line, ErrorAnswer, ModelAnswer, ModelsAnswer)
+    answered = (SegmentAnswer, FeatureCollection, Line, ErrorAnswer, ModelAnswer, ModelsAnswer, ServedStatistics)
     _, schemas = models_json_schema(
         [*((model, "serialization") for model in answered), (LoadRequest, "validation"), (ShadowRequest, "validation")],
         ref_template="#/components/schemas/{model}",

@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from serving.telemetry.prediction_stats import Statistics
+from serving.telemetry.prediction_stats import PredictionCollector
 
 PHASES = ("queue", "decode", "run", "encode")
 ANSWERS = ("mask", "json", "geojson", "overlay", "confidence", "none")
@@ -54,7 +54,7 @@ _in_flight = Gauge("marginalia_in_flight", "Requests admitted and not finished",
 _ready = Gauge("marginalia_ready", "1 when a warmed-up model is served", multiprocess_mode="livemin")
 
 REQUEST: ContextVar[str | None] = ContextVar("request", default=None)  # the id of the one that is answered here
-STATISTICS = Statistics()  # of what `segmented` is told
+STATISTICS = PredictionCollector()  # of what `segmented` is called with
 
 _models: Mapping[str, tuple[str, str, str]] = MappingProxyType({})
 _agreement: tuple[float | None, Mapping[str, float]] = (None, MappingProxyType({}))
@@ -131,9 +131,9 @@ def rejected(reason: str) -> None:
 
 
 def segmented(shares: dict[str, float], confidence: float, bundle: str = "") -> None:
-    """Count what was seen: class name -> share of the image (names come from the bundle), mean confidence 0..1.
+    """Count what was found: class name -> share of the image (names come from the bundle), mean confidence 0..1.
 
-    With the id of the `bundle` that saw it, it also enters the statistics of GET /v1/statistics.
+    With the id of the `bundle` that answered, it also enters the statistics of GET /v1/statistics.
     """
     for name, share in shares.items():
         _area.labels(name).inc(share)

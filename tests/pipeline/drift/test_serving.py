@@ -13,7 +13,8 @@ from marginalia import cli
 from pipeline import paths
 from pipeline.drift import serving
 from pipeline.storage import atomic, predictions
-from serving.telemetry.prediction_stats import WINDOW_S, Statistics
+from pipeline.storage.served_statistics import ServedStatistics
+from serving.telemetry.prediction_stats import WINDOW_S, PredictionCollector
 from tests.support import tiny_settings
 
 CLASSES = ("road", "tree", "sky")
@@ -44,7 +45,7 @@ def write_pool(root: Path, images: int = 80, classes: tuple[str, ...] = CLASSES)
 def statistics(usual: tuple[float, ...] = USUAL, bundles: tuple[str, ...] = ("old", "new"), windows: int = 20) -> str:
     """What the service writes after so many windows a bundle, three answers each; its classes are ordered unlike the pool's."""
     rng, now = np.random.default_rng(1), [0.0]
-    seen = Statistics(clock=lambda: now[0])
+    seen = PredictionCollector(clock=lambda: now[0])
     for bundle in bundles:
         for _ in range(windows):
             for _ in range(3):
@@ -111,17 +112,23 @@ def test_what_cannot_be_compared_is_named(root: Path) -> None:
         (root / "s.json").write_text(text)
         assert why in run("--serving", "s.json")[1]
     assert "gone.json: cannot be read" in run("--serving", "gone.json")[1]
-    value = json.loads(statistics())
+    value = ServedStatistics.model_validate_json(statistics())
     with pytest.raises(predictions.PoolError, match="champion other has answered nothing; answered: old, new"):
         serving.answers(value, "other")
     with pytest.raises(predictions.PoolError, match="answered nothing yet"):
-        serving.answers(value | {"bundles": []}, None)
+        serving.answers(value.model_copy(update={"bundles": []}), None)
     found = serving.answers(value, None)
     with pytest.raises(predictions.PoolError, match="different classes"):
         serving.compare(predictions.read(), found._replace(classes=["road", "tree", "sea"]), settings)
-    del value["bundles"][1]["windows"][0]["sample"]["area"]
-    with pytest.raises(predictions.PoolError, match="missing or odd"):
-        serving.answers(value, None)
+    plain = json.loads(statistics())
+    sample = plain["bundles"][1]["windows"][0]["sample"]
+    sample["area"].pop()
+    with pytest.raises(predictions.PoolError, match="bundle new: its samples do not fit its classes"):
+        serving.answers(ServedStatistics.model_validate(plain), None)
+    del sample["area"]
+    (root / "s.json").write_text(json.dumps(plain))
+    with pytest.raises(predictions.PoolError, match=r"bundles\.1\.windows\.0\.sample\.area is missing or odd"):
+        serving.read("s.json")
 
 
 def test_a_handful_of_answers_brings_no_verdict(root: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.drift import stage
+from pipeline.storage.served_statistics import ServedStatistics
 from serving.telemetry import prediction_stats
 from serving.telemetry.prediction_stats import (
     AREA_EDGES,
@@ -20,8 +21,8 @@ from serving.telemetry.prediction_stats import (
     SAMPLE,
     WINDOW_S,
     WINDOWS,
-    Statistics,
-    Window,
+    OpenWindow,
+    PredictionCollector,
 )
 from tests.support import admin_client, live_server, tiny_onnx, tiny_settings
 from tests.support.image_files import save
@@ -43,7 +44,7 @@ def slow_bin(value: float, edges: tuple[float, ...]) -> int:
 
 def test_counts_by_window_and_bundle() -> None:
     rng, now = np.random.default_rng(0), [10 * WINDOW_S + 1.0]
-    seen = Statistics(clock=lambda: now[0])
+    seen = PredictionCollector(clock=lambda: now[0])
     images: list[tuple[str, int, dict[str, float], float]] = []
     for i in range(150):
         bundle, one, confidence = f"id{i % 3 // 2}", shares(rng), float(rng.random())
@@ -79,9 +80,19 @@ def test_counts_by_window_and_bundle() -> None:
             assert rows == [pytest.approx([*one[2].values(), one[3]], abs=1e-5) for one in here]  # all, while few
 
 
+def test_the_text_is_the_record_that_drift_reads() -> None:
+    rng, now = np.random.default_rng(4), [0.0]
+    collector = PredictionCollector(clock=lambda: now[0])
+    for i in range(40):
+        collector.add(f"id{i % 2}", shares(rng), float(rng.random()))
+        now[0] += WINDOW_S / 5
+    text = collector.text()
+    assert ServedStatistics.model_validate_json(text).model_dump() == json.loads(text)
+
+
 def test_memory_is_bounded() -> None:
     now = [0.0]
-    seen = Statistics(clock=lambda: now[0])
+    seen = PredictionCollector(clock=lambda: now[0])
     for _ in range(WINDOWS + 5):
         for _ in range(2):
             seen.add("a", {"x": 1.0}, 0.5)
@@ -96,22 +107,22 @@ def test_memory_is_bounded() -> None:
     seen.add("b0", {"x": 1.0}, 0.5)
     seen.add("new", {"x": 1.0}, 0.5)
     assert [b["bundle"] for b in json.loads(seen.text())["bundles"]] == ["b1", "b2", "b0", "new"]
-    window = Window(0, 1)
+    window = OpenWindow(0, 1)
     for i in range(SAMPLE + 100):
         window.add(np.array([i / 1000]), 0.5)
-    sample = window.as_dict()["sample"]
-    assert len(sample["area"]) == len(sample["confidence"]) == SAMPLE
-    assert len({row[0] for row in sample["area"]}) == SAMPLE
+    sample = window.record().sample
+    assert len(sample.area) == len(sample.confidence) == SAMPLE
+    assert len({row[0] for row in sample.area}) == SAMPLE
 
 
 def test_each_image_has_the_same_chance_to_be_in_the_sample() -> None:
     total, windows = 2 * SAMPLE, 300
     kept = np.zeros(total)
     for start in range(windows):
-        window = Window(start, 1)
+        window = OpenWindow(start, 1)
         for i in range(total):
             window.add(np.array([i / total]), 0.5)
-        kept[(np.array(window.as_dict()["sample"]["area"])[:, 0] * total).round().astype(int)] += 1
+        kept[(np.array(window.record().sample.area)[:, 0] * total).round().astype(int)] += 1
     share = kept / windows
     spread = (0.5 * 0.5 / windows) ** 0.5
     assert np.abs(share - 0.5).max() < 4.5 * spread
@@ -120,7 +131,7 @@ def test_each_image_has_the_same_chance_to_be_in_the_sample() -> None:
 
 def test_a_clock_that_goes_back_and_an_answer_with_some_classes_only() -> None:
     now = [5.0 * WINDOW_S]
-    seen = Statistics(clock=lambda: now[0])
+    seen = PredictionCollector(clock=lambda: now[0])
     seen.add("a", {"x": 0.25, "y": 0.75}, 0.5)
     now[0] -= 2 * WINDOW_S
     seen.add("a", {"y": 1.0}, 0.5)
@@ -132,7 +143,7 @@ def test_a_clock_that_goes_back_and_an_answer_with_some_classes_only() -> None:
 def test_drift_tells_windows_apart(moved: tuple[float, ...], drifted: bool) -> None:
     """The energy test of pipeline.drift.stage on the sample's rows, grouped by window: two days against a third."""
     rng, now = np.random.default_rng(3), [0.0]
-    seen = Statistics(clock=lambda: now[0])
+    seen = PredictionCollector(clock=lambda: now[0])
     for window in range(12):
         for _ in range(20):
             seen.add("a", shares(rng, moved if window >= 8 else (1.0, 1.0, 1.0)), float(rng.beta(8, 2)))
@@ -186,19 +197,19 @@ def test_the_service_shows_and_dumps_what_it_answered(server: Server, http: http
 
 def test_the_end_writes_what_is_left_and_a_bad_folder_is_told(tmp_path: Path) -> None:
     told: list[OSError] = []
-    seen = Statistics(clock=time.time)
-    dump = prediction_stats.Dump(seen, tmp_path / "s", 3600, told.append)
+    seen = PredictionCollector(clock=time.time)
+    dump = prediction_stats.StatisticsWriter(seen, tmp_path / "s", 3600, told.append)
     dump.start()
     seen.add("a", {"x": 1.0}, 0.5)
     dump.stop()
     assert dump.path is not None
     assert json.loads(dump.path.read_text())["images"] == 1
     (tmp_path / "file").write_text("")
-    blocked = prediction_stats.Dump(seen, tmp_path / "file", 3600, told.append)
+    blocked = prediction_stats.StatisticsWriter(seen, tmp_path / "file", 3600, told.append)
     blocked.start()
     blocked.stop()
     assert len(told) == 1
-    nowhere = prediction_stats.Dump(seen, None, 3600, told.append)
+    nowhere = prediction_stats.StatisticsWriter(seen, None, 3600, told.append)
     nowhere.start()
     nowhere.stop()
     assert nowhere.path is None
