@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from marginalia.command import Bundle, Json, command
+from pipeline import paths
 from pipeline.stage import Exit, Result
 
 app = typer.Typer()
@@ -116,7 +117,7 @@ def engines(
         list[EnginePrecision] | None, typer.Option(help="repeatable; default: all that the bundle has")
     ] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="default: as the runtime has it")] = None,
-    cache: Annotated[Path | None, typer.Option(help="default: .marginalia/engines, or the user's cache folder")] = None,
+    cache: Annotated[Path | None, typer.Option(help=f"default: {paths.ENGINES}, or the user's cache folder")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="build even what the cache has")] = False,
     as_json: Json = False,
 ) -> Result:

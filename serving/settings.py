@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from export.bundle.manifest import Precision, Provider
 from export.runtime import cpu
+from pipeline import paths
 
 PREFIX = "MARGINALIA_"
 # What Kubernetes puts into every pod for a service called marginalia or marginalia-<name>: MARGINALIA_SERVICE_HOST,
@@ -45,7 +46,7 @@ class Settings(BaseSettings):
     bundle: Path | None = None
     """Folder of one bundle to serve; unset, the service follows `champions`."""
 
-    champions: Path = Path("champions/champion.json")
+    champions: Path = paths.CHAMPION
     """The pointer file that the gate moves to each new champion."""
 
     poll_s: PositiveFloat = 2.0

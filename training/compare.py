@@ -197,7 +197,7 @@ def default_methods() -> list[str]:
     """METHODS, without the ceiling where the split has no hidden labels to train it on."""
     if hidden_labels():
         return list(METHODS)
-    stage.warn("without the ceiling: data/split shows no hidden labels of unlabelled images")
+    stage.warn(f"without the ceiling: {paths.SPLIT} shows no hidden labels of unlabelled images")
     return [method for method in METHODS if method != gains.CEILING]
 
 

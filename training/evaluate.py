@@ -100,7 +100,7 @@ def check(meta: dict[str, Any], summary: dict[str, Any], weights: Path, *, same_
         raise EvaluateError(f"{weights}: trained for classes {ours}, the data has {theirs}; train again (`dvc repro`)")
     if same_split and meta["split_hash"] != summary["split_hash"]:
         raise EvaluateError(
-            f"{weights}: trained on split {meta['split_hash'][:12]}, data/split is {summary['split_hash'][:12]}; "
+            f"{weights}: trained on split {meta['split_hash'][:12]}, {paths.SPLIT} is {summary['split_hash'][:12]}; "
             "test images may have been trained on: train again (`dvc repro`)"
         )
 

@@ -156,7 +156,9 @@ def run(params: config.Params) -> Result:
     policy = config.Input.model_validate(meta["params"]["input"])
     rows = choose_rows(manifest.read(paths.SPLIT_MANIFEST), params.pool.max_images)
     if not rows:
-        raise PredictError("neither labelled nor unlabelled images are in data/split; check the source and its lists")
+        raise PredictError(
+            f"neither labelled nor unlabelled images are in {paths.SPLIT}; check the source and its lists"
+        )
     columns = survey(
         model, inference.plan_batches(rows, policy, params.evaluate.batch), policy, params.ingest.max_pixels
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline.ingest import dump_registry
 from pipeline.storage import dvc
 from training.models import segmenter
@@ -21,7 +21,7 @@ def champion(known: Path = dump_registry.FILE) -> Path | None:
     name = dump_registry.read(known).warm_start if known.exists() else None
     if name is None:
         return None
-    path = Path("champions") / name / "student.safetensors"
+    path = paths.CHAMPIONS / name / "student.safetensors"
     if not path.exists() and not dvc.restore(path.parent):
         raise config.ConfigError(
             f"{known}: warm_start names champion {name!r}, but {path} does not exist; restore it (`dvc pull`, "

@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 from export.tensorrt import builder
 from export.tensorrt.builder import EngineError, Profile
+from pipeline import paths
 from pipeline.storage import atomic
 
-HERE = Path(".marginalia/engines")
+HERE = paths.ENGINES
 KEPT_ASIDE, KEPT = 4, 32  # files of each kind in a cache folder; the oldest go first
 WAIT = 1800.0  # seconds for another process that builds the same engine; a large network takes minutes
 _HEADER_LIMIT = 1 << 16

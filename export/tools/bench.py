@@ -29,6 +29,7 @@ from export.bundle import bundle
 from export.runtime import cpu, runtime
 from export.tools.sizes import Size, parse_batch, parse_size
 from pipeline import console as progress
+from pipeline import paths
 
 TURN = 0.3  # seconds that a turn of fast calls is filled to, so that a p99 has more than one call a round behind it
 MOST_CALLS = 50
@@ -216,7 +217,7 @@ def bench(
     if rounds < 1:
         raise BenchError(f"--rounds: {rounds}; at least one")
     if student is not None and not student.is_file():
-        raise BenchError(f"--student: {student}: no such file; it is models/student/student.safetensors after training")
+        raise BenchError(f"--student: {student}: no such file; it is {paths.STUDENT_WEIGHTS} after training")
     threads = threads or cpu.cores()
     groups = [cases(opened, size, batch, threads, student) for size in shapes for batch in numbers]
     rows, facts = [], here()

@@ -45,13 +45,11 @@ class Challenger:
         weights = atomic.sha256(self.student)
         parity = self.parity
         if parity.get("bundle") != self.id:
-            return (
-                f"reports/parity.json is about bundle {parity.get('bundle')}, not {self.id}; run the parity stage again"
-            )
+            return f"{paths.PARITY} is about bundle {parity.get('bundle')}, not {self.id}; run the parity stage again"
         if self.scores["weights"] != weights or parity.get("weights") != weights:
             return f"{self.student} is not what was evaluated and checked for parity; run `dvc repro` so that all three agree"
         if not parity.get("passed"):
-            return f"parity failed: {'; '.join(parity.get('failures', [])) or 'see reports/parity.json'}"
+            return f"parity failed: {'; '.join(parity.get('failures', [])) or f'see {paths.PARITY}'}"
         return None
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import config
+from pipeline import config, paths
 from pipeline.champions import alpha_spending, metrics
 from pipeline.champions.scored import GateError, Scored
 
@@ -71,7 +71,7 @@ def _incomparable(challenger: Scored, champion: Scored, rest: NDArray[np.int64] 
     if challenger.classes != champion.classes:
         return (
             f"class lists differ (challenger {list(challenger.classes)}, champion {list(champion.classes)}): the two "
-            "mIoUs mean different things; start a new line of champions by moving champions/champion.json away"
+            f"mIoUs mean different things; start a new line of champions by moving {paths.CHAMPION} away"
         )
     if challenger.test_hash != champion.test_hash:
         hashes = f"test_hash {challenger.test_hash[:12]}, champion's {champion.test_hash[:12]}"
@@ -102,7 +102,7 @@ def judge(
     if unknown:
         raise GateError(f"gate.guarded names {unknown}, which are not classes; known: {', '.join(challenger.classes)}")
     if not challenger.images:
-        raise GateError("reports/confusions.npz holds no test image; give the test split images with masks")
+        raise GateError(f"{paths.CONFUSIONS} holds no test image; give the test split images with masks")
     verdict = _judge(challenger, champion, gate, comparison)
     if experiment is None or verdict.verdict != "promoted":
         return verdict

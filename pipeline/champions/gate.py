@@ -123,8 +123,8 @@ class Trial:
         return Champion(
             **origin(atomic.read_json(trained) if trained.exists() else {}, self.challenger.scores),
             id=id,
-            bundle=f"champions/{id}/bundle",
-            student=f"champions/{id}/student.safetensors",
+            bundle=(paths.CHAMPIONS / id / "bundle").as_posix(),
+            student=(paths.CHAMPIONS / id / "student.safetensors").as_posix(),
             previous=self.champion.id if self.champion else None,
             promoted_at=self.when,
             miou=verdict.miou,

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline import paths
 from pipeline.config.overlay import merge
 from pipeline.config.params import Params
 from pipeline.config.renamed import renamed
@@ -55,7 +56,7 @@ def _problems(error: ValidationError) -> list[str]:
     return [_explain(e) for e in errors if not (e["type"] == "missing" and e["loc"] in mistyped)]
 
 
-def check(raw: dict[str, Any], file: Path = Path("params.yaml")) -> Params:
+def check(raw: dict[str, Any], file: Path = paths.PARAMS) -> Params:
     """The content of `file`, as YAML gives it -> Params. Raises ConfigError as `parse` does."""
     if problems := list(renamed(raw)):
         raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
@@ -65,7 +66,7 @@ def check(raw: dict[str, Any], file: Path = Path("params.yaml")) -> Params:
         raise ConfigError("\n".join(f"{file}: {problem}" for problem in _problems(error))) from error
 
 
-def parse(text: str, file: Path = Path("params.yaml")) -> Params:
+def parse(text: str, file: Path = paths.PARAMS) -> Params:
     """YAML text -> Params.
 
     Raises:
@@ -75,7 +76,7 @@ def parse(text: str, file: Path = Path("params.yaml")) -> Params:
     return check(_read(text, file), file)
 
 
-def load(file: Path = Path("params.yaml")) -> Params:
+def load(file: Path = paths.PARAMS) -> Params:
     """Read and check params.yaml. Raises ConfigError as `parse` does, also when the file is missing.
 
     A key that the file leaves out has the value of the params.yaml that this version was shipped with: there alone are

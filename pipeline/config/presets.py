@@ -6,6 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from pipeline import paths
 from pipeline.config.load import parse
 from pipeline.config.section import ConfigError
 
@@ -30,7 +31,7 @@ def purpose(name: str, folder: Path = FOLDER) -> str:
     return read(name, folder).removeprefix("# ").partition(". ")[0]
 
 
-def compose(name: str, base: Path = Path("params.yaml"), folder: Path = FOLDER) -> str:
+def compose(name: str, base: Path = paths.PARAMS, folder: Path = FOLDER) -> str:
     """The text of a params.yaml: `base` with the preset's values in their place. Comments and the order of keys stay.
 
     Raises:

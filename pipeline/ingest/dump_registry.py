@@ -6,9 +6,10 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline import paths
 from pipeline.storage import atomic
 
-FILE = Path("dumps.yaml")
+FILE = paths.DUMP_REGISTRY
 BASE = "base"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _HEAD = """\

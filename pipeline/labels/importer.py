@@ -123,7 +123,7 @@ def _may_change(row: manifest.Row, taken: dict[str, str]) -> None:
             f"{row.dump}/{row.name} is in {row.split}, which must not change under the gate; correct it in the source itself",
         )
     if row.split not in OPEN:
-        raise decode.Refused("unused", f"{row.dump}/{row.name} takes no part: data/split/summary.json says why")
+        raise decode.Refused("unused", f"{row.dump}/{row.name} takes no part: {paths.SPLIT_SUMMARY} says why")
 
 
 def _digest(root: Path, member: shards.Member, params: config.Params) -> str:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline import paths
 from pipeline.storage import atomic, manifest, shards
 
-FILE, HOME = Path("labels.yaml"), Path("data/labels")
+FILE, HOME = paths.LABEL_REGISTRY, paths.LABELS
 PROVENANCE = "provenance.json"
 _HEAD = (
     "# Corrected labels, in order of arrival; a later one for the same image wins. `marginalia import-labels` adds.\n"

@@ -57,7 +57,7 @@ def read_project(root: Path) -> Project:
     """Raises as `build`."""
     summary = _read_json(root / paths.SPLIT_SUMMARY)
     if summary is None:
-        raise ReportError(f"{root / 'data/split/summary.json'}: not found; run `dvc repro split`")
+        raise ReportError(f"{root / paths.SPLIT_SUMMARY}: not found; run `dvc repro split`")
     registry = dump_registry.read(root / dump_registry.FILE)
     return Project(
         root=root,

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import paths
 from pipeline.reports.thumbnails import STRIP, Album, originals
 from pipeline.storage import manifest
 
@@ -18,7 +19,7 @@ class Pictures:
         self._palette = palette
         self._archives = archives
 
-        self._label_next = root / "reports/label_next"
+        self._label_next = root / paths.LABEL_NEXT
         images = self._label_next / "images"
         self._prelabelled = {file.relative_to(images).with_suffix("").as_posix(): file for file in images.rglob("*.*")}
         self._refused: dict[str, bytes] = {}
@@ -33,7 +34,7 @@ class Pictures:
     def load_ingested(self, names: Collection[str]) -> None:
         """Find rows of what was ingested, duplicates too, by "dump/name"."""
         for dump in sorted({name.partition("/")[0] for name in names}):
-            file = self._root / "data/ingested" / dump / "rows.parquet"
+            file = self._root / paths.INGESTED / dump / paths.ROWS_NAME
             rows = manifest.read(file) if file.exists() else []
             self._ingested |= {key: row for row in rows if (key := f"{dump}/{row.name}") in names}
 

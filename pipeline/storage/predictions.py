@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import paths
+
 Floats = NDArray[np.float64]
 Names = NDArray[np.str_]
 
-FILE = Path("data/pool/images.npz")
-PRELABELS = Path("data/pool/prelabels.tar")
+FILE, PRELABELS = paths.PREDICTIONS, paths.PRELABELS
 DESCRIPTOR = 80
 MARGIN_BINS = 16
 _KEYS = (

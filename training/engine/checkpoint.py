@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline import paths
 from pipeline.storage import atomic
 
-WORK = Path(".marginalia/work")
+WORK = paths.UNFINISHED
 
 
 class CheckpointError(ValueError):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from pipeline import paths
 from pipeline.imaging import label_maps
 from pipeline.storage import atomic
 from training import metrics
@@ -235,7 +236,7 @@ def card(value: Mapping[str, Any], meta: Mapping[str, Any], summary: Mapping[str
     limits = [
         "The interval covers the choice of test images only, not the training seed; images of one group (site, video) "
         "resemble each other, so it is too narrow where the test split has few groups.",
-        "Scores hold for images like the test set; `reports/drift.json` says how far a new dump is from it.",
+        f"Scores hold for images like the test set; `{paths.DRIFT}` says how far a new dump is from it.",
     ]
     if value["absent"]:
         limits.append(f"Not measured, absent from the test set: {', '.join(value['absent'])}.")
