@@ -30,10 +30,11 @@ from pipeline.ingest import split
 from pipeline.labels import ranking
 from pipeline.storage import atomic, manifest
 from pipeline.storage.predictions import Pool
-from training import inference, predict, train
+from training import inference, predict
 from training.engine.data import Images
 from training.models import segmenter
 from training.reports import evaluation
+from training.split_data import SplitData
 
 Rows = Sequence[manifest.Row]
 SHORT = 16  # hex digits of an id kept in the file
@@ -77,7 +78,7 @@ class Loop:
         classes, ignore, policy = self.summary["classes"], self.summary["ignore"], self.params.input
         known = [replace(self.free[id], split="labelled") for id in labelled]
         hashes = dict.fromkeys(("split_hash", "data_hash"), "")
-        data = train.Data.read(known, {"classes": classes, "ignore": ignore, **hashes})
+        data = SplitData.read(known, {"classes": classes, "ignore": ignore, **hashes})
         settings = self.params.train.model_copy(update={"seed": seed})
         model, _ = seeds.fit(self.params.model_copy(update={"train": settings}), data, name)
         found = seeds.told(seeds.measure(model, self.test, classes, ignore, policy.stride), classes)

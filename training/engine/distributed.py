@@ -51,6 +51,7 @@ def share_batches(module: nn.Module) -> nn.Module:
     return shared
 
 
+@dataclass(frozen=True)
 class Group:
     """The processes that train together, as the trainer uses them; here there is only this one.
 
@@ -77,17 +78,17 @@ class TorchrunGroup(Group):
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-            torch.distributed.init_process_group("nccl", device_id=self.device)
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+            torch.distributed.init_process_group("nccl", device_id=device)
         else:
-            self.device = torch.device("cpu")
+            device = torch.device("cpu")
             torch.distributed.init_process_group("gloo")
         atexit.register(torch.distributed.destroy_process_group)
 
         kinds = torch.distributed.ReduceOp
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.ranks = Ranks(rank, world, _over_ranks(kinds.SUM), _over_ranks(kinds.MAX))
+        super().__init__(Ranks(rank, world, _over_ranks(kinds.SUM), _over_ranks(kinds.MAX)), device)
 
     @property
     def _device_ids(self) -> list[torch.device] | None:

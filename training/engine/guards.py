@@ -1,7 +1,11 @@
-"""What stops a training that goes wrong: losses that are not finite, and pseudo-labels that collapse.
+"""What stops a training: losses that are not finite, pseudo-labels that collapse, and a notice to the process.
 
 Step by step everything stays on the device; the host looks when it logs.
 """
+
+import signal
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +20,28 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on; the message gives the reason and where the last good weights are."""
 
 
+class SigtermNotice:
+    """Within the block, SIGTERM (a spot notice) is noted instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.arrived = False
+        self._before: Any = None
+
+    def __enter__(self) -> "SigtermNotice":
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        except ValueError:  # not the main thread: signals are someone else's business
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.arrived = True
+
+
 class Finite:
     """Counts steps in a row whose loss or gradient was not finite, and keeps BatchNorm's statistics out of them."""
 
@@ -26,6 +52,12 @@ class Finite:
         self.most = torch.zeros((), dtype=torch.int64, device=device)
         self.recent: list[tuple[int, list[str]]] = []
         self.flags: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bad": self.bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bad = state["bad"].to(self.bad.device)
 
     def before_step(self, step: int, names: list[str]) -> None:
         torch._foreach_copy_(self.before, self.buffers)
@@ -62,6 +94,13 @@ class Collapse:
     def __init__(self, steps: int, share: float) -> None:
         self.steps, self.share = steps, share
         self.empty = self.alone = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"empty": self.empty, "alone": self.alone}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.empty = state["empty"]
+        self.alone = state["alone"]
 
     def look(self, report: Report, since: int) -> str | None:
         """Take in the report over the last `since` steps; the reason to stop, or None."""

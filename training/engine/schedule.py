@@ -14,6 +14,12 @@ def learning_rate(step: int, config: Train) -> float:
     return float((1 - done) ** config.optimizer.poly_power)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Each group's rate: its `base` rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * factor
+
+
 def unsup_weight(step: int, config: Train) -> float:
     """0 in the warm-up, then a linear ramp of `ramp_steps` up to `unsup_weight`."""
     since = step - config.warmup_steps

@@ -11,12 +11,20 @@ Nothing here waits for the device: all decisions stay in tensors.
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+class Embeddings(NamedTuple):
+    """The head's two embeddings of one view, on the feature grid (h, w) with h w = N."""
+
+    one_BKN: Tensor
+    two_BKN: Tensor
+    grid: tuple[int, int]
 
 
 class Head(nn.Module):

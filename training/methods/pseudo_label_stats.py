@@ -1,6 +1,7 @@
 """What the pseudo-labels do: kept ratio and precision per class, accumulated on the device and fetched now and then."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +27,36 @@ class Report:
     kept_K: list[float]
     precision_K: list[float]
 
+    def row(self, unsup_weight: float) -> dict[str, float]:
+        """The report as columns of the training's history."""
+        return {
+            "kept": self.kept,
+            "precision": self.precision,
+            "threshold": self.bar,
+            "top_class": self.top_class,
+            "unsup_weight": unsup_weight,
+            **{f"kept_{i}": value for i, value in enumerate(self.kept_K)},
+            **{f"precision_{i}": value for i, value in enumerate(self.precision_K)},
+        }
+
 
 class PseudoLabels:
     """Counts per class: valid pixels, kept, kept with a hidden label, and correct among those."""
 
-    def __init__(self, n_classes: int, device: torch.device) -> None:
-        self.n = n_classes
+    def __init__(self, n_classes: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.n, self.ranks = n_classes, ranks
         self.counts = torch.zeros(4, n_classes, dtype=torch.float64, device=device)
         self.bars = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts over all ranks, which must call this together."""
+        return {"counts": self.ranks.add(self.counts), "bars": self.bars}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts = state["counts"].to(self.counts.device)
+        self.bars = state["bars"].to(self.bars.device)
+        if self.ranks.rank:  # the first rank has everybody's
+            self.counts.zero_()
 
     @torch.no_grad()
     def add(self, selection: Selection, valid_BHW: Tensor, hidden_BHW: Tensor, ignore: int) -> None:
@@ -49,9 +72,9 @@ class PseudoLabels:
         self.counts += torch.stack([rejected + kept, kept, wrong + correct, correct])
         self.bars += torch.stack([selection.bar.double().clamp_min(0), torch.ones_like(self.bars[0])])
 
-    def fetch(self, ranks: Ranks = ALONE) -> Report:
+    def fetch(self) -> Report:
         """Shares over all ranks since the last call; resets the counts."""
-        valid, kept, known, correct = ranks.add(self.counts).to("cpu", copy=True)  # a view would be zeroed below
+        valid, kept, known, correct = self.ranks.add(self.counts).to("cpu", copy=True)  # a view would be zeroed below
         total, steps = self.bars.tolist()
         self.counts.zero_()
         self.bars.zero_()

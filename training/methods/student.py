@@ -34,7 +34,7 @@ class Outputs(NamedTuple):
     """Logits at image size: labelled, weak (may hold no rows), each strong view, and what the method asked for besides.
 
     perturbed: the weak views decoded from features with dropped channels. corr: CorrMatch's propagated
-    logits of [labelled; weak; strong]. one, two: the head's embeddings of the weak views on the feature grid.
+    logits of [labelled; weak; strong]. embeddings: of the weak views, detached.
     """
 
     labelled: Tensor
@@ -42,9 +42,7 @@ class Outputs(NamedTuple):
     strong: list[Tensor]
     perturbed: Tensor | None = None
     corr: tuple[Tensor, Tensor, list[Tensor]] | None = None
-    one: Tensor | None = None
-    two: Tensor | None = None
-    grid: tuple[int, int] | None = None
+    embeddings: corrmatch.Embeddings | None = None
 
 
 def drop_channels(features: list[Tensor], p: float = 0.5) -> list[Tensor]:
@@ -122,4 +120,4 @@ class Student(nn.Module):
         _, one_weak, _ = rows.split(one.detach())
         _, two_weak, _ = rows.split(two.detach())
         grid = (int(deep.shape[-2]), int(deep.shape[-1]))
-        return Outputs(*rows.split(logits), perturbed, rows.split(corr), one_weak, two_weak, grid)
+        return Outputs(*rows.split(logits), perturbed, rows.split(corr), corrmatch.Embeddings(one_weak, two_weak, grid))

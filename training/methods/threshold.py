@@ -91,6 +91,12 @@ class ClassMax:
         self.n, self.momentum = n_classes, momentum
         self.tau = torch.tensor(start, dtype=torch.float64)  # 0.85 must be met by 17 of 20
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"tau": self.tau}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.tau = state["tau"]
+
     @torch.no_grad()
     def value(self, score: Tensor, label: Tensor, valid: Tensor, step: int, ranks: Ranks = ALONE) -> Tensor:
         """Take one batch (each B x H x W) in and return the new bar."""

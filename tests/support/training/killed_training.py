@@ -32,10 +32,11 @@ def fit(work: Path) -> dict[str, torch.Tensor]:
     model = Featured()
     method = registry.build(config, n_classes=3, total=56, epoch_steps=4)
     batches = Batches(Memory(4, 1), Memory(7, 2), (2, 2), 0)
-    result = trainer.fit(
-        model, batches, method, config, n_classes=3, ignore=255, identity={"run": "killed"},
-        validate=lambda m: float(next(m.parameters()).abs().sum()), log_every=5, work=work,
+    task = trainer.Task(
+        model, method, batches, n_classes=3, ignore=255, identity={"run": "killed"},
+        validate=lambda m: float(next(m.parameters()).abs().sum()),
     )  # fmt: skip
+    result = trainer.Trainer(task, config, log_every=5, work=work).train()
     curve = [[row["step"], row["loss_supervised"], row["val_miou"]] for row in result.history if "val_miou" in row]
     return {**result.student, **{f"teacher.{k}": v for k, v in result.teacher.items()}, "curve": torch.tensor(curve)}
 

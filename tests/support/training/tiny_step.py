@@ -6,9 +6,9 @@ from pipeline import config
 from tests.support import tiny_settings
 from tests.support.training.tiny_network import Featured, view
 from training.engine import ema, trainer
-from training.engine.distributed import ALONE
+from training.engine.distributed import SINGLE
 from training.methods import registry
-from training.methods import step as step_module
+from training.methods.step import SemiSupervisedStep, Views
 
 # What s4mc+corrmatch can take of its two methods.
 PARTS = ("refined_selection", "falling_quantile", "correlated_neighbours")
@@ -25,7 +25,7 @@ def build(n_classes=3, **changes):
     return registry.build(settings, n_classes=n_classes, total=10, epoch_steps=4)
 
 
-def run(method, *, model=None, chunks=1, at=3, seed=0, hook=lambda s: s, views=None, cutmix=0.9, ranks=ALONE):
+def run(method, *, model=None, chunks=1, at=3, seed=0, hook=lambda s: s, views=None, cutmix=0.9, group=SINGLE):
     """One step on a fresh network; returns the step, the student and its gradients by name."""
     torch.manual_seed(7)
     model = model or Featured()
@@ -34,8 +34,6 @@ def run(method, *, model=None, chunks=1, at=3, seed=0, hook=lambda s: s, views=N
     torch.manual_seed(seed)
     labelled, unlabelled = views or (view(4, 1), view(4, 2))
     partner = view(4, 3) if method.partner == "same" else None
-    done = step_module.step(
-        method, hook(trained), teacher, labelled, unlabelled, ignore=255, at=at, unsup_weight=0.8, cutmix=cutmix,
-        generator=torch.Generator().manual_seed(seed), partner=partner, chunks=chunks, ranks=ranks,
-    )  # fmt: skip
+    step = SemiSupervisedStep(method, hook(trained), teacher, ignore=255, cutmix=cutmix, chunks=chunks, group=group)
+    done = step(Views(labelled, unlabelled, partner), at, 0.8, torch.Generator().manual_seed(seed))
     return done, trained, {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}

@@ -10,11 +10,12 @@ import torch
 from tests.support import tiny_settings
 from tests.support.training.tiny_network import Featured, view
 from tests.support.training.tiny_samples import Memory
-from training import train
 from training.engine import distributed, ema, trainer
 from training.engine.data import Batches
-from training.methods import augment, registry, step, threshold
+from training.engine.validation import Validator
+from training.methods import augment, registry, threshold
 from training.methods.augment import View
+from training.methods.step import SemiSupervisedStep, Views
 from training.methods.student import Student
 
 METHODS = {
@@ -42,10 +43,8 @@ def gradients(name: str, group: distributed.Group) -> dict[str, torch.Tensor]:
     method = registry.replace(method, dropout="none")
     whole = group.wrap(Student(model))
     labelled, unlabelled = half(view(4, 1), us), half(view(4, 2), us)
-    step.step(
-        method, whole, ema.teacher_of(model), labelled, unlabelled, ignore=255, at=4, unsup_weight=1.0, cutmix=0.0,
-        generator=torch.Generator().manual_seed(0), ranks=us,
-    )  # fmt: skip
+    step = SemiSupervisedStep(method, whole, ema.teacher_of(model), ignore=255, cutmix=0.0, group=group)
+    step(Views(labelled, unlabelled), 4, 1.0, torch.Generator().manual_seed(0))
     return {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
@@ -66,7 +65,7 @@ def together(group: distributed.Group, work: Path) -> dict[str, object]:
     out = {
         "quantile": [threshold.quantile(mine[0], mine[2], a, us.add) for a in (0.1, 0.4, 0.9)],
         "class_max": [slow.value(*mine, 0, us) for _ in range(3)],
-        "miou": train.validator(images, 3, 4, 255, us=us)(model),
+        "miou": Validator(images, 3, 4, 255, us)(model),
         "gradients": found,
     }
     if us.world > 1:
@@ -95,17 +94,18 @@ def fit(group: distributed.Group, work: Path, notice_at_rank: int = -1) -> train
     )  # fmt: skip
     torch.manual_seed(us.rank)  # DDP makes them start alike
     method = registry.build(config, n_classes=3, total=6, epoch_steps=4)
-    score = train.validator(Memory(7, 3), 3, 4, 255, us=us)
+    score = Validator(Memory(7, 3), 3, 4, 255, us)
 
     def validate(teacher: torch.nn.Module) -> float:
         if us.rank == notice_at_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return float(score(teacher))
 
-    return trainer.fit(
-        Featured(), Batches(Memory(3, 1), Memory(5, 2), (2, 2), 0, us.rank, us.world), method, config, n_classes=3,
-        ignore=255, identity={"run": "two"}, validate=validate, log_every=2, work=work, group=group,
-    )  # fmt: skip
+    batches = Batches(Memory(3, 1), Memory(5, 2), (2, 2), 0, us.rank, us.world)
+    task = trainer.Task(
+        Featured(), method, batches, n_classes=3, ignore=255, identity={"run": "two"}, validate=validate
+    )
+    return trainer.Trainer(task, config, log_every=2, work=work, group=group).train()
 
 
 if __name__ == "__main__":

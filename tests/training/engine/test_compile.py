@@ -45,10 +45,10 @@ def fit(work, **changes):
     model, method = Halved(), registry.build(config, n_classes=3, total=3, epoch_steps=2)
     before = model.head.weight.detach().clone()
     batches = Batches(Memory(4, 1), Memory(5, 2), (2, 2), 0)
-    result = trainer.fit(
-        model, batches, method, config, n_classes=3, ignore=255, identity={"run": "compiled"}, validate=lambda _: 1.0,
-        log_every=1, work=work,
-    )  # fmt: skip
+    task = trainer.Task(
+        model, method, batches, n_classes=3, ignore=255, identity={"run": "compiled"}, validate=lambda _: 1.0
+    )
+    result = trainer.Trainer(task, config, log_every=1, work=work).train()
     return result, before
 
 

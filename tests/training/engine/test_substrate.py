@@ -44,10 +44,11 @@ def train_(config, work, *, validate=None, on_log=lambda _: None, model=None, lo
     model = model or Tiny()
     method = registry.build(config, n_classes=3, total=config.steps - config.warmup_steps, epoch_steps=4)
     batches = Batches(Memory(4, 1), Memory(7, 2), (config.batch_labelled, config.batch_unlabelled), config.seed)
-    return trainer.fit(
-        model, batches, method, config, n_classes=3, ignore=255, identity=identity or {"run": "a"},
-        validate=validate or (lambda _: 1.0), on_log=on_log, log_every=log_every, work=work,
+    task = trainer.Task(
+        model, method, batches, n_classes=3, ignore=255, identity=identity or {"run": "a"},
+        validate=validate or (lambda _: 1.0),
     )  # fmt: skip
+    return trainer.Trainer(task, config, on_log=on_log, log_every=log_every, work=work).train()
 
 
 train = train_
@@ -274,20 +275,9 @@ def test_hidden_labels_measure_but_never_teach(tmp_path):
         config = settings()
         method = registry.build(config, n_classes=3, total=9, epoch_steps=4)
         batches = Batches(Memory(4, 1), kind(7, 2), (2, 3), 0)
-        results.append(
-            trainer.fit(
-                Tiny(),
-                batches,
-                method,
-                config,
-                n_classes=3,
-                ignore=255,
-                identity={"k": kind.__name__},
-                validate=lambda _: 1.0,
-                log_every=2,
-                work=tmp_path / kind.__name__,
-            )
-        )  # fmt: skip
+        identity = {"k": kind.__name__}
+        task = trainer.Task(Tiny(), method, batches, n_classes=3, ignore=255, identity=identity, validate=lambda _: 1.0)
+        results.append(trainer.Trainer(task, config, log_every=2, work=tmp_path / kind.__name__).train())
     honest, nonsense = results
     assert all(torch.equal(v, nonsense.student[k]) for k, v in honest.student.items())
     assert honest.history[-1]["precision"] != nonsense.history[-1]["precision"]

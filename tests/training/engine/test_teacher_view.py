@@ -10,11 +10,10 @@ from tests.support import tiny_settings
 from tests.support.training.tiny_network import Featured
 from tests.support.training.tiny_samples import Memory
 from training import inference
-from training.engine import ema, trainer
+from training.engine import ema, trainer, views
 from training.engine.data import Batches, Sample
 from training.methods import augment, registry
-from training.methods import step as step_module
-from training.methods.step import _answer
+from training.methods.step import SemiSupervisedStep, teacher_logits
 
 
 def generator(seed=0):
@@ -98,18 +97,18 @@ def test_under_an_identity_view_whole_is_crop():
     some, net = samples((16, 32), (16, 32)), pixelwise()
     view = cropped(some, (16, 32), (1.0, 1.0), flip=False)
     assert view.valid_BHW.all()
-    assert torch.equal(_answer(net, view, trainer.uncut(net, some, 16)), _answer(net, view, None))
+    assert torch.equal(teacher_logits(net, view, views.uncut(net, some, 16)), teacher_logits(net, view, None))
 
 
 def test_logits_are_cut_as_the_view_was_cut_and_flipped():
     """At scale 1 a pixelwise network answers for a window of the image what the image's answer says there."""
     some, net = samples((23, 31), (9, 14), (40, 22)), pixelwise()
-    uncut = trainer.uncut(net, some, 8)
+    uncut = views.uncut(net, some, 8)
     assert uncut.shape == (3, 5, 40, 31)
     flips = set()
     for seed in range(20):
         view = cropped(some, (16, 20), (1.0, 1.0), seed)
-        got = _answer(net, view, uncut)
+        got = teacher_logits(net, view, uncut)
         for i, sample in enumerate(some):
             h, w = sample.label_HW.shape
             seen = view.valid_BHW[i].nonzero().tolist()
@@ -130,18 +129,18 @@ def test_logits_are_cut_as_the_view_was_cut_and_flipped():
 def test_scaled_views_of_a_linear_network_agree_and_padding_stays_out():
     """Bilinear sampling and a 1x1 convolution commute at every scale; images of other sizes never bleed in."""
     some, net = samples((23, 31), (9, 14), seed=3), pixelwise()
-    uncut = trainer.uncut(net, some, 8)
+    uncut = views.uncut(net, some, 8)
     uncut[1, :, 9:], uncut[1, :, :, 14:] = 1e6, 1e6
     for seed in range(20):
         view = cropped(some, (16, 20), (0.5, 1.5), seed)
-        got, inside = _answer(net, view, uncut), view.valid_BHW[:, None]
+        got, inside = teacher_logits(net, view, uncut), view.valid_BHW[:, None]
         assert ((got - net(view.image_BCHW)) * inside).abs().max() < 0.5
         assert (got * ~inside == 0).all()
 
 
 def test_the_whole_image_is_answered_for_as_at_test_time():
     some, teacher = samples((18, 21), (30, 17)), ema.teacher_of(Featured())
-    uncut = trainer.uncut(teacher, some, 8)
+    uncut = views.uncut(teacher, some, 8)
     for logits, sample in zip(uncut, some, strict=True):
         h, w = sample.label_HW.shape
         assert torch.equal(logits[:, :h, :w], inference.logits_of(teacher, sample.image_HWC, 8))
@@ -159,10 +158,11 @@ def fit(tmp_path, **changes):
     method = registry.build(settings, n_classes=3, total=3, epoch_steps=4)
     torch.manual_seed(0)
     batches = Batches(Memory(4, 1), Memory(7, 2), (2, 2), 0)
-    return trainer.fit(
-        Featured(), batches, method, settings, n_classes=3, ignore=255, identity={"run": str(changes)}, stride=8,
-        validate=lambda _: 1.0, work=tmp_path / str(len(list(tmp_path.iterdir()))),
+    task = trainer.Task(
+        Featured(), method, batches, n_classes=3, ignore=255, identity={"run": str(changes)}, stride=8,
+        validate=lambda _: 1.0,
     )  # fmt: skip
+    return trainer.Trainer(task, settings, work=tmp_path / str(len(list(tmp_path.iterdir())))).train()
 
 
 EMA = (
@@ -176,14 +176,16 @@ EMA = (
 def test_training_uses_the_whole_images_when_told_to_and_only_then(changes, tmp_path, monkeypatch):
     given, scores = [], []
 
-    def spy(*args, uncut_BCHW, **rest):
-        given.append(None if uncut_BCHW is None else tuple(uncut_BCHW.shape))
-        done = step_module.step(*args, uncut_BCHW=uncut_BCHW, **rest)
+    real = SemiSupervisedStep.__call__
+
+    def spy(step, seen, *rest):
+        given.append(None if seen.uncut_BCHW is None else tuple(seen.uncut_BCHW.shape))
+        done = real(step, seen, *rest)
         if done.selection is not None:
             scores.append(done.selection.score_BHW)
         return done
 
-    monkeypatch.setattr(trainer, "step", spy)
+    monkeypatch.setattr(SemiSupervisedStep, "__call__", spy)
     for view in ("crop", "whole"):
         result = fit(tmp_path, **changes, teacher_view=view)
         assert all(v.isfinite().all() for v in result.student.values())

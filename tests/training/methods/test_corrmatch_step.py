@@ -11,7 +11,7 @@ from torch import nn
 from tests.support.training.tiny_network import view
 from tests.support.training.tiny_step import build, only, run
 from training.methods import augment, corrmatch, corrmatch_regions, losses, selection
-from training.methods import step as step_module
+from training.methods.step import SemiSupervisedStep, Views
 from training.methods.student import Outputs
 
 B, K, H, W = 2, 3, 6, 8
@@ -27,8 +27,8 @@ def given(seed=0, grid=(3, 4)):
     n = grid[0] * grid[1]
     return Outputs(
         leaf(B, K, H, W), leaf(B, K, H, W), [leaf(B, K, H, W)], leaf(B, K, H, W),
-        (leaf(B, K, H, W), leaf(B, K, H, W), [leaf(B, K, H, W)]), leaf(B, K, n, scale=1.0).detach(),
-        leaf(B, K, n, scale=1.0).detach(), grid,
+        (leaf(B, K, H, W), leaf(B, K, H, W), [leaf(B, K, H, W)]),
+        corrmatch.Embeddings(leaf(B, K, n, scale=1.0).detach(), leaf(B, K, n, scale=1.0).detach(), grid),
     )  # fmt: skip
 
 
@@ -48,10 +48,8 @@ def test_corrmatch_terms_equal_plain_loops(reference):
     method = build(method="corrmatch", corrmatch={"variant": "reference" if reference else "corrected", "start": 0.55})
     how = replace(method.correlation, regions="off")  # regions: test_regions
     method = replace(method, correlation=how, partner="batch")
-    done = step_module.step(
-        method, lambda *_: out, nn.Identity(), labelled, unlabelled, ignore=255, at=0, unsup_weight=1.0, cutmix=1.0,
-        generator=torch.Generator().manual_seed(3), backward=lambda loss: None,
-    )  # fmt: skip
+    step = SemiSupervisedStep(method, Fixture(out), nn.Identity(), ignore=255, cutmix=1.0)
+    done = step(Views(labelled, unlabelled), 0, 1.0, torch.Generator().manual_seed(3))
     box = augment.boxes(B, (H, W), 1.0, torch.Generator().manual_seed(3)).numpy()
     assert box.any()
     assert not box.all()
@@ -163,11 +161,9 @@ def corr_step(method, monkeypatch, partner=None):
 
     monkeypatch.setattr(corrmatch, "sample", lambda *args, **kwargs: index)
     monkeypatch.setattr(corrmatch_regions, "propagate", propagate)
-    done = step_module.step(
-        method, Fixture(out), nn.Identity(), view(B, 1, (H, W)), view(B, 2, (H, W)), ignore=255, at=5,
-        unsup_weight=1.0, cutmix=1.0, generator=torch.Generator().manual_seed(3), partner=partner,
-        backward=lambda loss: None,
-    )  # fmt: skip
+    step = SemiSupervisedStep(method, Fixture(out), nn.Identity(), ignore=255, cutmix=1.0)
+    views = Views(view(B, 1, (H, W)), view(B, 2, (H, W)), partner)
+    done = step(views, 5, 1.0, torch.Generator().manual_seed(3))
     return done, out, augment.boxes(B, (H, W), 1.0, torch.Generator().manual_seed(3)), index, seen
 
 
@@ -185,7 +181,9 @@ def test_regions_grow_the_mixed_selection_outside_the_box_and_leave_the_soft_los
     done, out, box, index, _ = corr_step(method, monkeypatch)
     valid = view(B, 2, (H, W)).valid_BHW
     label, sure, ok = (augment.mix(v, box) for v in (done.selection.label_BHW, done.selection.keep_BHW, valid))
-    mask = corrmatch_regions.masks(corrmatch.rows(out.one, out.two, index), out.grid, (H, W))
+    mask = corrmatch_regions.masks(
+        corrmatch.rows(out.embeddings.one_BKN, out.embeddings.two_BKN, index), out.embeddings.grid, (H, W)
+    )
     bar = done.selection.bar
     grown = [
         corrmatch_regions.propagate(label, sure, mask & cleared[:, None], bar, bar, n_classes=K)

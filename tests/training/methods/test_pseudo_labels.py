@@ -8,10 +8,10 @@ from tests.support.training.tiny_samples import Memory
 from tests.training import test_train
 from tests.training.test_train import data_of
 from training import inference, train
-from training.engine import trainer
 from training.engine.data import Batches
 from training.methods import pseudo_labels
 from training.methods.s4mc import margin, refine
+from training.methods.step import SemiSupervisedStep
 
 project = test_train.project
 
@@ -111,10 +111,10 @@ def test_the_champion_that_training_starts_from_gives_them(asked, project):
     ready = train.prepare(params, data_of(rows), path)
     unlabelled = [row for row in rows if row.split == "unlabelled"]
     assert ready.offline == len(unlabelled) == 3
-    assert [row.id for row in ready.batches.offline.rows] == [row.id for row in unlabelled]
+    assert [row.id for row in ready.task.batches.offline.rows] == [row.id for row in unlabelled]
     sure = []
-    for sample in (ready.batches.offline[i] for i in range(3)):
-        logits_KHW = inference.logits_of(ready.model.eval(), sample.image_HWC, params.input.stride)
+    for sample in (ready.task.batches.offline[i] for i in range(3)):
+        logits_KHW = inference.logits_of(ready.task.model.eval(), sample.image_HWC, params.input.stride)
         assert np.array_equal(sample.label_HW, pseudo_labels.sure_labels(logits_KHW, 0.15, 255))
         sure.append((sample.label_HW != 255).float().mean().item())
     assert 0 < sum(sure) < 3  # the bar matters
@@ -129,7 +129,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(asked, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
 
-    real, count = trainer.step, [0]
+    real, count = SemiSupervisedStep.__call__, [0]
 
     def dying(*arguments, **options):
         count[0] += 1
@@ -137,10 +137,10 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(asked, tmp_path, monkeypatch):
             raise Killed
         return real(*arguments, **options)
 
-    monkeypatch.setattr(trainer, "step", dying)
+    monkeypatch.setattr(SemiSupervisedStep, "__call__", dying)
     with pytest.raises(Killed):
         test_train.fit(params, data_of(rows), tmp_path / "cut", path)
-    monkeypatch.setattr(trainer, "step", real)
+    monkeypatch.setattr(SemiSupervisedStep, "__call__", real)
     monkeypatch.setattr(pseudo_labels, "sure_labels", None)  # they are there already
     _, rest = test_train.fit(params, data_of(rows), tmp_path / "cut", path)
     assert all(torch.equal(value, rest.teacher[key]) for key, value in whole.teacher.items())

@@ -11,10 +11,10 @@ from tests.support.training.device_sync import Watch
 from tests.support.training.tiny_network import Featured, view
 from tests.support.training.tiny_step import PARTS, build, only, run
 from training.engine import ema, trainer
-from training.engine.distributed import Ranks
+from training.engine.distributed import Group, Ranks
 from training.methods import augment, student
-from training.methods import step as step_module
 from training.methods.s4mc import Refinement
+from training.methods.step import SemiSupervisedStep, Views
 from training.methods.student import Student
 from training.methods.threshold import Fixed
 
@@ -127,7 +127,7 @@ def test_two_ranks_with_the_same_images_find_what_one_finds_and_add_up_twice(cha
         return 2 * value
 
     one, _, expected = run(build(**changes), chunks=chunks)
-    two, _, gradients = run(build(**changes), chunks=chunks, ranks=Ranks(0, 2, add))
+    two, _, gradients = run(build(**changes), chunks=chunks, group=Group(Ranks(0, 2, add)))
     assert len(said) == 2  # what divides the terms, and what the log says of them
     for name, term in one.losses.items():
         assert torch.equal(two.losses[name].count, 2 * term.count)
@@ -217,10 +217,9 @@ def test_no_synchronisation_on_a_card(changes):
     for attempt in range(3):  # the first ones may allocate and load kernels
         torch.cuda.set_sync_debug_mode("error" if attempt == 2 else "default")
         try:
-            step_module.step(
-                method, trained, teacher, views[0], views[1], ignore=255, at=3, unsup_weight=0.8, cutmix=0.9,
-                generator=torch.Generator().manual_seed(0), partner=views[2] if method.partner == "same" else None,
-            )  # fmt: skip
+            partner = views[2] if method.partner == "same" else None
+            step = SemiSupervisedStep(method, trained, teacher, ignore=255, cutmix=0.9)
+            step(Views(views[0], views[1], partner), 3, 0.8, torch.Generator().manual_seed(0))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
