@@ -84,20 +84,18 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     paths = [f"{key}{found.pictures[key].path.suffix}" for key in keys]
     stated = {name_id(found.pictures[key].name): key for key in keys}
     aliases = (stated if len(stated) == len(keys) else {}) | {f"images/{key}": key for key in keys}
-    listed, left_out = split_lists.read(root, data.lists, set(keys), aliases), set[str]()
-    if not split_lists.given(data.lists):
-        parts = {part: [key for key in keys if found.pictures[key].part == part] for part in ("val", "test")}
-        listed, left_out, said = split_lists.own(parts, set(made))
-        notes += said
+    parts = {part: [key for key in keys if found.pictures[key].part == part] for part in ("val", "test")}
+    parts = {part: members for part, members in parts.items() if members}
+    splits = split_lists.decide(root, data.lists, set(keys), aliases, parts, made.keys())
     files: list[tuple[str, Path | Maker]] = [
         (f"images/{path}", found.pictures[key].path)
         for key, path in zip(keys, paths, strict=True)
-        if key not in left_out
+        if key not in splits.left_out
     ]
     return Source(
         files=files + [(f"masks/{key}.png", made[key]) for key in sorted(made)],
         classes=classes,
-        lists=listed,
+        lists=splits.lists,
         groups=groups_by(data.group, keys) or layout.groups_or_singles(paths),
         refused=found.refused,
         notes=[
@@ -105,6 +103,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
             f"{len(keys)} images, {len(made)} with labels; pixels in no shape: {data.unannotated}",
             *images.forgiven(),
             *notes,
+            *splits.notes,
         ],
         skipped=found.skipped,
     )

@@ -2,14 +2,15 @@
 
 Points are on the upright picture: labelme applies EXIF before it shows a photo, as `pipeline.imaging.decode` does. Shapes are
 painted in the file's order, later ones over earlier ones, as labelme's own export does. `__ignore__` is its word for 255.
-An image whose file has no shape, or that has no file, is unlabelled. Lines and points have no area: their image's mask is
-refused, because what they stand for would be missing from it.
+An image that has no file is unlabelled, as is one whose file has no shape unless `data.no_shapes` says background. Lines and
+points have no area: they are counted, and refuse their image's mask where pixels in no shape are background.
 """
 
 import base64
 import binascii
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,63 +18,190 @@ from typing import Any
 import numpy as np
 
 from pipeline import config
+from pipeline.formats.common import annotations, parsing, rasterize, split_lists
 from pipeline.formats.common import class_list as class_lists
-from pipeline.formats.common import parsing, rasterize, split_lists
-from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk_all
+from pipeline.formats.names import image_files, layout, matching
+from pipeline.formats.names.skipped import Skipped
 from pipeline.imaging import decode, label_maps
+from pipeline.storage import archives
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+NO_AREA = ("point", "points", "line", "linestrip")
 MAX_BYTES = 512 << 20  # of one file, with the image inside
 IGNORE = "__ignore__"
 
 
+@dataclass
+class Found:
+    """The label files of a tree: which image each labels, and what cannot be used."""
+
+    labelled: dict[str, Path] = field(default_factory=dict)  # name id -> its label file
+    empty: list[str] = field(default_factory=list)  # name ids whose file has no shape
+    embedded: dict[str, Path] = field(default_factory=dict)  # name id -> label file with the picture inside
+    labels: set[str] = field(default_factory=set)
+    lost: dict[str, list[str]] = field(default_factory=dict)  # name id -> kinds of shapes without area
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    count: int = 0
+
+
+class Pictures:
+    """The images of a tree, found by what label files say of them."""
+
+    def __init__(self, images: Mapping[str, Path]) -> None:
+        self._by_place = {path.resolve(): name for name, path in images.items()}
+        self._index = matching.Index(images)
+        self._forgiven: dict[str, list[str]] = {}
+
+    def of(self, name: str, path: Path, document: Mapping[str, Any]) -> str | None:
+        """The image that a file labels: its imagePath, else the one beside it with its name, else the only one whose path
+        ends like its imagePath; None: it is embedded, or not there.
+
+        Only images below the source count, so an imagePath cannot lead anywhere else.
+        """
+        stated = str(document.get("imagePath") or "").replace("\\", "/")
+        for place in (stated, stated.rpartition("/")[2], *(path.stem + extension for extension in archives.EXTENSIONS)):
+            try:
+                target = (path.parent / place).resolve()
+            except (OSError, ValueError):  # NUL, too long
+                continue
+            if target in self._by_place:
+                return self._by_place[target]
+        if isinstance(document.get("imageData"), str):
+            return None
+        return self._similar(stated) or self._similar(name_id(name))
+
+    def _similar(self, stated: str) -> str | None:
+        found = self._index.find(stated) if stated else None
+        if found is None or found.image is None:
+            return None
+        self._forgiven.setdefault(found.rule, []).append(f"{stated} is {found.image}")
+        return found.image
+
+    def forgiven(self) -> list[str]:
+        """What was done to names, a line each with the first of them."""
+        return [
+            f"images matched to imagePath by {rule}: {len(names)}, the first: {names[0]}"
+            for rule, names in self._forgiven.items()
+        ]
+
+
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     """Read a tree of images and labelme files. Raises SourceError: no labelme file; a bad list or class file."""
-    everything = walk(root)
-    pictures = {p.resolve(): name for name, p in everything.items() if p.suffix.lower() in EXTENSIONS}
-    files: list[tuple[str, Path | Maker]] = [(f"images/{inside(name)}", path) for path, name in pictures.items()]
-    refused: list[tuple[str, str, str]] = []
-    labels: list[str] = []
+    everything = walk_all(root)
+    files = {name: path for name, path in everything.items() if not _is_label_file(name)}
+    images = image_files.images_among(files)
+    pictures = Pictures(images.images)
+    found = _label_files(everything, pictures)
+    if not found.count:
+        raise SourceError(f"{root}: no labelme file (JSON with `shapes`) below it; data.path must name their folder")
+
+    classes, ids, notes = class_lists.named(root, data, sorted(found.labels - {IGNORE}))
+    ids[IGNORE] = label_maps.IGNORE
+    members: dict[str, Path | Maker] = {f"images/{inside(name)}": path for name, path in images.images.items()}
+    members |= {f"images/{key}.png": partial(_embedded, path) for key, path in found.embedded.items()}
+    members |= _masks(found, members, data, ids, class_lists.empty_id(data, ids), max_pixels)
+
+    names = [name.partition("/")[2] for name in members if name.startswith("images/")]
+    keys = sorted(name_id(name) for name in names)
+    aliases = {f"images/{key}": key for key in keys}
+    splits = split_lists.decide(root, data.lists, set(keys), aliases, layout.parts(names), found.labelled.keys())
+    return Source(
+        files=[
+            (name, origin) for name, origin in members.items() if name_id(name.partition("/")[2]) not in splits.left_out
+        ],
+        classes=classes,
+        lists=splits.lists,
+        groups=groups_by(data.group, keys) or layout.groups_or_singles(names),
+        refused=found.refused,
+        notes=[
+            f"{found.count} labelme files, {len(found.labelled)} with shapes; pixels in no shape: {data.unannotated}",
+            *pictures.forgiven(),
+            *notes,
+            *splits.notes,
+        ],
+        skipped=[*images.skipped, *found.skipped],
+    )
+
+
+def _is_label_file(name: str) -> bool:
+    return name.lower().endswith(".json")
+
+
+def _label_files(everything: Mapping[str, Path], pictures: Pictures) -> Found:
+    """Every labelme file of the tree; JSON files of another kind are passed over."""
+    found = Found()
     taken: dict[str, str] = {}
-    labelled: list[tuple[str, Path]] = []
-    found = 0
     for name, path in everything.items():
-        if path.suffix.lower() != ".json":
+        if not _is_label_file(name):
+            continue
+        if image_files.is_system_file(name):
+            found.skipped.append((image_files.SYSTEM, name))
             continue
         try:
             document = parsing.read_json(path, max_bytes=MAX_BYTES)
         except SourceError as error:
-            refused.append((f"masks/{inside(name_id(name))}.png", "label-file", str(error)))
+            found.refused.append((f"masks/{inside(name_id(name))}.png", "label-file", str(error)))
             continue
         if not isinstance(document, dict) or "shapes" not in document:
+            found.skipped.append(("no labelme file (JSON without `shapes`)", name))
             continue
-        found += 1
-        picture = _picture(path, document, pictures)
-        key = name_id(inside(pictures[picture] if picture else name))
+
+        found.count += 1
+        picture = pictures.of(name, path, document)
+        key = name_id(inside(picture or name))
         if key in taken:
-            refused.append((f"labels/{name}", "duplicate-name", f"labels the same image as {taken[key]}; keep one"))
+            reason = f"labels the same image as {taken[key]}; keep one"
+            found.refused.append((f"labels/{name}", "duplicate-name", reason))
             continue
         taken[key] = name
         if picture is None:
-            files.append((f"images/{key}.png", partial(_embedded, path)))
-        if drawn := _shapes(document):
-            labels += [s["label"] for s in drawn if isinstance(s, dict) and isinstance(s.get("label"), str)]
-            labelled.append((key, path))
-    if not found:
-        raise SourceError(f"{root}: no labelme file (JSON with `shapes`) below it; data.path must name their folder")
-    classes, ids, notes = class_lists.named(root, data, sorted(set(labels) - {IGNORE}))
-    ids[IGNORE] = label_maps.IGNORE
-    start = class_lists.empty_id(data, ids)
-    files += [(f"masks/{key}.png", partial(render, path, ids, start, max_pixels)) for key, path in labelled]
-    keys = sorted({name_id(name.partition("/")[2]) for name, _ in files if name.startswith("images/")})
-    return Source(
-        files=files,
-        classes=classes,
-        lists=split_lists.read(root, data.lists, set(keys), {f"images/{key}": key for key in keys}),
-        groups=groups_by(data.group, keys),
-        refused=refused,
-        notes=[f"{found} labelme files, {len(labelled)} with shapes; pixels in no shape: {data.unannotated}", *notes],
-    )
+            found.embedded[key] = path
+        _add_shapes(found, key, path, _shapes(document))
+    return found
+
+
+def _add_shapes(found: Found, key: str, path: Path, shapes: Sequence[Any]) -> None:
+    lost = [_kind(shape) for shape in shapes if _kind(shape) in NO_AREA]
+    if lost:
+        found.lost[key] = lost
+    if len(lost) == len(shapes):
+        found.empty += [key] if not lost else []
+        return
+    drawn = [shape for shape in shapes if isinstance(shape, dict) and _kind(shape) not in NO_AREA]
+    found.labels |= {shape["label"] for shape in drawn if isinstance(shape.get("label"), str)}
+    found.labelled[key] = path
+
+
+def _masks(
+    found: Found,
+    images: Mapping[str, Path | Maker],
+    data: config.Data,
+    ids: Mapping[str, int],
+    empty: int,
+    max_pixels: int,
+) -> dict[str, Path | Maker]:
+    """Who renders each mask. Where what has no area would become background, the mask is refused instead."""
+    masks: dict[str, Path | Maker] = {}
+    for key, path in found.labelled.items():
+        masks[f"masks/{key}.png"] = partial(render, path, ids, empty, max_pixels)
+    for key, kinds in found.lost.items():
+        if data.unannotated == "background":
+            masks.pop(f"masks/{key}.png", None)
+            reason = f"a shape of kind {kinds[0]!r}: {annotations.LOST}"
+            found.refused.append((f"masks/{key}.png", annotations.NO_AREA, reason))
+        else:
+            found.skipped += [(annotations.NO_AREA, f"a {kind} of {key}") for kind in kinds]
+    if data.no_shapes == "background":
+        pictures = {name_id(name.partition("/")[2]): picture for name, picture in images.items()}
+        for key in found.empty:
+            if isinstance(picture := pictures.get(key), Path):
+                masks[f"masks/{key}.png"] = partial(annotations.render_background, picture, empty, max_pixels)
+    return masks
+
+
+def _kind(shape: Any) -> str:
+    return str(shape.get("shape_type") or "polygon") if isinstance(shape, dict) else ""
 
 
 def inside(name: str) -> str:
@@ -83,21 +211,6 @@ def inside(name: str) -> str:
 def _shapes(document: Mapping[str, Any]) -> list[Any]:
     found = document.get("shapes")
     return found if isinstance(found, list) else [None]
-
-
-def _picture(path: Path, document: Mapping[str, Any], pictures: Mapping[Path, str]) -> Path | None:
-    """The image that a file labels: its imagePath, else the one beside it with its name; None: it is embedded.
-
-    Only images below the source count, so an imagePath cannot lead anywhere else."""
-    stated = str(document.get("imagePath") or "").replace("\\", "/")
-    for place in (stated, stated.rpartition("/")[2], *(path.stem + extension for extension in EXTENSIONS)):
-        try:
-            target = (path.parent / place).resolve()
-        except (OSError, ValueError):  # NUL, too long
-            continue
-        if target in pictures:
-            return target
-    return None
 
 
 def _embedded(path: Path) -> bytes:
@@ -122,7 +235,7 @@ def render(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> b
     """One file's shapes -> PNG of class ids.
 
     Raises:
-        images.Refused: "label-file", "bad-polygon", "bad-shape", "shape-without-area": one broken shape refuses the
+        images.Refused: "label-file", "bad-polygon", "bad-shape": one broken shape refuses the
             whole mask, since a half painted one is a wrong label.
     """
     try:
@@ -132,6 +245,8 @@ def render(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> b
         decode.check_pixels(width, height, max_pixels)
         label_HW = np.full((height, width), empty, np.uint8)
         for shape in _shapes(document):
+            if _kind(shape) in NO_AREA:
+                continue
             name = parsing.field(shape, "label", str)
             if name not in ids:
                 raise parsing.Broken(f"label {name!r:.40} came while the file was read; run pull again")
@@ -148,9 +263,9 @@ def pixels(shape: Mapping[str, Any], height: int, width: int, max_pixels: int) -
     if kind in ("polygon", "oriented_rectangle"):
         return rasterize.fill([rasterize.ring(points)], height, width)
     if kind not in ("rectangle", "circle", "mask"):
-        raise decode.Refused(
-            "shape-without-area", f"a shape of kind {kind!r:.40} has no area; draw a polygon, or delete the shape"
-        )
+        raise decode.Refused("bad-shape", f"a shape of kind {kind!r:.40} is not known here; draw a polygon")
+    if kind == "rectangle" and len(points) == 4:  # X-AnyLabeling writes all corners
+        return rasterize.fill([rasterize.ring(points)], height, width)
     if len(points) != 2 or not all(isinstance(point, list) and len(point) == 2 for point in points):
         raise decode.Refused("bad-shape", f"a {kind} has two points of x and y, this one has {len(points)}")
     (x0, y0), (x1, y1) = [[parsing.number(v, f"a {kind}'s coordinate") for v in point] for point in points]

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config import Lists
 from pipeline.formats.common.source import LISTS, SourceError, name_id
@@ -40,6 +41,36 @@ def read(
 def given(lists: Lists) -> bool:
     """Whether params.yaml names any list; a format's own lists count only where it does not."""
     return any(getattr(lists, part) is not None for part in LISTS)
+
+
+class Splits(NamedTuple):
+    """`lists`: labelled, unlabelled, val, test -> name ids or None. `left_out`: ids that take no part."""
+
+    lists: dict[str, list[str] | None]
+    left_out: set[str]
+    notes: list[str]
+
+
+def decide(
+    root: Path,
+    lists: Lists,
+    ids: Set[str],
+    aliases: Mapping[str, str],
+    parts: Mapping[str, Sequence[str]],
+    masked: Set[str],
+) -> Splits:
+    """The user's lists where params.yaml names any, else the val and test that the source itself states.
+
+    Args:
+        parts: train, val, test -> name ids, as folders, label files or the tool state them.
+        masked: name ids with a mask.
+
+    Raises:
+        SourceError: as `read`.
+    """
+    if not given(lists) and parts.keys() & {"val", "test"}:
+        return Splits(*own(parts, masked))
+    return Splits(read(root, lists, ids, aliases), set(), [])
 
 
 def own(

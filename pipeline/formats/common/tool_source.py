@@ -61,20 +61,18 @@ def source(
     makers = _makers(labelled, images.images, data, ids, empty, max_pixels)
     keys = [name_id(name) for name in images.images]
     masked = {name_id(name) for name in makers}
-    lists, left_out, said = split_lists.read(root, data.lists, set(keys)), set[str](), list[str]()
     stated = _stated(parts, labelled) or layout.parts(list(images.images))
-    if not split_lists.given(data.lists) and stated.keys() & {"val", "test"}:
-        lists, left_out, said = split_lists.own(stated, masked)
+    splits = split_lists.decide(root, data.lists, set(keys), {f"images/{key}": key for key in keys}, stated, masked)
     return Source(
         files=[
-            *((f"images/{name}", path) for name, path in images.images.items() if name_id(name) not in left_out),
+            *((f"images/{name}", path) for name, path in images.images.items() if name_id(name) not in splits.left_out),
             *((f"masks/{name_id(name)}.png", maker) for name, maker in makers.items()),
         ],
         classes=classes,
-        lists=lists,
+        lists=splits.lists,
         groups=groups_by(data.group, keys) or layout.groups_or_singles(images.images),
         refused=labelled.refused,
-        notes=[*notes, *labelled.notes, *said],
+        notes=[*notes, *labelled.notes, *splits.notes],
         skipped=[*((kind, f"images/{name}") for kind, name in images.skipped), *labelled.skipped],
     )
 

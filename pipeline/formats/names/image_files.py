@@ -11,6 +11,7 @@ from pipeline.formats.names.skipped import Skipped
 from pipeline.imaging import decode
 from pipeline.storage import archives
 
+SYSTEM = "the system's own file"
 # Files of the system: never anybody's data.
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store", "icon\r"})
 _SYSTEM_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information"})
@@ -51,7 +52,7 @@ def _other(name: str, path: Path) -> str | None:
     """What a file is that is no image; None for an image."""
     extension = PurePosixPath(name).suffix.casefold()
     if is_system_file(name):
-        return "the system's own file"
+        return SYSTEM
     if extension in _RAW:
         return "camera raw; export it as JPEG, PNG or TIFF"
     if extension in archives.EXTENSIONS:

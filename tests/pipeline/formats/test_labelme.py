@@ -127,8 +127,7 @@ def test_two_files_for_one_image_are_refused(tmp_path: Path) -> None:
     [
         (shape(points=[[0, 0], [5, 5]]), "bad-polygon"),
         (shape(points=[[0, 0], [5, 5], [float("nan"), 3]]), "bad-polygon"),
-        (shape(kind="line", points=[[0, 0], [5, 5]]), "shape-without-area"),
-        (shape(kind="point", points=[[0, 0]]), "shape-without-area"),
+        (shape(kind="spline", points=[[0, 0], [5, 5]]), "bad-shape"),
         (shape(kind="circle", points=[[0, 0]]), "bad-shape"),
         (shape(kind="circle", points=[[0, 0], [float("inf"), 1]]), "label-file"),
         (shape(kind="rectangle", points=[[0, 0], [1, 1e30]]), "bad-shape"),
@@ -171,3 +170,40 @@ def test_no_labelme_file(tmp_path: Path) -> None:
     tiny_source.put(tmp_path, "a.json", b"{}")
     with pytest.raises(SourceError, match="no labelme file"):
         read(tmp_path)
+
+
+def test_lines_and_points_are_counted_and_refuse_the_mask_only_where_they_would_become_background(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path, [shape(), shape(kind="line", points=[[0, 0], [5, 5]]), shape("dog", "point", [[0, 0]])])
+    source = read(tmp_path)
+    assert list(tiny_labels.labels(source)) == ["a"]
+    assert [c["name"] for c in source.classes] == ["cat"]
+    assert source.skipped == [("shape-without-area", "a line of a"), ("shape-without-area", "a point of a")]
+    source = read(tmp_path, unannotated="background")
+    assert tiny_labels.refusals(source) == {"masks/a.png": "shape-without-area"}
+
+
+def test_a_rectangle_of_four_corners_is_drawn(tmp_path: Path) -> None:
+    put(tmp_path, [shape(kind="rectangle", points=[[2, 1], [6, 1], [6, 4], [2, 4]])])
+    assert (tiny_labels.labels(read(tmp_path))["a"] == 0).sum() == 12
+
+
+def test_a_file_without_shapes_is_background_where_the_settings_say_so(tmp_path: Path) -> None:
+    put(tmp_path, [shape()], "a")
+    put(tmp_path, [], "b")
+    assert list(tiny_labels.labels(read(tmp_path, unannotated="background"))) == ["a"]
+    found = tiny_labels.labels(read(tmp_path, unannotated="background", no_shapes="background"))
+    assert not found["b"].any()
+
+
+def test_labels_and_images_in_parallel_folders_meet_by_name(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        tiny_source.put(tmp_path, f"images/{name}.png", tiny_source.encode(tiny_source.picture(1, HEIGHT, WIDTH)))
+        put(tmp_path, [shape()], f"labels/{name}", picture=f"{name}.png")
+    tiny_source.put(tmp_path, "labels/._x.json", b"mac")
+    tiny_source.put(tmp_path, "labels/package.json", b"{}")
+    source = read(tmp_path)
+    assert sorted(tiny_labels.labels(source)) == ["x", "y"]
+    assert source.refused == []
+    assert len(source.skipped) == 2
