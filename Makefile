@@ -10,10 +10,12 @@ export BENTOML_DO_NOT_TRACK = true
 export DVC_NO_ANALYTICS = 1
 export ORT_DISABLE_TELEMETRY = 1
 export HF_HUB_OFFLINE = 1
+# Without bytecode every stage and server compiles the libraries that it imports again: half of the seconds of `import torch`.
+unexport PYTHONDONTWRITEBYTECODE
 # The virtual environment's tools must be first on PATH: dvc.yaml calls `python`.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup test lint demo serve compare bench soak lock
+.PHONY: setup check test lint demo serve compare bench soak lock
 
 setup: $(STAMP)
 
@@ -38,6 +40,10 @@ export GIT_AUTHOR_NAME ?= $(shell git config user.name 2>/dev/null || echo margi
 export GIT_AUTHOR_EMAIL ?= $(shell git config user.email 2>/dev/null || echo marginalia@localhost)
 export GIT_COMMITTER_NAME ?= $(GIT_AUTHOR_NAME)
 export GIT_COMMITTER_EMAIL ?= $(GIT_AUTHOR_EMAIL)
+
+# What is quick: style, types and every test that is not marked slow, in two or three minutes.
+check: lint
+	$(BIN)/python tests/run_suite.py -m "not slow"
 
 test: setup
 	$(BIN)/python tests/run_suite.py

@@ -1,8 +1,7 @@
-"""The whole suite, each room in a pytest of its own, as many side by side as there are cores: `python tests/run_suite.py`.
+"""The suite, each room in a pytest of its own, as many at once as there are cores: `python tests/run_suite.py [ARGUMENTS]`.
 
-Rooms do not share a process: torch with its compiler, two inference runtimes and a game engine loaded into one process
-ended once in a segmentation fault, which then names no room. Two lanes also halve the wait on two cores.
-Arguments go to every pytest. Each room's output comes in one piece, when it has ended; the last line adds them up.
+Arguments go to every pytest: `-m "not slow"` is what `make check` runs. Rooms do not share a process, so that a crash in
+native code names its room. Each room's output comes in one piece when it has ended; the last line adds them up.
 """
 
 import os
@@ -11,48 +10,69 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-ROOMS = ("end_to_end", "training", "export", "serving", "pipeline", "benchmarks")  # the longest first
+LONGEST_FIRST = ("end_to_end", "training", "export", "serving", "pipeline")
 NO_TESTS = 5  # pytest's exit code when -k or -m left nothing
-_COUNT = re.compile(r"(\d+) (passed|failed|skipped|error|xfailed|xpassed)")
+_COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 
 
-def run(room: str, arguments: list[str], lanes: int) -> tuple[int, dict[str, int]]:
-    """One room's tests: its exit code (negative: the signal that ended it) and counts by outcome."""
-    threads = max(1, (os.cpu_count() or 1) // lanes)
+@dataclass(frozen=True)
+class Result:
+    """A room's exit code (negative: the signal that ended it) and how many of its tests had which outcome."""
+
+    room: str
+    code: int
+    counts: dict[str, int]
+
+
+def rooms() -> list[str]:
+    """Folders below tests/ that hold tests, the longest first, and the files beside them as one room, `.`."""
+    folders = {path.relative_to(TESTS).parts[0] for path in TESTS.glob("*/**/test_*.py")}
+    others = sorted(folders - set(LONGEST_FIRST))
+    return [*(room for room in LONGEST_FIRST if room in folders), *others, "."]
+
+
+def run_room(room: str, arguments: list[str], threads: int) -> Result:
+    # Bytecode is kept: without it every process that imports torch compiles thousands of files again.
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    command = [sys.executable, "-m", "pytest", str(TESTS / room), *arguments]
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    paths = sorted(TESTS.glob("test_*.py")) if room == "." else [TESTS / room]
+    command = [sys.executable, "-m", "pytest", *map(str, paths), *arguments]
     began = time.monotonic()
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
     text = done.stdout.decode(errors="replace").rstrip()
     print(f"--- {room}: {time.monotonic() - began:.0f} s, exit code {done.returncode}\n{text}", flush=True)
-    last = text.splitlines()[-1] if text else ""
-    counts: dict[str, int] = {}
-    for number, outcome in _COUNT.findall(last):
-        counts[outcome] = int(number)
-    return (0 if done.returncode == NO_TESTS else done.returncode), counts
+    last_line = text.splitlines()[-1] if text else ""
+    counts = {outcome: int(number) for number, outcome in _COUNT.findall(last_line)}
+    return Result(room, 0 if done.returncode == NO_TESTS else done.returncode, counts)
 
 
-def main() -> int:
-    arguments, lanes = sys.argv[1:], max(1, min(len(ROOMS), os.cpu_count() or 1))
+def main(arguments: list[str]) -> int:
+    cores = os.cpu_count() or 1
+    names = rooms()
+    at_once = max(1, min(len(names), cores))
+    threads = max(1, cores // at_once)
+
     began = time.monotonic()
-    with ThreadPoolExecutor(lanes) as pool:
-        ended = dict(zip(ROOMS, pool.map(lambda room: run(room, arguments, lanes), ROOMS), strict=True))
-    bad = [f"{room} (exit code {code})" for room, (code, _) in ended.items() if code]
-    total = {
-        name: sum(counts.get(name, 0) for _, counts in ended.values())
-        for name in ("passed", "failed", "error", "skipped")
-    }
+    with ThreadPoolExecutor(at_once) as pool:
+        results = list(pool.map(lambda room: run_room(room, arguments, threads), names))
+
+    bad = [f"{result.room} (exit code {result.code})" for result in results if result.code]
     if bad:
         print(f"not passed: {', '.join(bad)}")
-    print(f"{time.monotonic() - began:.0f} s in {lanes} lanes")
-    # A room that crashed counts no failed test of its own.
-    failed = max(total["failed"] + total["error"], len(bad))
+    total = {
+        key: sum(result.counts.get(key, 0) for result in results) for key in ("passed", "failed", "error", "skipped")
+    }
+    failed = max(total["failed"] + total["error"], len(bad))  # a room that crashed counts no failed test of its own
+    print(f"{time.monotonic() - began:.0f} s, {at_once} rooms at a time")
     print(f"{total['passed']} passed, {failed} failed, {total['skipped']} skipped")
     return 1 if bad or not total["passed"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

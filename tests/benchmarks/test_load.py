@@ -210,6 +210,7 @@ def test_goodput_and_percentiles() -> None:
         assert load.percentile(values, share) == np.percentile(values, 100 * share, method="inverted_cdf")
 
 
+@pytest.mark.slow
 def test_the_mix_is_what_the_server_says_it_is(server: Any) -> None:
     """Every call of the soak, once, against the real server: each gets one of the statuses that it names."""
     limits = (2 << 20, 2_000_000)  # the shared server's

@@ -18,7 +18,10 @@ from tests.support import tiny_settings
 from tests.support.tiny_project import CLASSES, scene
 from tests.support.tiny_source import encode, put
 
-pytestmark = pytest.mark.timeout(900)  # a whole pipeline in a fixture: minutes where two cores are shared
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # a whole pipeline in a fixture: minutes where two cores are shared
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {

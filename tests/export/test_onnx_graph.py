@@ -46,6 +46,7 @@ def test_graph_says_what_the_network_says(data: bytes, shape: tuple[int, int, in
     assert len(np.unique(label)) > 1
 
 
+@pytest.mark.slow
 def test_two_exports_are_byte_identical_and_tell_no_path(data: bytes) -> None:
     proto = onnx.load_from_string(data)
     metadata = {p.key: p.value for p in proto.metadata_props}

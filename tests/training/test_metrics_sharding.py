@@ -30,6 +30,7 @@ def part(root: str, rank: int, world: int, size: int) -> list[tuple[str, metrics
     return [(row.id, tally) for row, tally in zip(result.rows, result.tallies, strict=True)]
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_counts(tmp_path: Path) -> None:
     tiny_project.write(tmp_path)
     shares_of = [(2, 3), (5, 8)]

@@ -81,6 +81,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_the_same_files_get_the_same_answers_and_the_same_score(project: Path) -> None:
     exported = tiny_project.exported()
     opened = runtime.Runtime(

@@ -80,6 +80,7 @@ def test_sizes_and_batches_are_checked(folder: Path) -> None:
             bench.bench(folder, student=no_file)
 
 
+@pytest.mark.slow
 def test_the_command_line(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     arguments = ("--sizes", "100x60", "--sizes", "32x32", "--batches", "1,3", "--rounds", "2", "--threads", "1")
@@ -116,6 +117,7 @@ def test_children_that_fail_or_die_do_not_stop_the_others(folder: Path) -> None:
     assert len(found[2]["run"]) == len(found[2]["stream"]) == 1
 
 
+@pytest.mark.slow
 def test_torch_gives_rows_of_its_own(folder: Path, tmp_path: Path) -> None:
     from training.models import segmenter
 

@@ -380,6 +380,7 @@ def test_an_interrupt_leaves_whole_files(opened: runtime.Runtime, tmp_path: Path
         Image.open(output / name).load()
 
 
+@pytest.mark.slow
 def test_the_base_install_is_enough(opened: runtime.Runtime, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"

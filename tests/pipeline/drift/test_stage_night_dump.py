@@ -48,6 +48,7 @@ def test_night_dump_is_flagged_without_any_network(
         assert not passed.exists()
 
 
+@pytest.mark.slow
 def test_the_students_features_see_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     parts = [*DAY, ("unlabelled", "more", "m", 12), ("unlabelled", "dusk", "n", 10)]

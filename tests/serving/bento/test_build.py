@@ -59,6 +59,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packed]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_it_answers_with_the_bundle_inside(packed: Packed) -> None:
     image_HWC = np.random.default_rng(3).integers(0, 256, (64, 48, 3), dtype=np.uint8)
     with packed.server.client() as http:
@@ -71,12 +72,14 @@ def test_it_answers_with_the_bundle_inside(packed: Packed) -> None:
     assert np.array_equal(mask_HW, tiny_onnx.expected(image_HWC[None], THRESHOLD)[0][0])
 
 
+@pytest.mark.slow
 def test_it_writes_only_where_it_is_told(packed: Packed) -> None:
     """What a read-only root file system needs: nothing below HOME and the working folder, all below two folders."""
     for folder in packed.read_only:
         assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_lies_in_it(packed: Packed) -> None:
     inside = bundle.open_bundle(packed.folder / "src/bundle")
     facts = yaml.safe_load((packed.folder / "bento.yaml").read_text())

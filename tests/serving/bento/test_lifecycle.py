@@ -137,6 +137,7 @@ def test_a_bad_champion_never_replaces_a_good_one(server: Server, first_again: P
         assert http.post("/v1/segment", content=PICTURE, headers=RAW).status_code == 200
 
 
+@pytest.mark.slow
 def test_started_by_hand_tracks_nothing_and_ends_on_sigterm() -> None:
     """`bentoml serve` typed by a person. The debug variable makes BentoML print what it would send."""
     server = live_server.start(

@@ -23,6 +23,7 @@ def server() -> Iterator[Server]:
     own.stop()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(server: Server) -> None:
     with server.client() as http:
         want = http.post("/v1/segment", content=PICTURE, headers={"Content-Type": "image/png"}).content

@@ -245,6 +245,7 @@ def test_bodies_on_disk(http: httpx.Client, model: Runtime) -> None:
     assert (broken.status_code, error(broken)) in [(400, "corrupt"), (400, "truncated")]
 
 
+@pytest.mark.slow
 def test_memory_stays_that_of_a_band(server: Server, http: httpx.Client) -> None:
     """30 megapixels: decoded whole they would take 30 MB as grey and 90 MB as colours, and the label map 30 MB."""
     rows = np.add.outer(np.arange(5000) // 40, np.arange(6000) // 50).astype(np.uint8)

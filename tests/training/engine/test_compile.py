@@ -53,6 +53,7 @@ def fit(work, **changes):
 
 
 @pytest.mark.skipif(not READY, reason="inductor needs a C++ compiler and Python's headers, and one of them is missing")
+@pytest.mark.slow
 def test_a_compiled_student_learns_what_a_plain_one_learns(tmp_path):
     (plain, before), (compiled, _) = (fit(tmp_path / str(c), compile=c) for c in (False, True))
     for one, two in zip(plain.history, compiled.history, strict=True):

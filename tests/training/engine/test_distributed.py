@@ -14,6 +14,8 @@ from training.engine import distributed
 from training.methods import student
 from training.models import segmenter
 
+pytestmark = pytest.mark.slow  # two processes under torchrun
+
 ROOT = Path(__file__).parents[3]
 
 

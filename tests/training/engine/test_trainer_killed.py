@@ -22,6 +22,7 @@ def run(folder: Path, kills: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_twenty_kills_leave_the_weights_and_the_curve_of_an_undisturbed_run(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()

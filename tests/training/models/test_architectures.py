@@ -211,6 +211,7 @@ def test_the_step_that_settings_must_keep_to(model, step):
     assert tiny_settings.model(**model).step == step
 
 
+@pytest.mark.slow
 def test_dpt_exports_with_free_sizes_and_agrees():
     model = small("DPT")
     graph = onnx_graph.trace(model, model.step, {})
