@@ -119,7 +119,7 @@ def _with_whole_masks(
         }
     elif data.masks == "auto" and len(known or (0, 1)) == 2 and mask_encoding.are_0_and_255(masks.values(), max_pixels):
         makers = {name: partial(mask_encoding.render_0_and_255, path, max_pixels) for name, path in masks.items()}
-        notes.append("masks hold only 0 and 255 and there are two classes: 0 is the first, 255 the second")
+        notes.append(mask_encoding.BINARY_NOTE)
         known = known or class_lists.numbered(2)
     return replace(
         source,

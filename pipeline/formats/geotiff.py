@@ -16,6 +16,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from PIL import Image
 from pipeline import config
 from pipeline.formats.common import class_list as class_lists
 from pipeline.formats.common import split_lists
-from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk_all
+from pipeline.formats.names import image_files, layout, matching
 from pipeline.imaging import decode, label_maps
 
 SUFFIXES = (".tif", ".tiff")
+NO_IMAGE = "mask-without-image"
 
 
 def _rasterio() -> Any:
@@ -41,16 +44,27 @@ def _rasterio() -> Any:
     return rasterio
 
 
+@dataclass
+class Tiled:
+    """The tiles of all images, and what became of the rest."""
+
+    files: list[tuple[str, Path | Maker]] = field(default_factory=list)
+    groups: dict[str, str] = field(default_factory=dict)  # tile -> image
+    masks: int = 0
+    empty: int = 0
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
-    """Read headers only; tiles are cut when they are packed.
+    """Read headers only; tiles are cut when they are packed. A file that cannot be used is refused and stops no other.
 
     Raises:
-        SourceError: rasterio is not installed, no images, a file that GDAL cannot open, a mask of another size or place
-            than its image, a class file or list that does not fit.
+        SourceError: rasterio is not installed, no images, a class file or list that does not fit.
     """
     rasterio = _rasterio()
-    pictures = {name_id(n): p for n, p in walk(root / "images").items() if p.suffix.lower() in SUFFIXES}
-    labels = {name_id(n): p for n, p in walk(root / "masks").items() if p.suffix.lower() in SUFFIXES}
+    pictures, others = _tifs(root / "images")
+    labels, without = _tifs(root / "masks")
     if not pictures:
         raise SourceError(f"{root}: no .tif under images/; data.path must name a folder that holds images/ and masks/")
     file = class_lists.read(root, data)
@@ -60,44 +74,93 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         )
     if data.tile**2 > max_pixels:
         raise SourceError(f"data.tile: {data.tile} squared is over ingest.max_pixels ({max_pixels}); lower it")
-    files: list[tuple[str, Path | Maker]] = []
-    groups: dict[str, str] = {}
-    left_out: Counter[str] = Counter()
+
+    matched = matching.match(list(labels), pictures)
+    mask_of = {matched.images[name]: path for name, path in labels.items() if name in matched.images}
+    tiled = Tiled(refused=[(f"masks/{name}", NO_IMAGE, reason) for name, reason in matched.refused.items()])
     for name, path in pictures.items():
-        with _opened(rasterio, path) as image:
-            if name in labels:
-                with _opened(rasterio, labels[name]) as mask:
-                    _same_place(image, mask)
-            for row, column, window in windows(rasterio, image.height, image.width, data.tile):
-                if not image.dataset_mask(window=window).any():
-                    left_out[name] += 1
-                    continue
-                key = f"{name}/r{row:06d}_c{column:06d}"
-                groups[key] = name
-                files.append((f"images/{key}.png", partial(picture, path, window)))
-                if name in labels:
-                    files.append((f"masks/{key}.png", partial(label, labels[name], path, window)))
-    keys = sorted(groups)
+        _cut(rasterio, name, path, mask_of.get(name), data.tile, tiled)
+    keys = sorted(tiled.groups)
     return Source(
-        files=sorted(files, key=lambda item: item[0]),
+        files=sorted(tiled.files, key=lambda item: item[0]),
         classes=file[0],
-        lists=_lists(root, data, groups),
-        groups=groups_by(data.group, keys) or groups,
-        refused=[
-            (f"masks/{n}.tif", "mask-without-image", "no image has its name") for n in labels.keys() - pictures.keys()
-        ],
+        lists=_lists(root, data, tiled.groups, list(pictures)),
+        groups=groups_by(data.group, keys) or tiled.groups,
+        refused=tiled.refused,
         notes=[
-            f"{len(pictures)} GeoTIFFs, {len(labels.keys() & pictures.keys())} with masks, {len(keys)} tiles of "
-            f"{data.tile} pixels; {left_out.total()} tiles without data left out"
+            f"{len(pictures)} GeoTIFFs, {tiled.masks} with masks, {len(keys)} tiles of "
+            f"{data.tile} pixels; {tiled.empty} tiles without data left out",
+            *(f"masks matched to images by {rule}: {line}" for rule, line in matched.forgiven),
+            *(f"{count} masks: {note}" for note, count in tiled.notes.items()),
+        ],
+        skipped=[
+            *(("no .tif", f"images/{name}") for name in others),
+            *(("no .tif: a GeoTIFF's mask is one too, on its grid", f"masks/{name}") for name in without),
         ],
     )
+
+
+def _tifs(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The .tif files below a folder by name, and the names of the others."""
+    tifs: dict[str, Path] = {}
+    others: list[str] = []
+    for name, path in walk_all(folder).items():
+        if path.suffix.lower() in SUFFIXES and not image_files.is_system_file(name):
+            tifs[name] = path
+        else:
+            others.append(name)
+    return tifs, others
+
+
+def _cut(rasterio: Any, name: str, path: Path, mask: Path | None, tile: int, tiled: Tiled) -> None:
+    """Add one image's tiles, with its mask's where that lies on it."""
+    parent = name_id(name)
+    try:
+        with _opened(rasterio, path) as image:
+            mask = _usable(rasterio, image, mask, parent, tiled)
+            for row, column, window in windows(rasterio, image.height, image.width, tile):
+                if not image.dataset_mask(window=window).any():
+                    tiled.empty += 1
+                    continue
+                key = f"{parent}/r{row:06d}_c{column:06d}"
+                tiled.groups[key] = parent
+                tiled.files.append((f"images/{key}.png", partial(picture, path, window)))
+                if mask is not None:
+                    tiled.files.append((f"masks/{key}.png", partial(label, mask, path, window)))
+    except (decode.Refused, rasterio.errors.RasterioError) as error:
+        tiled.refused.append((f"images/{name}", "corrupt", str(error)))
+        return
+    tiled.masks += mask is not None
+
+
+def _usable(rasterio: Any, image: Any, mask: Path | None, parent: str, tiled: Tiled) -> Path | None:
+    """The mask where it can be laid on its image; else None, and it is refused with its reason."""
+    if mask is None:
+        return None
+    try:
+        with _opened(rasterio, mask) as opened:
+            _same_place(image, opened)
+            if opened.count >= 3:
+                raise decode.Refused(
+                    "rgb-mask", f"{mask.name}: {opened.count} bands are colours, not ids; save one band"
+                )
+            if opened.nodata == 0:
+                tiled.notes[
+                    "0 is their nodata, so class 0 is ignored; `gdal_edit.py -unsetnodata` if 0 is a class"
+                ] += 1
+            if image.crs and not opened.crs:
+                tiled.notes["no projection of their own; taken as lying on their image"] += 1
+    except decode.Refused as error:
+        tiled.refused.append((f"masks/{parent}.tif", error.code, str(error)))
+        return None
+    return mask
 
 
 def _opened(rasterio: Any, path: Path) -> Any:
     try:
         return rasterio.open(path)
     except rasterio.errors.RasterioError as error:
-        raise SourceError(f"{path}: GDAL cannot open it ({decode.short(error)})") from error
+        raise decode.Refused("corrupt", f"{path.name}: GDAL cannot open it ({decode.short(error)})") from error
 
 
 @contextmanager
@@ -110,13 +173,20 @@ def _reading(rasterio: Any, path: Path) -> Iterator[None]:
 
 
 def _same_place(image: Any, mask: Any) -> None:
+    """Raises images.Refused("mask-size" | "mask-place"). A mask without any georeference is taken to lie on its image."""
+    name = Path(mask.name).name
     if (mask.height, mask.width) != (image.height, image.width):
-        raise SourceError(
-            f"{mask.name}: {mask.width} x {mask.height} pixels, its image has {image.width} x {image.height}; warp it "
-            "onto the image's grid"
+        raise decode.Refused(
+            "mask-size",
+            f"{name}: {mask.width} x {mask.height} pixels, its image has {image.width} x {image.height}; warp it "
+            "onto the image's grid",
         )
-    if image.crs and mask.crs and (image.crs != mask.crs or not image.transform.almost_equals(mask.transform)):
-        raise SourceError(f"{mask.name}: lies at another place or in another projection than its image; warp it first")
+    projected = image.crs and mask.crs and image.crs != mask.crs
+    moved = not mask.transform.is_identity and not image.transform.almost_equals(mask.transform)
+    if projected or moved:
+        raise decode.Refused(
+            "mask-place", f"{name}: lies at another place or in another projection than its image; warp it first"
+        )
 
 
 def windows(rasterio: Any, height: int, width: int, tile: int) -> Iterator[tuple[int, int, Any]]:
@@ -127,16 +197,17 @@ def windows(rasterio: Any, height: int, width: int, tile: int) -> Iterator[tuple
             yield row, column, rasterio.windows.Window(column, row, *size)
 
 
-def _lists(root: Path, data: config.Data, groups: dict[str, str]) -> dict[str, list[str] | None]:
-    """A list names tiles, or whole images and with them all their tiles."""
+def _lists(root: Path, data: config.Data, groups: dict[str, str], pictures: list[str]) -> dict[str, list[str] | None]:
+    """A list names tiles, or whole images and with them all their tiles; so do folders named as splits."""
     parents = set(groups.values())
-    found = split_lists.read(root, data.lists, groups.keys() | parents, {f"images/{name}": name for name in parents})
+    aliases = {f"images/{name}": name for name in parents}
+    splits = split_lists.decide(root, data.lists, groups.keys() | parents, aliases, layout.parts(pictures), parents)
     tiles: dict[str, list[str]] = {name: [] for name in parents}
     for key in sorted(groups):
         tiles[groups[key]].append(key)
     return {
         part: None if ids is None else [key for name in ids for key in tiles.get(name, [name])]
-        for part, ids in found.items()
+        for part, ids in splits.lists.items()
     }
 
 

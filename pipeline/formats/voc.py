@@ -8,13 +8,16 @@ labelmap.txt                    `name:r,g,b:parts:actions` a line: other classes
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from pipeline import config
 from pipeline.formats.common import class_list as class_lists
 from pipeline.formats.common import mask_encoding, split_lists
-from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk
+from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk_all
+from pipeline.formats.names import layout, matching
+from pipeline.formats.names.image_files import images_among
 
 LABEL_MAP = "labelmap.txt"
 NAMES = (
@@ -34,38 +37,66 @@ def colour(index: int) -> list[int]:
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     """Read a VOC tree. Raises SourceError: no JPEGImages, a bad labelmap.txt or list; names the file."""
     root = home(root)
-    image_files = walk(root / "JPEGImages")
-    mask_files = walk(root / (data.annotations or "SegmentationClass"))
-    if data.annotations and not mask_files:
+    pictures = images_among(walk_all(root / "JPEGImages"))
+    folder = data.annotations or "SegmentationClass"
+    mask_files = images_among(walk_all(root / folder))
+    if data.annotations and not mask_files.images:
         raise SourceError(f"{root / data.annotations}: no files; data.annotations must name the folder of masks")
-    ids = {name_id(name) for name in image_files}
-    masked = {name_id(name) for name in mask_files} & ids
+    matched = matching.match(list(mask_files.images), pictures.images)
+    masks = {matched.images[name]: path for name, path in mask_files.images.items() if name in matched.images}
+
     known = classes(root, data)
-    colours = mask_encoding.colours_of(known, [], str(root / "labelmap.txt"))
-    how, files = "ids", list[tuple[str, Path | Maker]]()
-    if mask_files:
-        how = mask_encoding.decide(list(mask_files.values()), len(known), colours, max_pixels, prefer="colours")
-    listed, notes = (
-        split_lists.read(root, data.lists, ids, {f"JPEGImages/{key}": key for key in ids}),
-        [f"masks: {how}"],
-    )
-    left_out: set[str] = set()
-    if not split_lists.given(data.lists):
-        listed, left_out, said = split_lists.own(_sets(root, ids), masked)
-        notes += said
     tally: Counter[str] = Counter()
-    for name, path in mask_files.items():
-        maker = partial(mask_encoding.render, path, colours, max_pixels, tally)
-        files.append((f"masks/{name}", path) if how == "ids" else (f"masks/{name_id(name)}.png", maker))
+    makers, notes = _makers(root, masks, known, max_pixels, tally)
+    ids = {name_id(name) for name in pictures.images}
+    masked = {name_id(name) for name in masks}
+    splits = split_lists.decide(
+        root, data.lists, ids, {f"JPEGImages/{key}": key for key in ids}, _sets(root, ids), masked
+    )
     return Source(
-        files=[(f"images/{n}", path) for n, path in image_files.items() if name_id(n) not in left_out] + files,
+        files=[
+            *((f"images/{n}", path) for n, path in pictures.images.items() if name_id(n) not in splits.left_out),
+            *makers,
+        ],
         classes=known,
         class_list=ASSUMED if known == own_classes() else None,
-        lists=listed,
-        groups=groups_by(data.group, sorted(ids)),
-        notes=notes,
+        lists=splits.lists,
+        groups=groups_by(data.group, sorted(ids)) or layout.groups_or_singles(pictures.images),
+        refused=[(f"masks/{name}", "mask-without-image", reason) for name, reason in matched.refused.items()],
+        notes=[
+            *notes,
+            *(f"masks matched to images by {rule}: {line}" for rule, line in matched.forgiven),
+            *splits.notes,
+        ],
+        skipped=[
+            *((kind, f"JPEGImages/{name}") for kind, name in pictures.skipped),
+            *((kind, f"{folder}/{name}") for kind, name in mask_files.skipped),
+        ],
         tally=tally,
     )
+
+
+def _makers(
+    root: Path, masks: Mapping[str, Path], known: class_lists.Classes, max_pixels: int, tally: Counter[str]
+) -> tuple[list[tuple[str, Path | Maker]], list[str]]:
+    """The masks' members, as they came or rendered, and what was decided about them."""
+    colours = mask_encoding.colours_of(known, [], str(root / "labelmap.txt"))
+    how = "ids"
+    if masks:
+        how = mask_encoding.decide(list(masks.values()), len(known), colours, max_pixels, prefer="colours")
+    if how == "ids" and len(known) == 2 and mask_encoding.are_0_and_255(masks.values(), max_pixels):
+        rendered: dict[str, Maker] = {
+            name: partial(mask_encoding.render_0_and_255, path, max_pixels) for name, path in masks.items()
+        }
+        return [(f"masks/{name_id(name)}.png", maker) for name, maker in rendered.items()], [mask_encoding.BINARY_NOTE]
+    members: list[tuple[str, Path | Maker]] = []
+    for name, path in masks.items():
+        if how == "ids":
+            members.append((f"masks/{name_id(name)}{path.suffix}", path))
+        else:
+            maker = partial(mask_encoding.render, path, colours, max_pixels, tally)
+            members.append((f"masks/{name_id(name)}.png", maker))
+    return members, [f"masks: {how}"]
 
 
 def home(root: Path) -> Path:
@@ -109,9 +140,9 @@ def label_map(path: Path) -> class_lists.Classes:
 
 
 def _sets(root: Path, ids: set[str]) -> dict[str, list[str]]:
-    found = {}
-    for part in ("val", "test"):
-        path = root / "ImageSets/Segmentation" / f"{part}.txt"
-        if path.exists():
+    found: dict[str, list[str]] = {}
+    folder = root / "ImageSets/Segmentation"
+    for path in sorted(folder.glob("*.[tT][xX][tT]")) if folder.is_dir() else ():
+        if part := layout.split_word(path.stem):
             found[part] = split_lists.resolve(list(filter(None, class_lists.read_lines(path, ""))), path, ids, {})
     return found

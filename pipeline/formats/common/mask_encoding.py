@@ -17,6 +17,7 @@ from pipeline.formats.common.source import SourceError
 from pipeline.imaging import decode, label_maps
 from pipeline.imaging.mask_png import Colour
 
+BINARY_NOTE = "masks hold only 0 and 255 and there are two classes: 0 is the first, 255 the second"
 SAMPLE = 32
 STRAYS = 4  # so many times as many masks of one kind make the other ones strays, which ingest quarantines
 _RENDERED = ("RGB", "RGBA", "LA", "PA", "La", "RGBa", "CMYK", "YCbCr")

@@ -107,14 +107,43 @@ def test_grey_and_16_bits_are_as_everywhere(root: Path) -> None:
     assert {d.code for d in content.values() if not isinstance(d, bytes)} == {"unsupported-depth"}
 
 
+def refused(root: Path) -> list[tuple[str, str]]:
+    source = read(root)
+    assert not [name for name, _ in source.files if name.startswith("masks/")]
+    assert [name for name, _ in source.files if name.startswith("images/north/")], "the image stays, unlabelled"
+    return [(code, reason) for _, code, reason in source.refused]
+
+
 def test_a_mask_must_lie_on_its_image(root: Path) -> None:
     ids_HW = scene()[1]
     write(root / "masks/north.tif", ids_HW[None, :-1])
-    with pytest.raises(SourceError, match=r"north\.tif: 200 x 149 pixels, its image has 200 x 150"):
-        read(root)
-    write(root / "masks/north.tif", ids_HW[None], west=500_020)
-    with pytest.raises(SourceError, match="lies at another place"):
-        read(root)
+    assert refused(root) == [
+        ("mask-size", "north.tif: 200 x 149 pixels, its image has 200 x 150; warp it onto the image's grid")
+    ]
+    for place in ({}, {"crs": None}):
+        write(root / "masks/north.tif", ids_HW[None], west=500_020, **place)
+        assert refused(root)[0][0] == "mask-place"
+    write(root / "masks/north.tif", np.stack([ids_HW] * 3))
+    assert refused(root)[0][0] == "rgb-mask"
+
+
+def test_a_mask_without_georeference_or_with_nodata_0_is_taken_and_said(root: Path) -> None:
+    ids_HW = scene()[1]
+    write(root / "masks/north.tif", ids_HW[None], crs=None, transform=None, nodata=0)
+    notes = read(root).notes
+    assert any("1 masks: no projection of their own" in note for note in notes)
+    assert any("1 masks: 0 is their nodata, so class 0 is ignored" in note for note in notes)
+
+
+def test_other_files_are_counted_and_a_broken_image_stops_no_other(root: Path) -> None:
+    (root / "masks/south").mkdir()
+    (root / "masks/south/west.png").write_bytes(b"x")
+    (root / "images/broken.tif").write_bytes(b"II*\x00nothing")
+    before = len(read(root).files)
+    source = read(root)
+    assert len(source.files) == before
+    assert source.skipped == [("no .tif: a GeoTIFF's mask is one too, on its grid", "masks/south/west.png")]
+    assert [(name, code) for name, code, _ in source.refused] == [("images/broken.tif", "corrupt")]
 
 
 def test_a_list_names_images_with_all_their_tiles_or_single_tiles(root: Path) -> None:
@@ -131,9 +160,6 @@ def test_what_cannot_be_used_is_named(root: Path, monkeypatch: pytest.MonkeyPatc
     (root / "classes.txt").rename(root / "names.txt")
     with pytest.raises(SourceError, match=r"write classes\.txt"):
         read(root)
-    (root / "images/broken.tif").write_bytes(b"II*\x00nothing")
-    with pytest.raises(SourceError, match=r"broken\.tif: GDAL cannot open"):
-        read(root, classes="names.txt")
     monkeypatch.setitem(__import__("sys").modules, "rasterio", None)
     with pytest.raises(SourceError, match=r"marginalia-seg\[geotiff\]"):
         read(root)
