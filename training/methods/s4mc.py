@@ -5,8 +5,9 @@ Everything here is without gradient, in float32 or wider, and independent from i
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -56,35 +57,58 @@ def refine(
     if not 1 <= k <= neighbourhood:
         raise ValueError(f"k must be 1 to {neighbourhood} (the neighbourhood), got {k}")
     prob = _wide(prob_BKHW)
-    height, width = prob.shape[-2:]
-    radius = 2 if neighbourhood == 24 else 1
-    padded = F.pad(prob, (radius,) * 4)
-    # k running maxima instead of a stack of shifted copies; nearer offsets first, so ties go to the nearer neighbour.
-    offsets = sorted(NEIGHBOURHOODS[neighbourhood], key=lambda o: abs(o[0]) + abs(o[1]))
-    best: list[Tensor] = []
-    weight: list[Tensor | float] = []
-    for dy, dx in offsets:
-        n: Tensor = padded[..., radius + dy : radius + dy + height, radius + dx : radius + dx + width]
-        w: Tensor | float = math.exp(-(abs(dy) + abs(dx)) / 2) if beta == "decay" else float(beta)
-        for rank in range(min(len(best), k)):
-            if beta == "decay" and neighbourhood != 4:  # weights differ: they travel with their neighbour
-                larger = n > best[rank]
-                held, held_w = best[rank], weight[rank]
-                best[rank], n = torch.where(larger, n, held), torch.where(larger, held, n)
-                as_tensor = [torch.as_tensor(v, dtype=prob.dtype, device=prob.device) for v in (w, held_w)]
-                weight[rank], w = torch.where(larger, *as_tensor), torch.where(larger, *reversed(as_tensor))
-            else:
-                best[rank], n = torch.maximum(best[rank], n), torch.minimum(best[rank], n) if k > 1 else n
-        if len(best) < k:
-            best.append(n)
-            weight.append(w)
+    neighbours: list[tuple[Tensor, Tensor | float]]
+    if beta == "decay" and neighbourhood != 4:  # of a cross all distances are 1
+        neighbours = list(_strongest_with_weights(prob, neighbourhood, k))
+    else:
+        weight = math.exp(-1 / 2) if beta == "decay" else float(beta)
+        neighbours = [(n, weight) for n in _strongest(prob, neighbourhood, k)]
+
     refined = prob
-    for n, w in zip(best, weight, strict=True):
+    for n, weight in neighbours:
         joint = refined * n
         if table_K is not None:
             joint = torch.maximum(joint, refined * table_K.to(prob).view(1, -1, 1, 1))
-        refined = refined + w * (n - joint)
+        refined = refined + weight * (n - joint)
     return refined
+
+
+def _shifted(prob_BKHW: Tensor, neighbourhood: int) -> Iterator[tuple[Tensor, int]]:
+    """(neighbour's probability, its L1 distance) for every offset, 0 outside the image. Nearer offsets come first, so ties
+    go to the nearer neighbour."""
+    height, width = prob_BKHW.shape[-2:]
+    radius = 2 if neighbourhood == 24 else 1
+    padded = F.pad(prob_BKHW, (radius,) * 4)
+    for dy, dx in sorted(NEIGHBOURHOODS[neighbourhood], key=lambda offset: abs(offset[0]) + abs(offset[1])):
+        top, left = radius + dy, radius + dx
+        yield padded[..., top : top + height, left : left + width], abs(dy) + abs(dx)
+
+
+def _strongest(prob_BKHW: Tensor, neighbourhood: int, k: int) -> list[Tensor]:
+    """The k largest neighbours of each class and pixel, largest first: k running maxima, not a stack of shifted copies."""
+    best: list[Tensor] = []
+    for n, _ in _shifted(prob_BKHW, neighbourhood):
+        for rank, held in enumerate(best):
+            best[rank] = torch.maximum(held, n)
+            if k > 1:
+                n = torch.minimum(held, n)  # goes on to the next rank
+        if len(best) < k:
+            best.append(n)
+    return best
+
+
+def _strongest_with_weights(prob_BKHW: Tensor, neighbourhood: int, k: int) -> list[tuple[Tensor, Tensor]]:
+    """As `_strongest`, each with its weight exp(-d/2) at L1 distance d, which travels with it."""
+    best: list[tuple[Tensor, Tensor]] = []
+    for n, distance in _shifted(prob_BKHW, neighbourhood):
+        w = torch.as_tensor(math.exp(-distance / 2), dtype=prob_BKHW.dtype, device=prob_BKHW.device)
+        for rank, (held, held_w) in enumerate(best):
+            larger = n > held
+            best[rank] = (torch.where(larger, n, held), torch.where(larger, w, held_w))
+            n, w = torch.where(larger, held, n), torch.where(larger, held_w, w)
+        if len(best) < k:
+            best.append((n, w))
+    return best
 
 
 @torch.no_grad()
@@ -176,12 +200,12 @@ def scores(
     """
     prob = _wide(prob_BKHW)
     raw, label = SCORES[how.score](prob), prob.max(1).indices  # argmax over a strided axis is 6 times slower on a CPU
-    options = {"neighbourhood": how.neighbourhood, "k": how.k, "beta": how.beta}
+    refine_as_asked = partial(refine, neighbourhood=how.neighbourhood, k=how.k, beta=how.beta)
     if how.quantity == "confidence":  # class-agnostic: a neighbour sure of another class raises confidence too
-        return raw, refine(raw[:, None], **options)[:, 0], label
+        return raw, refine_as_asked(raw[:, None])[:, 0], label
     refined = refined_BKHW
     if refined is None:
-        refined = refine(prob, **options, table_K=table_K if how.joint == "table" else None)
+        refined = refine_as_asked(prob, table_K=table_K if how.joint == "table" else None)
     if how.label_from == "refined":
         label = refined.max(1).indices
     return raw, SCORES[how.score](refined), label
