@@ -37,7 +37,8 @@ class Region:
 def _of(probability_KHW: NDArray[np.floating], label_HW: Labels) -> NDArray[np.floating]:
     """p of each pixel's label; of the last class where the label is no class."""
     place_HW = np.minimum(label_HW, len(probability_KHW) - 1).astype(np.int64)
-    return np.take_along_axis(probability_KHW, place_HW[None], 0)[0]
+    own_HW: NDArray[np.floating] = np.take_along_axis(probability_KHW, place_HW[None], 0)[0]
+    return own_HW
 
 
 def self_confidence(probability_KHW: NDArray[np.floating], mask_HW: Labels) -> tuple[Floats, Floats]:
@@ -46,12 +47,14 @@ def self_confidence(probability_KHW: NDArray[np.floating], mask_HW: Labels) -> t
     known = mask_HW < k
     given = mask_HW[known]
     own = _of(probability_KHW, mask_HW)[known]
-    return np.bincount(given, own, minlength=k), np.bincount(given, minlength=k).astype(np.float64)
+    sum_K: Floats = np.bincount(given, own, minlength=k).astype(np.float64)  # bincount of nothing counts in integers
+    return sum_K, np.bincount(given, minlength=k).astype(np.float64)
 
 
 def thresholds(sum_K: Floats, count_K: Floats) -> Floats:
     """Mean self-confidence per class; infinite for a class that no mask names, which is then never suggested."""
-    return np.divide(sum_K, count_K, out=np.full(len(sum_K), np.inf), where=count_K > 0)
+    mean_K: Floats = np.divide(sum_K, count_K, out=np.full(len(sum_K), np.inf), where=count_K > 0)
+    return mean_K
 
 
 def suggestions(

@@ -106,7 +106,8 @@ def logits_of(model: nn.Module, image_HWC: Tensor, stride: int) -> Tensor:
     where = next(model.parameters()).device
     image_BCHW = image_HWC.to(where).permute(2, 0, 1)[None].float()
     padded = F.pad(image_BCHW, (0, -width % stride, 0, -height % stride), mode="replicate")
-    return model(padded)[0, :, :height, :width]
+    logits_KHW: Tensor = model(padded)[0, :, :height, :width]
+    return logits_KHW
 
 
 @torch.inference_mode()

@@ -108,7 +108,7 @@ def boundary(label_HW: Labels, distance: int) -> NDArray[np.bool_]:
     one value, that is when max-pool equals min-pool; one pass serves all classes. The image's edge counts as a
     boundary, as in the code of Cheng et al., "Boundary IoU" (CVPR 2021), which pads the mask with zeros before eroding.
     """
-    near = _pool(label_HW, distance, np.maximum) != _pool(label_HW, distance, np.minimum)
+    near: NDArray[np.bool_] = _pool(label_HW, distance, np.maximum) != _pool(label_HW, distance, np.minimum)
     near[:distance], near[-distance:] = True, True
     near[:, :distance], near[:, -distance:] = True, True
     return near

@@ -50,7 +50,8 @@ class Statistics:
 def with_features(model: nn.Module, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """(logits_BKHW, deepest features_BDhw) from one forward pass: the encoder inside `model.net` is listened to."""
     heard: list[Tensor] = []
-    handle = model.net.encoder.register_forward_hook(lambda _module, _inputs, output: heard.append(output[-1]))
+    net: Any = model.net
+    handle = net.encoder.register_forward_hook(lambda _module, _inputs, output: heard.append(output[-1]))
     try:
         logits_BKHW = model(image_BCHW)
     finally:
@@ -164,7 +165,7 @@ def run(params: config.Params) -> Result:
     )
     columns["classes"] = np.array([c["name"] for c in meta["classes"]])
     with atomic.replacing(predictions.FILE) as file:
-        np.savez_compressed(file, **columns)
+        np.savez_compressed(file, allow_pickle=False, **columns)
     seen = predictions.read()
     frequency = ranking.label_frequency(summary, list(map(str, seen.classes)))
     listed = ranking.shortlist(seen, frequency, params.pool.label_next)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, field_serializer
 from rich.table import Table
 from torch import nn
 
@@ -32,15 +33,45 @@ from training.confident_learning import Region
 from training.models import segmenter
 
 SPLITS = ("labelled", "val", "test")
-COLUMNS = (
-    "split", "place", "score", "name", "dump", "group", "id", "given", "suggested", "region_pixels", "left", "top", "right",
-    "bottom", "regions", "picture",
-)  # fmt: skip
+SHOWN = 5  # of each split, in the table
 PANEL = 320  # pixels of a picture's panel at most
 
 
 class SuspectsError(ValueError):
     """The student and the data do not belong together; the message says what to do."""
+
+
+class SuspectRecord(BaseModel):
+    """A line of reports/suspect_labels.csv; box, pixels and classes are those of the heaviest region, in pixels of the image.
+
+    Attributes:
+        place: from 1, within the split. score: share of the labelled pixels to repaint, 0..1.
+        given, suggested: names of the classes that the mask and the student have there.
+        right, bottom: exclusive. picture: empty where none was drawn.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    split: str
+    place: int
+    score: float
+    name: str
+    dump: str
+    group: str | None
+    id: str
+    given: str
+    suggested: str
+    region_pixels: int
+    left: int
+    top: int
+    right: int
+    bottom: int
+    regions: int
+    picture: str
+
+    @field_serializer("score")
+    def _six_digits(self, score: float) -> str:
+        return f"{score:.6f}"
 
 
 @dataclass(frozen=True)
@@ -53,58 +84,102 @@ class Suspect:
     scale: float
 
 
-@torch.inference_mode()
-def answers(
-    model: nn.Module, rows: Sequence[manifest.Row], policy: config.Input, params: config.Params, ignore: int, what: str
-) -> Iterator[tuple[inference.Sample, NDArray[np.float32], NDArray[np.uint8]]]:
-    """(sample, probability_KHW, mask_HW) of each row at working size, padding cut away."""
-    where = next(model.parameters()).device
-    batches = inference.plan_batches(rows, policy, params.evaluate.batch)
-    with progress.bar(what, len(rows)) as bar:
-        for samples in inference.stream(batches, policy, params.ingest.max_pixels, mask=True):
-            probability_BKHW = torch.softmax(model(inference.to_network(samples, where)).float(), dim=1).cpu().numpy()
-            for sample, probability_KHW in zip(samples, probability_BKHW, strict=True):
-                assert sample.truth_HW is not None
-                height, width = sample.fit.scaled_height, sample.fit.scaled_width
-                mask_HW = resize.apply_mask(sample.truth_HW, sample.fit, ignore=ignore)[:height, :width]
-                yield sample, probability_KHW[:, :height, :width], mask_HW
-            bar.advance(len(samples))
+@dataclass(frozen=True)
+class Survey:
+    """A student and how it looks at masks. policy: the input policy that it was trained with."""
 
+    model: nn.Module
+    policy: config.Input
+    params: config.Params
+    classes: Sequence[dict[str, Any]]
+    ignore: int
 
-def rank(
-    model: nn.Module, rows: Sequence[manifest.Row], policy: config.Input, params: config.Params, ignore: int, split: str
-) -> tuple[list[Suspect], NDArray[np.float64]]:
-    """Suspects of one split, first the one with most to repaint, and the thresholds that judged."""
-    total, count = 0.0, 0.0
-    for _, probability_KHW, mask_HW in answers(model, rows, policy, params, ignore, f"{split}: confidence"):
-        ours = confident_learning.self_confidence(probability_KHW, mask_HW)
-        total, count = total + ours[0], count + ours[1]
-    threshold_K = confident_learning.thresholds(np.asarray(total), np.asarray(count))
-    found = []
-    for sample, probability_KHW, mask_HW in answers(model, rows, policy, params, ignore, f"{split}: masks"):
-        judged = confident_learning.suggestions(
-            probability_KHW, mask_HW, threshold_K, ignore=ignore, distance=params.evaluate.boundary_px
+    @torch.inference_mode()
+    def answers(
+        self, rows: Sequence[manifest.Row], what: str
+    ) -> Iterator[tuple[inference.Sample, NDArray[np.float32], NDArray[np.uint8]]]:
+        """(sample, probability_KHW, mask_HW) of each row at working size, padding cut away."""
+        where = next(self.model.parameters()).device
+        batches = inference.plan_batches(rows, self.policy, self.params.evaluate.batch)
+        with progress.bar(what, len(rows)) as bar:
+            for samples in inference.stream(batches, self.policy, self.params.ingest.max_pixels, mask=True):
+                logits_BKHW = self.model(inference.to_network(samples, where))
+                probability_BKHW = torch.softmax(logits_BKHW.float(), dim=1).cpu().numpy()
+                for sample, probability_KHW in zip(samples, probability_BKHW, strict=True):
+                    assert sample.truth_HW is not None
+                    height, width = sample.fit.scaled_height, sample.fit.scaled_width
+                    mask_HW = resize.apply_mask(sample.truth_HW, sample.fit, ignore=self.ignore)[:height, :width]
+                    yield sample, probability_KHW[:, :height, :width], mask_HW
+                bar.advance(len(samples))
+
+    def thresholds(self, rows: Sequence[manifest.Row], split: str) -> NDArray[np.float64]:
+        """threshold_K: the mean confidence of each class over the masks of one split."""
+        sum_K = np.zeros(len(self.classes))
+        count_K = np.zeros(len(self.classes))
+        for _, probability_KHW, mask_HW in self.answers(rows, f"{split}: confidence"):
+            image_sum_K, image_count_K = confident_learning.self_confidence(probability_KHW, mask_HW)
+            sum_K += image_sum_K
+            count_K += image_count_K
+        return confident_learning.thresholds(sum_K, count_K)
+
+    def rank(self, rows: Sequence[manifest.Row], threshold_K: NDArray[np.float64], split: str) -> list[Suspect]:
+        """Suspects of one split, first the one with most to repaint."""
+        found = []
+        for sample, probability_KHW, mask_HW in self.answers(rows, f"{split}: masks"):
+            judged = self._suggestions(probability_KHW, mask_HW, threshold_K)
+            if regions := confident_learning.regions(mask_HW, *judged, ignore=self.ignore):
+                value = confident_learning.score(regions, mask_HW, ignore=self.ignore)
+                found.append(Suspect(sample.row, value, regions, sample.row.width / sample.fit.scaled_width))
+        return sorted(found, key=lambda suspect: (-suspect.score, suspect.row.id))
+
+    def pictures(
+        self, rows: Sequence[manifest.Row], threshold_K: NDArray[np.float64], split: str
+    ) -> Iterator[tuple[str, bytes]]:
+        """(image id, JPEG) of each row."""
+        palette = [tuple(c["color"]) for c in self.classes]
+        for sample, probability_KHW, mask_HW in self.answers(rows, f"{split}: pictures"):
+            suggested_HW, _ = self._suggestions(probability_KHW, mask_HW, threshold_K)
+            image_HWC = sample.input_HWC[: mask_HW.shape[0], : mask_HW.shape[1]]
+            label_HW = probability_KHW.argmax(0).astype(np.uint8)
+            yield sample.row.id, strip(image_HWC, mask_HW, label_HW, suggested_HW, palette)
+
+    def _suggestions(
+        self, probability_KHW: NDArray[np.float32], mask_HW: NDArray[np.uint8], threshold_K: NDArray[np.float64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.floating]]:
+        distance = self.params.evaluate.boundary_px
+        return confident_learning.suggestions(
+            probability_KHW, mask_HW, threshold_K, ignore=self.ignore, distance=distance
         )
-        if regions := confident_learning.regions(mask_HW, *judged, ignore=ignore):
-            value = confident_learning.score(regions, mask_HW, ignore=ignore)
-            found.append(Suspect(sample.row, value, regions, sample.row.width / sample.fit.scaled_width))
-    return sorted(found, key=lambda suspect: (-suspect.score, suspect.row.id)), threshold_K
 
 
-def table_csv(by_split: dict[str, list[Suspect]], names: Sequence[str], pictured: int) -> str:
-    """A line per suspect; the box and the classes are those of its heaviest region, in pixels of the image itself."""
+def record(suspect: Suspect, split: str, place: int, names: Sequence[str], *, pictured: bool) -> SuspectRecord:
+    first = suspect.regions[0]
+    left, top, right, bottom = (round(edge * suspect.scale) for edge in first.box)
+    return SuspectRecord(
+        split=split,
+        place=place,
+        score=suspect.score,
+        name=suspect.row.name,
+        dump=suspect.row.dump,
+        group=suspect.row.group,
+        id=suspect.row.id,
+        given=names[first.given],
+        suggested=names[first.suggested],
+        region_pixels=round(first.pixels * suspect.scale**2),
+        left=left,
+        top=top,
+        right=right,
+        bottom=bottom,
+        regions=len(suspect.regions),
+        picture=picture(split, place).as_posix() if pictured else "",
+    )
+
+
+def table_csv(records: Sequence[SuspectRecord]) -> str:
     text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(COLUMNS)
-    for split, suspects in by_split.items():
-        for place, s in enumerate(suspects, 1):
-            first = s.regions[0]
-            box = [round(edge * s.scale) for edge in first.box]
-            out.writerow((
-                split, place, f"{s.score:.6f}", s.row.name, s.row.dump, s.row.group, s.row.id, names[first.given],
-                names[first.suggested], round(first.pixels * s.scale**2), *box, len(s.regions),
-                picture(split, place).as_posix() if place <= pictured else "",
-            ))  # fmt: skip
+    out = csv.DictWriter(text, list(SuspectRecord.model_fields), lineterminator="\n")
+    out.writeheader()
+    out.writerows(found.model_dump() for found in records)
     return text.getvalue()
 
 
@@ -140,29 +215,27 @@ def run(params: config.Params) -> Result:
         raise SuspectsError(
             f"{paths.STUDENT_WEIGHTS} was trained for other classes or on another split: train again (`dvc repro`)"
         )
-    policy, ignore = config.Input.model_validate(meta["params"]["input"]), meta["ignore"]
-    names, palette = ([c[key] for c in meta["classes"]] for key in ("name", "color"))
+    policy = config.Input.model_validate(meta["params"]["input"])
+    survey = Survey(model, policy, params, meta["classes"], meta["ignore"])
+    names = [c["name"] for c in meta["classes"]]
     rows = manifest.read(paths.SPLIT_MANIFEST)
-    found: dict[str, list[Suspect]] = {}
+
+    records: list[SuspectRecord] = []
+    pictured = params.pool.suspects
     with atomic.replacing_folder(paths.SUSPECTS) as folder:
         for split in SPLITS:
             ours = [row for row in rows if row.split == split]
-            found[split], threshold_K = rank(model, ours, policy, params, ignore, split)
-            first = {s.row.id: place for place, s in enumerate(found[split][: params.pool.suspects], 1)}
-            again = [row for row in ours if row.id in first]
-            for sample, probability_KHW, mask_HW in answers(model, again, policy, params, ignore, f"{split}: pictures"):
-                suggested_HW, _ = confident_learning.suggestions(
-                    probability_KHW, mask_HW, threshold_K, ignore=ignore, distance=params.evaluate.boundary_px
-                )
-                image_HWC = sample.input_HWC[: mask_HW.shape[0], : mask_HW.shape[1]]
-                label_HW = probability_KHW.argmax(0).astype(np.uint8)
-                data = strip(image_HWC, mask_HW, label_HW, suggested_HW, [tuple(c) for c in palette])
-                atomic.write_bytes(folder / picture(split, first[sample.row.id]).name, data)
-    atomic.write_text(paths.SUSPECT_LABELS, table_csv(found, names, params.pool.suspects))
+            threshold_K = survey.thresholds(ours, split)
+            suspects = survey.rank(ours, threshold_K, split)
+            records += [record(s, split, i, names, pictured=i <= pictured) for i, s in enumerate(suspects, 1)]
+
+            place = {s.row.id: i for i, s in enumerate(suspects[:pictured], 1)}
+            for id, jpeg in survey.pictures([row for row in ours if row.id in place], threshold_K, split):
+                atomic.write_bytes(folder / picture(split, place[id]).name, jpeg)
+    atomic.write_text(paths.SUSPECT_LABELS, table_csv(records))
+
     shown = Table("split", "", "image", "score", "mask says", "student says", title=f"suspect masks: {paths.SUSPECTS}")
-    for split, suspects in found.items():
-        for place, s in enumerate(suspects[:5], 1):
-            first_region = s.regions[0]
-            pair = names[first_region.given], names[first_region.suggested]
-            shown.add_row(split, str(place), s.row.name, f"{s.score:.3f}", *pair)
+    for found in records:
+        if found.place <= SHOWN:
+            shown.add_row(found.split, str(found.place), found.name, f"{found.score:.3f}", found.given, found.suggested)
     return Result((shown,))

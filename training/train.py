@@ -178,7 +178,9 @@ def with_lineage(training: TrainingSummary, params: Params, split: dict[str, Any
     return TrainingRecord(
         **training.model_dump(),
         params=params.model_dump(mode="json", include={"model", "input", "train"}),
-        **{key: split.get(key) for key in ("dumps", "counts", "label_hash")},
+        dumps=split.get("dumps"),
+        counts=split.get("counts"),
+        label_hash=split.get("label_hash"),
     )
 
 

@@ -122,15 +122,19 @@ class Unfinished:
 
 def unfinished(identity: dict[str, Any], root: Path = WORK) -> list[Unfinished]:
     """The runs in the work root whose identity is another one, by folder. Reads no tensors; a damaged file is listed."""
-    ours, found = json.loads(describe(identity)), []
+    ours = json.loads(describe(identity))
+    found = []
     for path in sorted(root.glob("*/checkpoint.pt")):
         if path.parent == folder(identity, root):
             continue
-        step, differs, size = None, (), 0
+        step: int | None = None
+        differs: tuple[str, ...] = ()
+        size = 0
         try:
             size = path.stat().st_size
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            step, differs = int(state["step"]), tuple(_differences(json.loads(state["identity"]), ours))
+            step = int(state["step"])
+            differs = tuple(_differences(json.loads(state["identity"]), ours))
         except FileNotFoundError:  # that run has just finished
             continue
         except Exception:  # whatever a damaged file makes of the unpickler: it must not stop this run

@@ -116,7 +116,8 @@ def cut(value_BCHW: Tensor, window: Window) -> Tensor:
 
 def _luma(image_BCHW: Tensor) -> Tensor:
     red, green, blue = image_BCHW.split(1, dim=1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+    luma: Tensor = 0.299 * red + 0.587 * green + 0.114 * blue
+    return luma
 
 
 def _hue_matrix(turn_B: Tensor) -> Tensor:
@@ -125,7 +126,8 @@ def _hue_matrix(turn_B: Tensor) -> Tensor:
     angle = 2 * torch.pi * turn_B
     cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
     rotate = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
-    return torch.linalg.inv(to_yiq) @ rotate @ to_yiq
+    matrix: Tensor = torch.linalg.inv(to_yiq) @ rotate @ to_yiq
+    return matrix
 
 
 def strong(image_BCHW: Tensor, generator: Generator) -> Tensor:

@@ -143,7 +143,8 @@ def propagate(
         if dense:
             return value @ _scores(one, two).softmax(2 if normalise == "source" else 1)
         query, key = (one, two) if normalise == "source" else (two, one)
-        return _Streamed.apply(query, key, value, normalise == "source", block)
+        out_BKN: Tensor = _Streamed.apply(query, key, value, normalise == "source", block)  # type: ignore[no-untyped-call]
+        return out_BKN
 
 
 def sample(n: int, count: int, generator: torch.Generator, *, reference: bool = False) -> Tensor:

@@ -59,10 +59,10 @@ def refine(
     prob = _wide(prob_BKHW)
     neighbours: list[tuple[Tensor, Tensor | float]]
     if beta == "decay" and neighbourhood != 4:  # of a cross all distances are 1
-        neighbours = list(_strongest_with_weights(prob, neighbourhood, k))
+        neighbours = [*_strongest_with_weights(prob, neighbourhood, k)]
     else:
-        weight = math.exp(-1 / 2) if beta == "decay" else float(beta)
-        neighbours = [(n, weight) for n in _strongest(prob, neighbourhood, k)]
+        same = math.exp(-1 / 2) if beta == "decay" else float(beta)
+        neighbours = [(n, same) for n in _strongest(prob, neighbourhood, k)]
 
     refined = prob
     for n, weight in neighbours:
@@ -126,7 +126,8 @@ def neighbour_table(labels_HW: Iterable[Tensor], n_classes: int, *, ignore: int 
                 total += torch.bincount(one[both].long(), minlength=n_classes)[:n_classes]
                 same += torch.bincount(one[both & (one == other)].long(), minlength=n_classes)[:n_classes]
     mean = same.sum() / total.sum() if total.sum() > 0 else torch.tensor(1.0, dtype=torch.float64)
-    return (same + prior * mean) / (total + prior)
+    table_K: Tensor = (same + prior * mean) / (total + prior)
+    return table_K
 
 
 def top_two(prob_BKHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,8 @@ def _kernel() -> Any:
 
     # Strides are not specialised: Triton would spread the classes of channels_last logits over a warp's lanes, and every
     # reduction over classes would become five shuffles. A thread keeps its pixel's classes; the L1 cache serves them.
-    @triton.jit(do_not_specialize=["H", "W", "s_b", "s_k", "s_y", "s_x", "v_b", "v_y", "v_x"])
-    def s4mc(
+    @triton.jit(do_not_specialize=["H", "W", "s_b", "s_k", "s_y", "s_x", "v_b", "v_y", "v_x"])  # type: ignore[untyped-decorator]
+    def s4mc(  # type: ignore[no-untyped-def]  # Triton's own language: its arguments have no types of Python's
         logits, valid, raw, refined, label, H, W, beta, s_b, s_k, s_y, s_x, v_b, v_y, v_x,
         K: tl.constexpr, DIAGONAL: tl.constexpr, KP: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip

@@ -220,7 +220,7 @@ class SemiSupervisedStep:
 
 def _backward(loss: Tensor) -> None:
     with torch.autocast(loss.device.type, enabled=False):  # operators go back in the precision they came in
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
 
 def teacher_logits(teacher: nn.Module, view: View, uncut_BCHW: Tensor | None) -> Tensor:

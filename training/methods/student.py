@@ -114,10 +114,10 @@ class Student(nn.Module):
             return Outputs(*rows.split(logits), perturbed)
         deep = features[-1]
         one, two = self.head(deep)
+        grid = (int(deep.shape[-2]), int(deep.shape[-1]))
         value = F.interpolate(logits.detach().float(), deep.shape[-2:], mode="bilinear", align_corners=True)
         spread = corrmatch.propagate(one, two, value.flatten(2)).unflatten(2, deep.shape[-2:])
-        corr = corrmatch.upsample(spread, size)
+        corr = corrmatch.upsample(spread, (int(size[0]), int(size[1])))
         _, one_weak, _ = rows.split(one.detach())
         _, two_weak, _ = rows.split(two.detach())
-        grid = (int(deep.shape[-2]), int(deep.shape[-1]))
         return Outputs(*rows.split(logits), perturbed, rows.split(corr), corrmatch.Embeddings(one_weak, two_weak, grid))

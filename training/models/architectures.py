@@ -5,7 +5,7 @@ importing it; `segmenter.build` does.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder, DPTSegmentationHead
 from segmentation_models_pytorch.encoders import TimmViTEncoder
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -35,8 +35,10 @@ ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
 
 def _place(vit: Any, patches_BHWC: Tensor) -> Tensor:
     """In place of `VisionTransformer._pos_embed`: patches -> B x (prefix + H * W) x C, with their positions added."""
+    placed_BNC: Tensor
     if vit.pos_embed is None:
-        return VisionTransformer._pos_embed(vit, patches_BHWC)
+        placed_BNC = VisionTransformer._pos_embed(vit, patches_BHWC)
+        return placed_BNC
     batch, height, width, channels = patches_BHWC.shape  # not len(), which would fix the batch in an exported graph
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     table_1NC = resample_abs_pos_embed(
@@ -45,11 +47,13 @@ def _place(vit: Any, patches_BHWC: Tensor) -> Tensor:
     ahead = [token.expand(batch, -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
     patches_BNC = patches_BHWC.reshape(batch, height * width, channels)
     if vit.no_embed_class:
-        return vit.pos_drop(torch.cat([*ahead, patches_BNC + table_1NC], 1))
-    return vit.pos_drop(torch.cat([*ahead, patches_BNC], 1) + table_1NC)
+        placed_BNC = vit.pos_drop(torch.cat([*ahead, patches_BNC + table_1NC], 1))
+    else:
+        placed_BNC = vit.pos_drop(torch.cat([*ahead, patches_BNC], 1) + table_1NC)
+    return placed_BNC
 
 
-class VitEncoder(TimmViTEncoder):
+class VitEncoder(TimmViTEncoder):  # type: ignore[misc]  # smp has no types
     """A timm ViT of any input size in multiples of its patch: image_BCHW -> four feature maps, all B x width x h x w.
 
     smp's own returns raw block outputs and the prefix tokens beside them. Here the ViT's last norm is applied to each
@@ -71,7 +75,7 @@ class VitEncoder(TimmViTEncoder):
         return maps
 
 
-class AnyGridDecoder(DPTDecoder):
+class AnyGridDecoder(DPTDecoder):  # type: ignore[misc]
     """smp's DPT decoder for any grid: each map is resized to the next one's size instead of doubled.
 
     Doubling fits only patches of 16 on an even grid; there the two are the same arithmetic.
@@ -143,7 +147,8 @@ def build_network(config: ModelConfig, n_classes: int) -> nn.Module:
     try:
         if config.architecture == "DPT":
             return Dpt(name, n_classes)
-        return ARCHITECTURES[config.architecture](f"tu-{name}", encoder_weights=None, classes=n_classes, **extra)
+        build: Callable[..., nn.Module] = ARCHITECTURES[config.architecture]
+        return build(f"tu-{name}", encoder_weights=None, classes=n_classes, **extra)
     except Exception as error:  # timm and smp refuse what they cannot combine in many ways
         like = "vit_small_patch14_dinov2" if config.architecture == "DPT" else "resnet50"
         raise WeightsError(

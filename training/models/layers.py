@@ -21,10 +21,11 @@ def use_asymmetric_padding(module: nn.Module) -> None:
     """Replace every stride-2 convolution below `module` in place; parameters are shared, names stay."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and child.stride == (2, 2):
+            height, width = child.kernel_size
             new = AsymmetricConv2d(
                 child.in_channels,
                 child.out_channels,
-                child.kernel_size,
+                (height, width),
                 2,
                 groups=child.groups,
                 bias=child.bias is not None,

@@ -46,7 +46,8 @@ class OwnNetwork(nn.Module):
 
     def encode(self, image_BCHW: Tensor) -> list[Tensor]:
         module: Any = self.module
-        return self.encoder(module.encode(image_BCHW))
+        features: list[Tensor] = self.encoder(module.encode(image_BCHW))
+        return features
 
     def decode(self, features: list[Tensor], size: Sequence[int]) -> Tensor:
         module: Any = self.module

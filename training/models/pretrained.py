@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -125,13 +126,17 @@ def load_encoder(encoder: nn.Module, weights: str) -> None:
         WeightsError: package, hub id or file missing, or keys/shapes that do not fit, naming some of them.
     """
     kind, _, name = weights.partition(":")
-    where = {"package": _package_file, "hub": _hub_file}.get(kind, lambda _: Path(weights))
-    file = where(name)
+    if kind == "package":
+        file = _package_file(name)
+    elif kind == "hub":
+        file = _hub_file(name)
+    else:
+        file = Path(weights)
     tensors = _read_tensors(file)
     if "_conv_stem.weight" in tensors:
         tensors = {new: value for key, value in tensors.items() if (new := lite0_key(key)) is not None}
     tensors = {_flat(key): value for key, value in tensors.items()}
-    target = encoder.model if hasattr(encoder, "model") else encoder
+    target: Any = encoder.model if hasattr(encoder, "model") else encoder
     own = target.state_dict()
     found = {key: tensors[_flat(key)] for key in own if _flat(key) in tensors}
     missing = [k for k in own if k not in found and not k.endswith("num_batches_tracked")]

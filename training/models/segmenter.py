@@ -65,7 +65,8 @@ class Segmenter(nn.Module):
     def train(self, mode: bool = True) -> "Segmenter":
         super().train(mode)
         if self.frozen:
-            (self.net.module.encoder if isinstance(self.net, OwnNetwork) else self.net.encoder).eval()
+            owner: Any = self.net.module if isinstance(self.net, OwnNetwork) else self.net
+            owner.encoder.eval()
         return self
 
     def normalise(self, image_BCHW: Tensor) -> Tensor:
@@ -85,11 +86,13 @@ class Segmenter(nn.Module):
                 "this network gives logits only: offer encode(image) and decode(features, size) beside forward, or choose "
                 "a train.method that needs no features"
             )
-        return self.net.encode(image) if isinstance(self.net, OwnNetwork) else self.net.encoder(image)
+        features: list[Tensor] = self.net.encode(image) if isinstance(self.net, OwnNetwork) else self.net.encoder(image)
+        return features
 
     def decode(self, features: list[Tensor], size: Sequence[int]) -> Tensor:
         if hasattr(self.net, "decode"):  # a DPT and a user's own network resize in their own way
-            return self.net.decode(features, size)
+            logits_BKHW: Tensor = self.net.decode(features, size)
+            return logits_BKHW
         return resize(self.net.segmentation_head(self.net.decoder(features)), size)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:

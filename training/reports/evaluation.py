@@ -130,10 +130,16 @@ def overlay_figure(
         axes.set_title(name, fontsize=10)
         axes.set_axis_off()
     present = sorted(set(np.unique(truth_HW[known])) | set(np.unique(label_HW)))
-    patches = [Patch(color=np.array(colours[c]) / 255, label=classes[c]["name"]) for c in present]
+    patches = [Patch(color=_rgb(colours[c]), label=classes[c]["name"]) for c in present]
     figure.legend(handles=patches, loc="outside lower center", ncols=max(1, min(len(patches), 10)), fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _rgb(colour: Sequence[int]) -> tuple[float, float, float]:
+    """0..255 -> 0..1, as Matplotlib has it."""
+    red, green, blue = (part / 255 for part in colour)
+    return red, green, blue
 
 
 def confusion_rows(confusion_KK: NDArray[np.integer], names: Sequence[str]) -> list[tuple[str, str]]:
