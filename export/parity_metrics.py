@@ -1,14 +1,11 @@
-"""How far an exported form of the network is from torch: counted pixel by pixel on real images, judged by bars.
+"""How far an exported variant of the network is from torch, counted pixel by pixel on real images.
 
-Two places: the padded working grid (the graph alone) and the original resolution (what a user gets). Arg max
-agreement of class c is judged on the pixels that torch calls c. Any class below its bar fails although the mean may
-pass, and near-ties are not forgiven: how many of the differing pixels are near-ties, or lie beside a border between
-classes, is told beside the verdict, nothing more.
+Two places: the padded working grid (the graph alone) and the original resolution (what a user gets). How many of the
+differing pixels are near-ties, or lie beside a border between classes, is counted too.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +14,7 @@ from torch import nn
 
 from export.runtime.runtime import Runtime
 from pipeline import config, console
-from pipeline.champions import metrics as scores
+from pipeline.champions.parity_report import AgreementReport
 from pipeline.imaging import resize
 from pipeline.storage import manifest
 from training import inference, metrics
@@ -43,8 +40,9 @@ class Agreement:
         right = np.diagonal(self.pairs_KK)
         return {name: float(right[c] / torch_says[c]) if torch_says[c] else None for c, name in enumerate(names)}
 
-    def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        return {"agreement": self.overall, "pixels": int(self.pairs_KK.sum()), "per_class": self.per_class(names)}
+    def report(self, names: Sequence[str]) -> AgreementReport:
+        pixels = int(self.pairs_KK.sum())
+        return AgreementReport(agreement=self.overall, pixels=pixels, per_class=self.per_class(names))
 
 
 @dataclass(frozen=True)
@@ -66,66 +64,114 @@ class Measured:
     border: Agreement | None = None
 
 
+@dataclass(frozen=True)
+class TestImages:
+    """What is run through torch and the runtimes, how it is read, and how pixels are counted.
+
+    border_px: how far from another class (or the image's edge) a pixel of torch's answer counts as beside a border.
+    """
+
+    batches: Sequence[list[manifest.Row]]
+    policy: config.Input
+    max_pixels: int
+    classes: int
+    ignore: int
+    border_px: int
+
+    __test__ = False  # no test class, whatever pytest makes of its name
+
+
+@dataclass(frozen=True)
+class _TorchAnswer:
+    """uint8 class ids and confidence, and where torch's two likeliest classes are nearly as likely; each B x H x W."""
+
+    label_BHW: NDArray[np.uint8]
+    confidence_BHW: NDArray[np.uint8]
+    near_tie_BHW: NDArray[np.bool_]
+
+
 class _Counts:
     """The sums behind one `Measured`."""
 
-    def __init__(self, classes: int, ignore: int, border_px: int) -> None:
-        self.classes, self.ignore, self.border_px = classes, ignore, border_px
-        self.grid, self.border, self.original, self.ours, self.theirs = np.zeros((5, classes, classes), np.int64)
-        self.near = self.differing = self.confidence_levels = self.images = 0
+    def __init__(self, images: TestImages) -> None:
+        self.of = images
+        self.grid, self.border, self.original, self.torch, self.runtime = np.zeros(
+            (5, images.classes, images.classes), np.int64
+        )
+        self.near_ties = 0
+        self.differing = 0
+        self.confidence_levels = 0
+        self.images = 0
         self.served = 1.0
 
-    def add(
-        self, runtime: Runtime, samples: Sequence[inference.Sample], label: NDArray[np.uint8], confidence: NDArray[np.uint8],
-        close: NDArray[np.bool_],
-    ) -> None:  # fmt: skip
-        answer, sure = runtime.run(np.stack([s.input_HWC for s in samples]))
-        other = label != answer
-        self.near, self.differing = self.near + int((other & close).sum()), self.differing + int(other.sum())
-        if not other.all():
-            gap = np.abs(confidence.astype(int) - sure.astype(int))[~other]
-            self.confidence_levels = max(self.confidence_levels, int(gap.max()))
-        for sample, mine, its in zip(samples, label, answer, strict=True):
-            self.grid += metrics.confusion(mine, its, self.classes, self.ignore)
-            rim = metrics.boundary(mine, self.border_px)
-            self.border += metrics.confusion(mine[rim], its[rim], self.classes, self.ignore)
-            sized, its_sized = resize.restore(mine, sample.fit), resize.restore(its, sample.fit)
-            self.original += metrics.confusion(sized, its_sized, self.classes, self.ignore)
-            assert sample.truth_HW is not None
-            self.ours += metrics.confusion(sample.truth_HW, sized, self.classes, self.ignore)
-            self.theirs += metrics.confusion(sample.truth_HW, its_sized, self.classes, self.ignore)
+    def add(self, runtime: Runtime, samples: Sequence[inference.Sample], torch_answer: _TorchAnswer) -> None:
+        """Run the samples and count what comes back."""
+        label_BHW, confidence_BHW = runtime.run(np.stack([s.input_HWC for s in samples]))
+        self._compare(torch_answer, label_BHW, confidence_BHW)
+        for sample, torch_HW, runtime_HW in zip(samples, torch_answer.label_BHW, label_BHW, strict=True):
+            self._count(sample, torch_HW, runtime_HW)
             if self.images < SEGMENT_CHECKS:
-                answered = runtime.segment(sample.image_HWC).label_HW
-                self.served = min(self.served, float((answered == its_sized).mean()))
+                answered_HW = runtime.segment(sample.image_HWC).label_HW
+                expected_HW = resize.restore(runtime_HW, sample.fit)
+                self.served = min(self.served, float((answered_HW == expected_HW).mean()))
             self.images += 1
+
+    def _compare(
+        self, torch_answer: _TorchAnswer, label_BHW: NDArray[np.uint8], confidence_BHW: NDArray[np.uint8]
+    ) -> None:
+        """Differing pixels, the near-ties among them, and the largest gap in confidence where both agree."""
+        differs_BHW = torch_answer.label_BHW != label_BHW
+        self.near_ties += int((differs_BHW & torch_answer.near_tie_BHW).sum())
+        self.differing += int(differs_BHW.sum())
+        if not differs_BHW.all():
+            gaps = np.abs(torch_answer.confidence_BHW.astype(int) - confidence_BHW.astype(int))[~differs_BHW]
+            self.confidence_levels = max(self.confidence_levels, int(gaps.max()))
+
+    def _count(self, sample: inference.Sample, torch_HW: NDArray[np.uint8], runtime_HW: NDArray[np.uint8]) -> None:
+        """One image on the grid, beside its borders, at its original resolution and against its mask."""
+        classes, ignore = self.of.classes, self.of.ignore
+        self.grid += metrics.confusion(torch_HW, runtime_HW, classes, ignore)
+        rim_HW = metrics.boundary(torch_HW, self.of.border_px)
+        self.border += metrics.confusion(torch_HW[rim_HW], runtime_HW[rim_HW], classes, ignore)
+
+        torch_sized_HW = resize.restore(torch_HW, sample.fit)
+        runtime_sized_HW = resize.restore(runtime_HW, sample.fit)
+        self.original += metrics.confusion(torch_sized_HW, runtime_sized_HW, classes, ignore)
+
+        assert sample.truth_HW is not None
+        self.torch += metrics.confusion(sample.truth_HW, torch_sized_HW, classes, ignore)
+        self.runtime += metrics.confusion(sample.truth_HW, runtime_sized_HW, classes, ignore)
 
     def measured(self) -> Measured:
         return Measured(
-            Agreement(self.grid), Agreement(self.original), self.ours, self.theirs, self.near, self.differing,
-            self.confidence_levels, self.served, self.images, Agreement(self.border),
-        )  # fmt: skip
+            grid=Agreement(self.grid),
+            original=Agreement(self.original),
+            torch_KK=self.torch,
+            runtime_KK=self.runtime,
+            near_ties=self.near_ties,
+            differing=self.differing,
+            confidence_levels=self.confidence_levels,
+            served=self.served,
+            images=self.images,
+            border=Agreement(self.border),
+        )
 
 
 def measure(
-    model: nn.Module, runtimes: Mapping[str, Runtime], batches: Sequence[list[manifest.Row]], *,
-    policy: config.Input, classes: int, ignore: int, max_pixels: int, border_px: int,
-) -> tuple[dict[str, Measured], dict[str, str]]:  # fmt: skip
+    model: nn.Module, runtimes: Mapping[str, Runtime], images: TestImages
+) -> tuple[dict[str, Measured], dict[str, str]]:
     """Run every batch through torch and every runtime; the first few images also through the call that serving makes.
 
     Returns what was counted, and for each runtime that failed on the way why; the first runtime's failure is raised.
     """
     first, failed = next(iter(runtimes)), dict[str, str]()
-    where = next(model.parameters()).device
-    counts = {name: _Counts(classes, ignore, border_px) for name in runtimes}
-    with console.bar("parity", sum(map(len, batches))) as bar:
-        for samples in inference.stream(batches, policy, max_pixels, mask=True):
-            with torch.inference_mode():
-                logits_BKHW = model(inference.to_network(samples, where))
-                label, confidence = (t.cpu().numpy() for t in inference.answer(logits_BKHW))
-                close = (margin(torch.softmax(logits_BKHW.float(), 1)) < NEAR_TIE).cpu().numpy()
+    counts = {name: _Counts(images) for name in runtimes}
+    with console.bar("parity", sum(map(len, images.batches))) as bar:
+        for samples in inference.stream(images.batches, images.policy, images.max_pixels, mask=True):
+            torch_answer = _ask_torch(model, samples)
             for name in [name for name in runtimes if name not in failed]:
                 try:
-                    counts[name].add(runtimes[name], samples, label, confidence, close)
+                    counts[name].add(runtimes[name], samples, torch_answer)
                 except Exception as error:  # the runtimes' own exceptions share no base class
                     if name == first:
                         raise
@@ -134,60 +180,9 @@ def measure(
     return {name: part.measured() for name, part in counts.items() if name not in failed}, failed
 
 
-def judge(measured: Measured, names: Sequence[str], bars: config.ParityLimits, key: str = "parity") -> list[str]:
-    """Every bar that is not met, each with the class and the numbers; empty when parity holds."""
-    failures = []
-    for place, agreement in (("working grid", measured.grid), ("original resolution", measured.original)):
-        if agreement.overall < bars.agreement:
-            failures.append(f"{place}: agreement {agreement.overall:.6f} is below {key}.agreement {bars.agreement:g}")
-        for name, share in agreement.per_class(names).items():
-            if share is not None and share < bars.class_agreement:
-                failures.append(
-                    f"{place}: class {name!r} agrees on {share:.6f} of its pixels, below {key}.class_agreement "
-                    f"{bars.class_agreement:g} (overall {agreement.overall:.6f})"
-                )
-    if measured.served < bars.agreement:
-        failures.append(
-            f"serving's own path agrees with the graph on {measured.served:.6f} of an image's pixels, below "
-            f"{key}.agreement {bars.agreement:g}: its input policy is not evaluation's"
-        )
-    drop = scores.miou(measured.torch_KK) - scores.miou(measured.runtime_KK)
-    if not drop <= bars.miou_drop:
-        failures.append(f"mIoU falls by {drop:.3f} points, more than {key}.miou_drop {bars.miou_drop:g}")
-    lost = scores.iou(measured.torch_KK) - scores.iou(measured.runtime_KK)
-    for name, points in zip(names, 100 * lost, strict=True):
-        if points > bars.class_drop:
-            failures.append(
-                f"class {name!r} loses {points:.2f} points of IoU, more than {key}.class_drop {bars.class_drop:g}"
-            )
-    return failures
-
-
-def report(measured: Measured, names: Sequence[str], bars: config.ParityLimits, key: str = "parity") -> dict[str, Any]:
-    """The verdict and all numbers, as reports/parity.json holds them (without the names of the two sides)."""
-    failures = judge(measured, names, bars, key)
-    ours, theirs = scores.miou(measured.torch_KK), scores.miou(measured.runtime_KK)
-    known = not (np.isnan(ours) or np.isnan(theirs))
-    return {
-        "passed": not failures,
-        "failures": failures,
-        "bars": {name: getattr(bars, name) for name in config.ParityLimits.model_fields},
-        "images": measured.images,
-        "original": measured.original.as_dict(names),
-        "grid": measured.grid.as_dict(names),
-        "miou_torch": ours if known else None,
-        "miou_runtime": theirs if known else None,
-        "miou_drop": ours - theirs if known else None,
-        "differing_pixels": measured.differing,
-        "near_ties_among_them": measured.near_ties,
-        "near_tie_margin": NEAR_TIE,
-        "class_drop": {
-            name: None if np.isnan(v) else float(v)
-            for name, v in zip(
-                names, 100 * (scores.iou(measured.torch_KK) - scores.iou(measured.runtime_KK)), strict=True
-            )
-        },
-        "border_agreement": None if measured.border is None else measured.border.overall,
-        "serving_path_agreement": measured.served,
-        "largest_confidence_gap": measured.confidence_levels,
-    }
+def _ask_torch(model: nn.Module, samples: Sequence[inference.Sample]) -> _TorchAnswer:
+    with torch.inference_mode():
+        logits_BKHW = model(inference.to_network(samples, next(model.parameters()).device))
+        label_BHW, confidence_BHW = inference.answer(logits_BKHW)
+        near_tie_BHW = margin(torch.softmax(logits_BKHW.float(), 1)) < NEAR_TIE
+        return _TorchAnswer(label_BHW.cpu().numpy(), confidence_BHW.cpu().numpy(), near_tie_BHW.cpu().numpy())

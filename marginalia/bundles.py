@@ -45,21 +45,13 @@ def predict(
     as_json: Json = False,
 ) -> Result:
     """Segment files, folders and archives; bad images are listed, not fatal. Exit code 1 if none could be segmented."""
-    from export.tools import predict
+    from export.tools import predict, predictions
 
-    done = predict.predict(
-        bundle,
-        images,
-        output,
-        provider=provider,
-        precision=precision,
-        threads=threads,
-        overlay=overlay,
-        confidence=confidence,
-    )
-    problems = () if done.written else (f"none of {len(done.quarantined)} images could be segmented",)
-    exit = Exit.DONE if done.written else Exit.FAILED
-    return Result(predict.shown(done), (), problems, exit, predict.record(done), as_json)
+    options = predict.Options(provider, precision, threads, overlay, confidence)
+    done = predict.predict(bundle, images, output, options)
+    problems = () if done.images else (f"none of {len(done.quarantined)} images could be segmented",)
+    exit = Exit.DONE if done.images else Exit.FAILED
+    return Result(predictions.shown(done, output), (), problems, exit, predictions.record(done), as_json)
 
 
 @command(app)

@@ -12,7 +12,6 @@ import os
 import resource
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def prepare(task: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], dict
     from export.bundle import bundle
     from export.runtime import runtime
     from export.tools import inputs, predict
-    from export.tools.overlap import overlapped
+    from export.tools.overlap import Steps, run_overlapped
     from pipeline.imaging import label_maps, resize
 
     opened = runtime.Runtime(
@@ -111,15 +110,15 @@ def prepare(task: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], dict
         data, palette, limit = jpeg(image_HWC), opened.bundle.manifest.palette, inputs.MAX_PIXELS
 
         def stream() -> None:
-            packed = overlapped(
-                [data] * task["images"],
-                lambda data: resize.apply(decode.decode(data, max_pixels=limit), plan),
-                lambda input_HWC: opened.run(input_HWC[None])[0][0],
-                lambda label_hw: label_maps.encode_png(resize.restore(label_hw, plan), palette),
+            steps: Steps[bytes, bytes, NDArray[np.uint8], NDArray[np.uint8], bytes] = Steps(
+                load=lambda data: data,
                 cost=lambda data: predict.BYTES_PER_PIXEL * image_HWC.shape[0] * image_HWC.shape[1],
-                workers=predict.WORKERS,
+                prepare=lambda data: resize.apply(decode.decode(data, max_pixels=limit), plan),
+                run=lambda input_HWC: opened.run(input_HWC[None])[0][0],
+                finish=lambda label_hw: label_maps.encode_png(resize.restore(label_hw, plan), palette),
             )
-            deque(packed, maxlen=0)
+            for packed in run_overlapped([data] * task["images"], steps, workers=predict.WORKERS):
+                packed.result()
 
         works["stream"] = stream
     facts = {"provider": opened.provider, "precision": opened.precision, "threads": opened.threads}

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from pipeline import paths
 from pipeline.champions import history, metrics, store
 from pipeline.champions.decision import number
+from pipeline.champions.parity_report import ParityVerdict
 from pipeline.champions.scored import Scored, read_scored
 from pipeline.storage import atomic
 
@@ -21,7 +23,7 @@ class Challenger:
     id: str
     scored: Scored
     scores: dict[str, Any]
-    parity: dict[str, Any]
+    parity: ParityVerdict
 
     @property
     def bundle(self) -> Path:
@@ -44,12 +46,12 @@ class Challenger:
         """Why this bundle, these weights, these scores and this parity report are not one model; None when they are."""
         weights = atomic.sha256(self.student)
         parity = self.parity
-        if parity.get("bundle") != self.id:
-            return f"{paths.PARITY} is about bundle {parity.get('bundle')}, not {self.id}; run the parity stage again"
-        if self.scores["weights"] != weights or parity.get("weights") != weights:
+        if parity.bundle != self.id:
+            return f"{paths.PARITY} is about bundle {parity.bundle}, not {self.id}; run the parity stage again"
+        if self.scores["weights"] != weights or parity.weights != weights:
             return f"{self.student} is not what was evaluated and checked for parity; run `dvc repro` so that all three agree"
-        if not parity.get("passed"):
-            return f"parity failed: {'; '.join(parity.get('failures', [])) or f'see {paths.PARITY}'}"
+        if not parity.passed:
+            return f"parity failed: {'; '.join(parity.failures) or f'see {paths.PARITY}'}"
         return None
 
 
@@ -60,9 +62,17 @@ def read_challenger(root: Path, id: str) -> Challenger:
         root=root,
         id=id,
         scored=read_scored(id, scores, confusions),
-        parity=store.read_record(root / paths.PARITY, (), "run the parity stage again"),
+        parity=_read_verdict(root / paths.PARITY),
         scores=store.read_record(scores, ("weights",), "run the evaluate stage again"),
     )
+
+
+def _read_verdict(path: Path) -> ParityVerdict:
+    remedy = "run the parity stage again"
+    try:
+        return ParityVerdict.model_validate(store.read_record(path, (), remedy))
+    except ValidationError as error:
+        raise store.ChampionError(f"{path}: {error.errors()[0]['loc']} is malformed; {remedy}") from error
 
 
 def _variants(bundle: Path) -> set[str]:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from export import parity, parity_metrics
+from export import parity, parity_metrics, parity_verdict
 from export.bundle import bundle
 from export.bundle.manifest import MODEL
 from pipeline import config
@@ -104,25 +104,25 @@ def test_bars_are_inclusive_and_each_is_checked() -> None:
     bars = tiny_settings.parity(agreement=0.99, class_agreement=0.9, miou_drop=0.5)
     exact = np.array([[90, 10, 0], [0, 899, 1], [0, 0, 100]])
     assert (
-        parity_metrics.judge(measured(np.diag([5, 5, 0])), NAMES[:3], bars) == []
+        parity_verdict.judge(measured(np.diag([5, 5, 0])), NAMES[:3], bars) == []
     )  # a class torch never answers is not judged
     assert (
-        parity_metrics.judge(measured(exact), NAMES[:3], bars) == []
+        parity_verdict.judge(measured(exact), NAMES[:3], bars) == []
     )  # 0.99 overall and 0.9 for the first class: just met
     one_less = exact.copy()
     one_less[0] = [89, 11, 0]
-    told = "\n".join(parity_metrics.judge(measured(one_less), NAMES[:3], bars))
+    told = "\n".join(parity_verdict.judge(measured(one_less), NAMES[:3], bars))
     assert "'sky' agrees on 0.890000" in told
     assert "agreement 0.989091 is below" in told
     worse = replace(
         measured(exact), torch_KK=np.diag([100, 100, 0]), runtime_KK=np.array([[98, 2, 0], [0, 100, 0], [0, 0, 0]])
     )
-    assert [f for f in parity_metrics.judge(worse, NAMES[:3], bars) if "mIoU falls by" in f]
-    told = parity_metrics.judge(worse, NAMES[:3], replace_bars(bars, class_drop=1.9, miou_drop=100))
+    assert [f for f in parity_verdict.judge(worse, NAMES[:3], bars) if "mIoU falls by" in f]
+    told = parity_verdict.judge(worse, NAMES[:3], replace_bars(bars, class_drop=1.9, miou_drop=100))
     assert [f for f in told if "'sky' loses 2.00 points of IoU, more than parity.class_drop 1.9" in f], told
-    assert not [f for f in parity_metrics.judge(worse, NAMES[:3], replace_bars(bars, class_drop=2.1)) if "loses" in f]
+    assert not [f for f in parity_verdict.judge(worse, NAMES[:3], replace_bars(bars, class_drop=2.1)) if "loses" in f]
     skewed = replace(measured(exact), served=0.98)
-    assert [f for f in parity_metrics.judge(skewed, NAMES[:3], bars) if "input policy" in f]
+    assert [f for f in parity_verdict.judge(skewed, NAMES[:3], bars) if "input policy" in f]
 
 
 def replace_bars(bars: config.Parity, **changes: float) -> config.Parity:

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from export import parity, parity_metrics
+from export import parity, parity_metrics, parity_verdict
 from export.bundle import bundle
 from export.bundle.manifest import Option
 from pipeline import paths
@@ -16,6 +16,7 @@ from pipeline.storage import atomic
 from tests.support import tiny_project, tiny_settings
 from tests.support.command_line import marginalia
 
+BASE = parity_verdict.BASE
 INT8 = Option(runtime="onnxruntime", device="cpu", precision="int8", file="model.int8.onnx")
 
 
@@ -40,15 +41,18 @@ def test_slow_or_wrong_forms_stay_out(
     monkeypatch: pytest.MonkeyPatch, wrong: int, seconds: float, said: str | None
 ) -> None:
     bars = tiny_settings.parity(int8={"agreement": 0.99, "class_agreement": 0.5, "miou_drop": 10, "class_drop": 2})
-    records = parity.judge_all(
-        {parity.BASE: measured(0), INT8: measured(wrong)}, {parity.BASE: 1.0, INT8: seconds}, tiny_project.NAMES, bars
+    records = parity_verdict.judge_all(
+        {parity_verdict.BASE: measured(0), INT8: measured(wrong)},
+        {parity_verdict.BASE: 1.0, INT8: seconds},
+        tiny_project.NAMES,
+        bars,
     )
-    assert records[0]["left_out"] is None
+    assert records[0].left_out is None
     if said is None:
-        assert records[1]["left_out"] is None
-        assert records[1]["speedup"] == 2.0
+        assert records[1].left_out is None
+        assert records[1].speedup == 2.0
     else:
-        assert said in records[1]["left_out"]
+        assert said in records[1].left_out
 
 
 def spoilt(model: bytes) -> bytes:

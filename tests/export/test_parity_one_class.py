@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from export import parity_metrics
+from export import parity_metrics, parity_verdict
 from export.bundle import bundle
 from export.bundle.manifest import MODEL
 from pipeline.storage import atomic
@@ -23,7 +23,7 @@ def test_the_mean_passes_and_one_class_does_not() -> None:
     measured = parity_metrics.Measured(same, same, pairs, pairs, 30, 30, 0, 1.0, 1)
     bars = tiny_settings.parity()
     assert same.overall >= bars.agreement
-    failures = parity_metrics.judge(measured, tiny_project.NAMES, bars)
+    failures = parity_verdict.judge(measured, tiny_project.NAMES, bars)
     assert len(failures) == 2  # once on each grid
     assert all("'lamp' agrees on 0.970000" in f and "overall 0.99990" in f for f in failures)
 

@@ -2,14 +2,22 @@
 
 import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from export.tools.overlap import WINDOW, overlapped
+from export.tools.overlap import WINDOW, Steps, run_overlapped
 
 
 def same(item: int) -> int:
     return item
+
+
+def results(outcomes: Iterable[Future[Any]]) -> list[Any]:
+    return [outcome.result() for outcome in outcomes]
 
 
 def test_order_is_kept_and_all_steps_are_done() -> None:
@@ -17,8 +25,8 @@ def test_order_is_kept_and_all_steps_are_done() -> None:
         time.sleep(0.004 * (item % 2 == 0))
         return item + 1
 
-    done = overlapped(range(50), slow_if_even, lambda x: 10 * x, lambda x: (x, x), cost=lambda _: 1, workers=3)
-    assert list(done) == [(10 * (i + 1), 10 * (i + 1)) for i in range(50)]
+    steps = Steps(same, lambda _: 1, slow_if_even, lambda x: 10 * x, lambda x: (x, x))
+    assert results(run_overlapped(range(50), steps, workers=3)) == [(10 * (i + 1), 10 * (i + 1)) for i in range(50)]
 
 
 def test_what_is_under_way_stays_within_the_memory() -> None:
@@ -42,9 +50,8 @@ def test_what_is_under_way_stays_within_the_memory() -> None:
             now -= costs[at]
         return at
 
-    assert list(overlapped(range(60), start, same, finish, cost=lambda at: costs[at], workers=4, memory=30)) == list(
-        range(60)
-    )
+    steps = Steps(same, lambda at: costs[at], start, same, finish)
+    assert results(run_overlapped(range(60), steps, workers=4, memory=30)) == list(range(60))
     assert 20 <= most <= 30
     assert set(alone) == {0}  # what needs more than the memory goes alone
 
@@ -57,26 +64,46 @@ def test_items_are_not_drawn_far_ahead() -> None:
             drawn.append(number)
             yield number
 
-    steps = overlapped(draw(), same, same, same, cost=lambda _: 0, workers=2)
-    assert next(steps) == 0
+    outcomes = run_overlapped(draw(), Steps(same, lambda _: 0, same, same, same), workers=2)
+    assert next(outcomes).result() == 0
     time.sleep(0.05)
     assert len(drawn) <= 2 * WINDOW + 2
-    steps.close()
+    outcomes.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("overlap")]
 
 
-@pytest.mark.parametrize("step", ["items", "before", "run", "after", "cost"])
-def test_an_error_anywhere_ends_the_work_and_is_raised(step: str) -> None:
-    def fails_at(name: str) -> object:
-        def work(item: int) -> int:
-            if name == step and item == 5:
-                raise OSError(f"{name} has failed")
-            return item
+def fails_at_five(item: int) -> int:
+    if item == 5:
+        raise OSError("the fifth has failed")
+    return item
 
-        return work
 
-    items = map(fails_at("items"), range(10**6))
-    steps = overlapped(items, fails_at("before"), fails_at("run"), fails_at("after"), cost=fails_at("cost"), workers=2)
-    with pytest.raises(OSError, match=f"{step} has failed"):
-        list(steps)
+@pytest.mark.parametrize("step", ["load", "cost", "prepare", "run", "finish"])
+def test_an_error_of_an_item_is_its_own(step: str) -> None:
+    steps = replace(Steps(same, same, same, same, same), **{step: fails_at_five})
+    for number, outcome in enumerate(run_overlapped(range(20), steps, workers=2)):
+        assert outcome.done()
+        if number == 5:
+            with pytest.raises(OSError, match="the fifth has failed"):
+                outcome.result()
+        else:
+            assert outcome.result() == number
+    assert number == 19
+
+
+def test_an_error_of_the_items_themselves_ends_the_work_and_is_raised() -> None:
+    items = map(fails_at_five, range(10**6))
+    outcomes = run_overlapped(items, Steps(same, same, same, same, same), workers=2)
+    with pytest.raises(OSError, match="the fifth has failed"):
+        list(outcomes)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("overlap")]
+
+
+def test_an_interrupt_in_the_callers_thread_ends_the_work() -> None:
+    def interrupted(item: int) -> int:
+        raise KeyboardInterrupt
+
+    outcomes = run_overlapped(range(10**6), Steps(same, same, same, interrupted, same), workers=2)
+    with pytest.raises(KeyboardInterrupt):
+        list(outcomes)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("overlap")]

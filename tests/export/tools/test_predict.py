@@ -203,7 +203,7 @@ def test_an_archive_gives_what_its_folder_gives(
     from_folder = predict.predict(opened.bundle.folder, [photos], tmp_path / "folder")
     from_archive = predict.predict(opened.bundle.folder, [archive], tmp_path / "archive")
     assert pictures_of(tmp_path / "archive") == pictures_of(tmp_path / "folder")
-    assert from_archive.written[0].file == f"{archive}/A.bmp"
+    assert from_archive.images[0].file == f"{archive}/A.bmp"
     assert len(from_archive.quarantined) == len(from_folder.quarantined) - 1  # the link, which no archive may hold
 
 
@@ -214,7 +214,7 @@ def test_a_hostile_archive_is_left_out_whole_and_keeps_no_name(opened: runtime.R
     cut.write_bytes(cut.read_bytes()[:-40])
     good = pack(tmp_path / "good.zip", {"x.png": data})
     result = predict.predict(opened.bundle.folder, [hostile, cut, good], tmp_path / "out")
-    assert [item.mask for item in result.written] == ["x.png"]
+    assert [item.mask for item in result.images] == ["x.png"]
     assert [(Path(q.file).name, q.code) for q in result.quarantined] == [
         ("hostile.tar", "archive"), ("cut.tar.gz", "archive"),
     ]  # fmt: skip
@@ -225,8 +225,8 @@ def test_several_inputs_with_the_same_names(opened: runtime.Runtime, tmp_path: P
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").write_bytes(image_files.save(noise(20, 20)))
     inputs = [tmp_path / "one", tmp_path / "two", tmp_path / "one" / "a.png"]
-    result = predict.predict(opened.bundle.folder, inputs, tmp_path / "out", overlay=False)
-    assert [item.mask for item in result.written] == ["a.png", "a~2.png", "a~3.png"]
+    result = predict.predict(opened.bundle.folder, inputs, tmp_path / "out", predict.Options(overlay=False))
+    assert [item.mask for item in result.images] == ["a.png", "a~2.png", "a~3.png"]
     assert not (tmp_path / "out" / "overlays").exists()
 
 
@@ -264,12 +264,14 @@ def test_exit_codes(opened: runtime.Runtime, tmp_path: Path) -> None:
         ((bundle, tmp_path / "absent.png"), "absent.png: no such file or folder"),
         ((bundle, tmp_path / "empty"), "no image in"),
         ((tmp_path / "no_bundle", broken), "no bundle folder here"),
-        ((bundle, broken, "--provider", "abacus"), "unknown provider 'abacus'"),
     ):
         done = run("predict", *arguments, "-o", tmp_path / "never")
         assert done.returncode == 1
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+    done = run("predict", bundle, broken, "--provider", "abacus", "-o", tmp_path / "never")
+    assert done.returncode == 2
+    assert "'abacus' is not one of" in done.stderr
     assert not (tmp_path / "never").exists()
 
 
@@ -283,9 +285,9 @@ def test_outputs_never_become_inputs(opened: runtime.Runtime, tmp_path: Path) ->
         with pytest.raises(sources.SourceError, match="output folder"):
             predict.predict(bundle, inputs, output)
     assert written_files(tmp_path) == {"in/in/a.png": data}
-    assert len(predict.predict(bundle, [folder], folder / ".out").written) == 1  # hidden: never read
-    assert len(predict.predict(bundle, [folder], folder.parent / "beside").written) == 1
-    assert len(predict.predict(bundle, [folder], tmp_path / "out").written) == 1
+    assert len(predict.predict(bundle, [folder], folder / ".out").images) == 1  # hidden: never read
+    assert len(predict.predict(bundle, [folder], folder.parent / "beside").images) == 1
+    assert len(predict.predict(bundle, [folder], tmp_path / "out").images) == 1
 
 
 def test_only_its_own_files_are_replaced(opened: runtime.Runtime, tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_only_its_own_files_are_replaced(opened: runtime.Runtime, tmp_path: Path
     (output / "trip").symlink_to(tmp_path / "link/in/trip")
     with pytest.raises(sources.SourceError, match="overwrite an input"):
         predict.predict(bundle, [tmp_path / "link/in"], output)
-    assert len(predict.predict(bundle, [tmp_path / "data/a.jpg"], output).written) == 1  # its own, again
+    assert len(predict.predict(bundle, [tmp_path / "data/a.jpg"], output).images) == 1  # its own, again
     assert {k: v for k, v in written_files(tmp_path).items() if k in before} == before
 
 
@@ -325,7 +327,7 @@ def test_a_hostile_archive_whose_name_is_no_text_is_left_out_whole(opened: runti
         target.writestr("ok.png", data)
         target.writestr("a" * 251 + ".png/y.png", data)
     result = predict.predict(opened.bundle.folder, [tmp_path / "long.zip"], tmp_path / "long")
-    assert [item.mask for item in result.written] == ["ok.png"]
+    assert [item.mask for item in result.images] == ["ok.png"]
     assert [q.code for q in result.quarantined] == ["name-too-long"]
 
 
@@ -344,7 +346,7 @@ def test_one_image_that_the_model_fails_on(
     result = predict.predict(opened.bundle.folder, [photos / "A.bmp", photos / "a.png"], tmp_path / "out")
     assert [q.code for q in result.quarantined] == ["runtime"]
     assert "out of memory" in result.quarantined[0].reason
-    assert [item.mask for item in result.written] == ["a~2.png"]
+    assert [item.mask for item in result.images] == ["a~2.png"]
 
 
 def test_an_interrupt_leaves_whole_files(opened: runtime.Runtime, tmp_path: Path) -> None:
