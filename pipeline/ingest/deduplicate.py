@@ -13,14 +13,15 @@ came to this machine first; 100,000 take about a second (benchmarks/ratios/inges
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from rich.table import Table
 
 from pipeline import config, paths
 from pipeline.imaging import perceptual_hash
-from pipeline.ingest import check, dump_registry
+from pipeline.ingest import dump_registry
+from pipeline.ingest.quarantine import QuarantineEntry, read_quarantine, write_quarantine
 from pipeline.labels import registry as labels
 from pipeline.stage import Result
 from pipeline.storage import atomic, manifest
@@ -46,8 +47,8 @@ def deduplicate(
     lists: Mapping[str, Sequence[str] | None],
     bits: int,
     cap: int = 1,
-) -> tuple[list[manifest.Row], list[dict[str, Any]]]:
-    """Rows of every archive in order of arrival -> (rows kept, quarantine records of the dropped ones).
+) -> tuple[list[manifest.Row], list[QuarantineEntry]]:
+    """Rows of every archive in order of arrival -> (rows kept, quarantine entries of the dropped ones).
 
     Args:
         archives: rows per archive; the first is the base archive, to which `lists` belong.
@@ -55,47 +56,76 @@ def deduplicate(
         bits: largest Hamming distance of two difference hashes that still makes a near duplicate.
         cap: at most so many images without a mask stay where each is near the next one.
     """
-    part_of = listed_parts(lists)
-    near = perceptual_hash.neighbours((_value(row) for rows in archives for row in rows), bits)
-    seen: dict[str, manifest.Row] = {}
-    at: dict[int, list[_Kept]] = {}
-    kept, dropped = [], []
+    hashes = (_hash_of(row) for rows in archives for row in rows)
+    deduplicator = Deduplicator(perceptual_hash.neighbours(hashes, bits), bits, cap)
     for number, rows in enumerate(archives):
-        parts = {row.name: part_of.get(row.name) if number == 0 else None for row in rows}
-
-        def rank(row: manifest.Row, parts: dict[str, str | None] = parts) -> tuple[int, str]:
-            part = parts[row.name]
-            return (RANKED.index(part) if part else 3 if row.mask_shard else 4), row.name
-
-        survivors = []
-        for row in sorted(rows, key=rank):
-            if (earlier := seen.get(row.id)) is not None:
-                reason = f"same pixels as {earlier.dump}/{earlier.name}"
-                dropped.append(check.record(row.dump, row.name, "duplicate", reason))
-                continue
-            value, part = _value(row), parts[row.name]
-            scored = part is not None or row.mask_shard is not None
-            if value in near:
-                alike = [k for v in near[value] for k in at.get(v, ()) if k.part != part or part is None]
-                if len(alike) >= (1 if scored or any(k.scored for k in alike) else cap):
-                    dropped.append(check.record(row.dump, row.name, "near-duplicate", _look_alike(alike, bits, cap)))
-                    continue
-                at.setdefault(value, []).append(_Kept(f"{row.dump}/{row.name}", part, scored))
-            seen[row.id] = row
-            survivors.append(row)
-        kept += sorted(survivors, key=lambda row: row.name)
-    return kept, dropped
+        deduplicator.add_archive(rows, listed_parts(lists) if number == 0 else {})
+    return deduplicator.kept, deduplicator.dropped
 
 
-def _value(row: manifest.Row) -> int | None:
+class Deduplicator:
+    """Takes archives in order of arrival; `kept` and `dropped` grow with each."""
+
+    def __init__(self, near: Mapping[int, Collection[int]], bits: int, cap: int) -> None:
+        """`near`: for hashes that have any, those within `bits`, themselves included; the rest as `deduplicate`."""
+        self._near = near
+        self._bits = bits
+        self._cap = cap
+        self._by_id: dict[str, manifest.Row] = {}
+        self._by_hash: dict[int, list[_Kept]] = {}
+        self.kept: list[manifest.Row] = []
+        self.dropped: list[QuarantineEntry] = []
+
+    def add_archive(self, rows: Sequence[manifest.Row], part_of: Mapping[str, str]) -> None:
+        """`part_of`: the list that names an image, by name id."""
+        survivors = [row for row in sorted(rows, key=lambda row: _rank(row, part_of)) if self._take(row, part_of)]
+        self.kept += sorted(survivors, key=lambda row: row.name)
+
+    def _take(self, row: manifest.Row, part_of: Mapping[str, str]) -> bool:
+        """Keep the row, or note why not."""
+        earlier = self._by_id.get(row.id)
+        if earlier is not None:
+            return self._drop(row, "duplicate", f"same pixels as {earlier.dump}/{earlier.name}")
+
+        value = _hash_of(row)
+        part = part_of.get(row.name)
+        scored = part is not None or row.mask_shard is not None
+        if value is not None and value in self._near:
+            alike = self._alike(value, part)
+            most = 1 if scored or any(kept.scored for kept in alike) else self._cap
+            if len(alike) >= most:
+                return self._drop(row, "near-duplicate", self._look_alike(alike))
+            self._by_hash.setdefault(value, []).append(_Kept(f"{row.dump}/{row.name}", part, scored))
+
+        self._by_id[row.id] = row
+        return True
+
+    def _alike(self, value: int, part: str | None) -> list[_Kept]:
+        """What was kept and looks alike, without images that the source lists for the same part."""
+        near = [kept for other in self._near[value] for kept in self._by_hash.get(other, ())]
+        return [kept for kept in near if part is None or kept.part != part]
+
+    def _drop(self, row: manifest.Row, code: str, reason: str) -> bool:
+        self.dropped.append(QuarantineEntry(dump=row.dump, name=row.name, code=code, reason=reason))
+        return False
+
+    def _look_alike(self, alike: Sequence[_Kept]) -> str:
+        first = next((kept for kept in alike if kept.scored), alike[0])
+        more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+        rule = "ingest.near_duplicate_bits" + ("" if first.scored or self._cap == 1 else ", ingest.near_duplicate_cap")
+        return f"looks like {first.key}{more} (difference hash within {self._bits} bits; {rule})"
+
+
+def _rank(row: manifest.Row, part_of: Mapping[str, str]) -> tuple[int, str]:
+    """Which of an archive's rows come first: listed ones, those with a mask, the rest; then by name."""
+    part = part_of.get(row.name)
+    if part is not None:
+        return RANKED.index(part), row.name
+    return len(RANKED) + (row.mask_shard is None), row.name
+
+
+def _hash_of(row: manifest.Row) -> int | None:
     return int(row.phash, 16) if row.phash else None
-
-
-def _look_alike(alike: Sequence[_Kept], bits: int, cap: int) -> str:
-    first = next((k for k in alike if k.scored), alike[0])
-    more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
-    rule = "ingest.near_duplicate_bits" + ("" if first.scored or cap == 1 else ", ingest.near_duplicate_cap")
-    return f"looks like {first.key}{more} (difference hash within {bits} bits; {rule})"
 
 
 def run(params: config.Params) -> Result:
@@ -103,7 +133,7 @@ def run(params: config.Params) -> Result:
     names = list(dump_registry.read().dumps)
     homes = [paths.INGESTED / name for name in names]
     archives = [manifest.read(home / paths.ROWS_NAME) for home in homes]
-    refused = [item for home in homes for item in atomic.read_json(home / paths.QUARANTINE_NAME)]
+    refused = [entry for home in homes for entry in read_quarantine(home / paths.QUARANTINE_NAME)]
     source = atomic.read_json(paths.SOURCE)
     imported = labels.places(labels.read(), [c["name"] for c in source["classes"]])
 
@@ -111,7 +141,7 @@ def run(params: config.Params) -> Result:
     rows, dropped = deduplicate(archives, source["lists"], settings.near_duplicate_bits, settings.near_duplicate_cap)
     rows = labels.attach(rows, imported)
     manifest.write(paths.MANIFEST, rows)
-    atomic.write_json(paths.QUARANTINE, refused + dropped)
+    write_quarantine(paths.QUARANTINE, refused + dropped)
 
     shown: list[Table | str] = [_table(names, archives, rows, refused, dropped)]
     if imported:
@@ -128,15 +158,15 @@ def _table(
     names: Sequence[str],
     archives: Sequence[Sequence[manifest.Row]],
     rows: Sequence[manifest.Row],
-    refused: Sequence[Mapping[str, Any]],
-    dropped: Sequence[Mapping[str, Any]],
+    refused: Sequence[QuarantineEntry],
+    dropped: Sequence[QuarantineEntry],
 ) -> Table:
     table = Table(title=f"index: {len(rows)} images")
     for column in ("dump", "ingested", "duplicate", "near-duplicate", "kept", "refused files"):
         table.add_column(column, justify="left" if column == "dump" else "right")
     kept = Counter(row.dump for row in rows)
-    codes = Counter((item["dump"], item["code"]) for item in dropped)
-    out = Counter(item["dump"] for item in refused if not item["kept"])
+    codes = Counter((entry.dump, entry.code) for entry in dropped)
+    out = Counter(entry.dump for entry in refused if not entry.kept)
     for name, archive in zip(names, archives, strict=True):
         cells = (len(archive), codes[name, "duplicate"], codes[name, "near-duplicate"], kept[name], out[name])
         table.add_row(name, *map(str, cells))

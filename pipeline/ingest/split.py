@@ -27,7 +27,7 @@ from rich.table import Table
 
 from pipeline import config, paths
 from pipeline import console as progress
-from pipeline.ingest import check, dump_registry
+from pipeline.ingest import dump_registry
 from pipeline.stage import Result
 from pipeline.storage import atomic, manifest
 from pipeline.storage.manifest import Row
@@ -44,8 +44,35 @@ def assign(rows: Sequence[Row], lists: Lists, params: config.Split) -> tuple[lis
     """Rows with their split, and for each unused one ("dump/name") the reason. The rules are the module's.
 
     Raises:
-        LeakError: a name stands in two lists (fault F14).
+        LeakError: a name stands in two lists.
     """
+    listed = _listed_parts(lists)
+    base = [row for row in rows if row.dump == dump_registry.BASE]
+    split = {row.name: listed[row.name] for row in base if row.name in listed}
+    used_groups = {row.group for row in base if row.name in split}
+
+    # Only masks of the source's own decide which groups are drawn; the imported ones come and go.
+    own = [row for row in base if row.mask_shard is not None and (row.mask_import is None or row.mask_replaced)]
+    free = [row for row in own if row.name not in split and row.group not in used_groups]
+    split |= _draw_groups(free, lists, params)
+
+    held = {row.group: split[row.name] for row in base if split.get(row.name) in ("val", "test")}
+    out: list[Row] = []
+    unused: dict[str, str] = {}
+    for row in rows:
+        part = split.get(row.name) if row.dump == dump_registry.BASE else None
+        reason = _reason_unused(row, held, lists) if part is None else None
+        if reason is not None:
+            part = "unused"
+            unused[f"{row.dump}/{row.name}"] = reason
+        elif part in (None, "unlabelled"):
+            part = "unlabelled" if row.mask_import is None else "labelled"
+        out.append(replace(row, split=part))
+    return out, unused
+
+
+def _listed_parts(lists: Lists) -> dict[str, str]:
+    """Name id -> the part whose list names it. Raises LeakError where two do."""
     part_of: dict[str, str] = {}
     for part in SIDES:
         for name in lists.get(part) or ():
@@ -53,29 +80,16 @@ def assign(rows: Sequence[Row], lists: Lists, params: config.Split) -> tuple[lis
                 raise LeakError(
                     f"image {name!r} is in the lists {part_of[name]} and {part}: remove it from one of them"
                 )
-    base = [row for row in rows if row.dump == dump_registry.BASE]
-    split = {row.name: part_of[row.name] for row in base if row.name in part_of}
-    used_groups = {row.group for row in base if row.name in split}
-    own = [row for row in base if row.mask_shard is not None and (row.mask_import is None or row.mask_replaced)]
-    free = [row for row in own if row.name not in split and row.group not in used_groups]
-    split |= _by_group(free, lists, params)
-    held = {row.group: split[row.name] for row in base if split.get(row.name) in ("val", "test")}
-    out: list[Row] = []
-    unused: dict[str, str] = {}
-    for row in rows:
-        part = split.get(row.name, "") if row.dump == dump_registry.BASE else ""
-        if not part:
-            part, reason = "unlabelled", ""
-            if row.group in held:
-                reason = f"its group {row.group!r} is in {held[row.group]}"
-            elif row.dump == dump_registry.BASE and lists.get("unlabelled") is not None:
-                reason = "no list names it"
-            if reason:
-                part, unused[f"{row.dump}/{row.name}"] = "unused", reason
-        if part == "unlabelled" and row.mask_import is not None:
-            part = "labelled"
-        out.append(replace(row, split=part))
-    return out, unused
+    return part_of
+
+
+def _reason_unused(row: Row, held: Mapping[str, str], lists: Lists) -> str | None:
+    """Why an image that neither a list nor the draw placed may not train; None where it may, unlabelled."""
+    if row.group in held:
+        return f"its group {row.group!r} is in {held[row.group]}"
+    if row.dump == dump_registry.BASE and lists.get("unlabelled") is not None:
+        return "no list names it"
+    return None
 
 
 def draw(group: str, seed: int) -> float:
@@ -83,13 +97,15 @@ def draw(group: str, seed: int) -> float:
     return int(atomic.sha256(f"{seed} {group}".encode())[:13], 16) / 16**13
 
 
-def _by_group(free: Sequence[Row], lists: Lists, params: config.Split) -> dict[str, str]:
+def _draw_groups(free: Sequence[Row], lists: Lists, params: config.Split) -> dict[str, str]:
     """Unlisted images with masks -> test, val and labelled by whole groups."""
     groups: dict[str, list[str]] = defaultdict(list)
     for row in sorted(free, key=lambda row: row.name):
         groups[row.group].append(row.name)
+
     order = sorted(groups, key=lambda group: (draw(group, params.seed), group))
     shares = {part: getattr(params, part) for part in ("test", "val") if lists.get(part) is None}
+
     split: dict[str, str] = {}
     edge = 0.0
     for part, share in shares.items():
@@ -99,6 +115,7 @@ def _by_group(free: Sequence[Row], lists: Lists, params: config.Split) -> dict[s
         for group in order[:count]:
             split |= dict.fromkeys(groups[group], part)
         order = order[count:]
+
     if lists.get("labelled") is None:
         rest = [name for group in order for name in groups[group]]
         split |= dict.fromkeys(rest[: params.labelled], "labelled")
@@ -107,7 +124,7 @@ def _by_group(free: Sequence[Row], lists: Lists, params: config.Split) -> dict[s
 
 
 def verify(rows: Sequence[Row]) -> None:
-    """Refuse a split that leaks (fault F14, invariant X6).
+    """Refuse a split that leaks.
 
     Raises:
         LeakError: an image id in two places; a group on two sides of train, val and test; a labelled, val or test row
@@ -129,16 +146,16 @@ def verify(rows: Sequence[Row]) -> None:
                 f"group {row.group!r} is in {first.split} ({first.name}) and in {row.split} ({row.name}): "
                 "put the whole group on one side, or set data.group to what really belongs together"
             )
-        if row.split in check.NEEDS_MASK and row.mask_shard is None:
+        if row.split in manifest.NEEDS_MASK and row.mask_shard is None:
             raise LeakError(f"{row.dump}/{row.name} is in {row.split} but has no mask: add one or take it off the list")
 
 
 def pixels(
-    rows: Sequence[Row], classes: int, max_pixels: int, seen: Callable[[], None] = lambda: None
+    rows: Sequence[Row], classes: int, max_pixels: int, advance: Callable[[], None] = lambda: None
 ) -> tuple[NDArray[np.int64], list[str]]:
     """Pixels per class (K,) of one split's masks, and for each row "id digest of the decoded mask".
 
-    `seen()` is called after each image.
+    `advance()` is called after each image.
 
     Raises:
         manifest.ManifestError: a mask is unreadable, or holds an id outside 0..K-1 and 255; names the image.
@@ -155,7 +172,7 @@ def pixels(
             raise manifest.ManifestError(f"{row.dump}/{row.name}: class id {alien}; there are {classes} classes")
         total_K += counts[:classes]
         parts.append(f"{row.id} {manifest.mask_digest(mask_HW)}")
-        seen()
+        advance()
     return total_K, parts
 
 
@@ -164,7 +181,7 @@ def summarise(
     unused: Mapping[str, str],
     source: Mapping[str, Any],
     max_pixels: int,
-    seen: Callable[[], None] = lambda: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """summary.json: counts, groups, pixels and missing classes per split, and the hashes that name the split.
 
@@ -172,7 +189,7 @@ def summarise(
     """
     names = [c["name"] for c in source["classes"]]
     parts = {part: [row for row in rows if row.split == part] for part in manifest.SPLITS}
-    counted = {part: pixels(parts[part], len(names), max_pixels, seen) for part in check.NEEDS_MASK}
+    counted = {part: pixels(parts[part], len(names), max_pixels, advance) for part in manifest.NEEDS_MASK}
     by_class = {part: dict(zip(names, total_K.tolist(), strict=True)) for part, (total_K, _) in counted.items()}
     return {
         "classes": source["classes"],
@@ -212,7 +229,7 @@ def demand_parts(counts: Mapping[str, int], unused: Mapping[str, str], lists: Li
 
 
 def warnings(summary: Mapping[str, Any], lists: Lists, rows: Sequence[Row]) -> list[str]:
-    """What a user should know before training: classes never seen (fault F13), listed images that are not there."""
+    """What a user should know before training: classes that never occur, listed images that are not there."""
     found = []
     for part, names in summary["missing"].items():
         if names and summary["counts"][part]:
@@ -247,7 +264,7 @@ def run(params: config.Params) -> Result:
     before = manifest.read(paths.MANIFEST)
     rows, unused = assign(before, source["lists"], params.split)
     verify(rows)
-    with progress.bar("count pixels", sum(row.split in check.NEEDS_MASK for row in rows)) as bar:
+    with progress.bar("count pixels", sum(row.split in manifest.NEEDS_MASK for row in rows)) as bar:
         summary = summarise(rows, unused, source, params.ingest.max_pixels, bar.advance)
     demand_parts(summary["counts"], summary["unused"], source["lists"], params.split)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline import config, paths
 from pipeline.ingest import dump_registry, split
+from pipeline.ingest.quarantine import QuarantineEntry, read_quarantine
 from pipeline.reports import page, sections
 from pipeline.reports.pictures import Pictures
 from pipeline.stage import Result
@@ -45,7 +46,7 @@ class Project:
     root: Path
     summary: dict[str, Any]
     rows: list[manifest.Row]
-    quarantine: list[dict[str, Any]]
+    quarantine: list[QuarantineEntry]
     dumps: dict[str, dict[str, Any]]
     lists: dict[str, Any]
     drift: dict[str, Any]
@@ -63,7 +64,7 @@ def read_project(root: Path) -> Project:
         root=root,
         summary=summary,
         rows=manifest.read(root / paths.SPLIT_MANIFEST),
-        quarantine=_read_json(root / paths.QUARANTINE) or [],
+        quarantine=_read_quarantine(root / paths.QUARANTINE),
         dumps={name: entry.model_dump() for name, entry in registry.dumps.items()},
         lists=(_read_json(root / paths.SOURCE) or {}).get("lists") or {},
         drift={path.name: _read_json(root / path) for path in (paths.SCREEN, paths.DRIFT)},
@@ -74,6 +75,10 @@ def read_project(root: Path) -> Project:
 
 def _read_json(path: Path) -> Any:
     return atomic.read_json(path) if path.exists() else None
+
+
+def _read_quarantine(path: Path) -> list[QuarantineEntry]:
+    return read_quarantine(path) if path.exists() else []
 
 
 def _read_csv(path: Path) -> list[dict[str, str]] | None:
@@ -94,11 +99,11 @@ def build(root: Path = Path()) -> str:
         palette=[entry["color"] for entry in summary["classes"]],
         archives={name: root / entry["archive"] for name, entry in project.dumps.items()},
     )
-    refused = [item for item in project.quarantine if not sections.is_duplicate(item)][:REFUSED]
-    pictures.load_refused([(item["dump"], item["name"]) for item in refused])
-    copies = [item for item in project.quarantine if sections.is_duplicate(item)]
-    originals = {sections.like(item["reason"]) or "" for item in copies}
-    pictures.load_ingested({f"{item['dump']}/{item['name']}" for item in copies} | originals)
+    refused = [item for item in project.quarantine if not item.is_duplicate][:REFUSED]
+    pictures.load_refused([(item.dump, item.name) for item in refused])
+    copies = [item for item in project.quarantine if item.is_duplicate]
+    originals = {sections.like(item.reason) or "" for item in copies}
+    pictures.load_ingested({item.key for item in copies} | originals)
 
     values = {
         "images": len(project.rows),

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from pipeline.storage.manifest import SPLITS, Row
+from pipeline.ingest.quarantine import QuarantineEntry
+from pipeline.storage.manifest import NEEDS_MASK, SPLITS, Row
 
-MASKED = ("labelled", "val", "test")
 GROUPS, SIZES, REFUSED = 40, 12, 100  # rows of a table at most
 Picture = Callable[[str], str]  # a name to a data URI or ""
 _LIKE = re.compile(r"(?:looks like|same pixels as) (.+?)(?: and \d+ more)?(?: \(difference hash within .*)?", re.DOTALL)
@@ -65,7 +65,7 @@ class Classes(NamedTuple):
 
 def classes(summary: Mapping[str, Any]) -> Classes:
     pixels = summary.get("pixels", {})
-    parts = [part for part in MASKED if part in pixels]
+    parts = [part for part in NEEDS_MASK if part in pixels]
     totals = {part: max(1, sum(pixels[part].values())) for part in parts}
     rows = [
         ClassRow(
@@ -135,11 +135,11 @@ class DumpRow(NamedTuple):
     refused: int
 
 
-def dumps(entries: Mapping[str, Any], rows: Sequence[Row], dropped: Sequence[Mapping[str, Any]]) -> list[DumpRow]:
+def dumps(entries: Mapping[str, Any], rows: Sequence[Row], dropped: Sequence[QuarantineEntry]) -> list[DumpRow]:
     """Every archive in order of arrival: what came, what stayed."""
     kept = Counter(row.dump for row in rows)
-    codes = Counter((item["dump"], item["code"]) for item in dropped)
-    refused = Counter(item["dump"] for item in dropped if not item["kept"] and not is_duplicate(item))
+    codes = Counter((item.dump, item.code) for item in dropped)
+    refused = Counter(item.dump for item in dropped if not item.kept and not item.is_duplicate)
     most = max(kept.values(), default=1)
     return [
         DumpRow(
@@ -181,11 +181,6 @@ def drift(reports: Mapping[str, Mapping[str, Any] | None]) -> Drift:
     return Drift(rows, [name for name, report in reports.items() if report is None])
 
 
-def is_duplicate(item: Mapping[str, Any]) -> bool:
-    """Of a quarantine record: whether it is an image that another equals or nearly equals."""
-    return "duplicate" in item["code"]
-
-
 class Reason(NamedTuple):
     code: str
     files: int
@@ -205,13 +200,13 @@ class Quarantine(NamedTuple):
     total: int
 
 
-def quarantine(dropped: Sequence[Mapping[str, Any]], picture: Picture, most: int) -> Quarantine:
+def quarantine(dropped: Sequence[QuarantineEntry], picture: Picture, most: int) -> Quarantine:
     """What was refused and why, `most` with pictures; duplicates have their own section."""
-    items = [item for item in dropped if not is_duplicate(item)]
-    files = [RefusedFile(f"{item['dump']}/{item['name']}", item["code"], item["reason"]) for item in items]
-    counts = Counter((item["code"], bool(item["kept"])) for item in items)
+    items = [item for item in dropped if not item.is_duplicate]
+    files = [RefusedFile(item.key, item.code, item.reason) for item in items]
+    counts = Counter((item.code, item.kept) for item in items)
     cards = [
-        Card(picture(file.name), f"refused image {item['name']}", f"{file.name}: {file.reason}", lead=file.code)
+        Card(picture(file.name), f"refused image {item.name}", f"{file.name}: {file.reason}", lead=file.code)
         for item, file in zip(items[:most], files[:most], strict=True)
     ]
     reasons = [Reason(code, n, kept) for (code, kept), n in counts.most_common()]
@@ -235,16 +230,16 @@ class Duplicates(NamedTuple):
     total: int
 
 
-def duplicates(dropped: Sequence[Mapping[str, Any]], picture: Picture, most: int) -> Duplicates:
+def duplicates(dropped: Sequence[QuarantineEntry], picture: Picture, most: int) -> Duplicates:
     """Pairs side by side: what went, what it is a copy of. Near-duplicates first: equal pixels need no look."""
-    items = sorted(filter(is_duplicate, dropped), key=lambda item: item["code"] == "duplicate")
+    items = sorted((item for item in dropped if item.is_duplicate), key=lambda item: item.code == "duplicate")
     pairs = []
     for item in items[:most]:
-        name = f"{item['dump']}/{item['name']}"
-        other = like(item["reason"]) or ""
+        name = item.key
+        other = like(item.reason) or ""
         removed = Card(picture(name), f"removed image {name}", f"removed: {name}")
         kept = Card(picture(other), f"kept image {other}", f"kept: {other or '-'}")
-        pairs.append(Pair(removed, kept, f"{item['code']}: {item['reason']}"))
+        pairs.append(Pair(removed, kept, f"{item.code}: {item.reason}"))
     return Duplicates(pairs, len(items))
 
 
@@ -265,7 +260,7 @@ def suspects(found: Sequence[Mapping[str, str]] | None, picture: Picture, most: 
     if found is None:
         return None
     drawn = [row for row in found if row["picture"]]
-    drawn.sort(key=lambda row: (int(row["place"]), MASKED.index(row["split"])))
+    drawn.sort(key=lambda row: (int(row["place"]), NEEDS_MASK.index(row["split"])))
     cards = []
     for row in drawn[:most]:
         words = (

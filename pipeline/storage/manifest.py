@@ -18,6 +18,7 @@ from pipeline.imaging import decode, label_maps
 from pipeline.storage import atomic, shards
 
 SPLITS = ("labelled", "unlabelled", "val", "test", "unused")
+NEEDS_MASK = ("labelled", "val", "test")  # splits whose images have a mask
 
 
 class ManifestError(ValueError):
@@ -148,7 +149,7 @@ def open_image(row: Row, max_pixels: int, root: Path = Path()) -> NDArray[np.uin
     """Decoded RGB image, H x W x 3 uint8, verified against the row's id.
 
     Raises:
-        ManifestError: the bytes do not decode, or to other pixels than when the manifest was written (fault F15).
+        ManifestError: the bytes do not decode, or to other pixels than when the manifest was written.
     """
     where = f"{row.shard} ({row.dump}/{row.name} at offset {row.offset})"
     try:
@@ -168,7 +169,7 @@ def open_mask(row: Row, max_pixels: int, root: Path = Path()) -> NDArray[np.uint
 
     Raises:
         ManifestError: the mask does not decode, has another size than the image, or other ids than when the manifest
-            was written (fault F15).
+            was written.
     """
     data = read_mask_bytes(row, root)
     if data is None:

@@ -24,7 +24,7 @@ def outcome(
     archives: list[list[manifest.Row]], lists: dict = NO_LISTS, bits: int = 3, cap: int = 1
 ) -> tuple[list[str], dict]:
     kept, dropped = deduplicate.deduplicate(archives, lists, bits, cap)
-    return [f"{r.dump}/{r.name}" for r in kept], {f"{d['dump']}/{d['name']}": d["code"] for d in dropped}
+    return [f"{r.dump}/{r.name}" for r in kept], {entry.key: entry.code for entry in dropped}
 
 
 FAR = [0x0123456789ABCDEF ^ (0x1111111111111111 * n) for n in range(8)]
