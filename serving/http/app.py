@@ -27,6 +27,7 @@ _PAGE_POLICY = (
 )
 
 Handler = Callable[[Request], Awaitable[Response]]
+Route = tuple[str, Handler]  # the method, and what answers it
 
 
 def _problem_response(problem: Problem, request_id: str) -> Response:
@@ -36,7 +37,7 @@ def _problem_response(problem: Problem, request_id: str) -> Response:
     )
 
 
-async def _dispatch(request: Request, routes: Mapping[str, tuple[str, Handler]]) -> Response:
+async def _dispatch(request: Request, routes: Mapping[str, Route]) -> Response:
     """By exact path, so that a path of any bytes whatever finds its 404 here. Raises Problem."""
     if request.scope["path"] not in routes:
         raise Problem(404, "not-found", "nothing here; see /v1/openapi.json")
@@ -46,95 +47,121 @@ async def _dispatch(request: Request, routes: Mapping[str, tuple[str, Handler]])
     return await handler(request)
 
 
-async def _answer(request: Request, routes: Mapping[str, tuple[str, Handler]]) -> Response:
+async def _answer(request: Request, routes: Mapping[str, Route]) -> Response:
     """Every answer gets its request id and a log line; every failure the one error shape."""
-    start, began = time.perf_counter(), time.time_ns()
-    path = request.scope["path"]
+    start = time.perf_counter()
+    began_ns = time.time_ns()
     request_id = metrics.request_id(request.headers.get("x-request-id"))
     metrics.REQUEST.set(request_id)
     request.state.answer = "none"
+
     code = None
     try:
         response = await _dispatch(request, routes)
-    except Problem as problem:
+    except Exception as error:
+        problem = _as_problem(error)
         code = problem.code
         response = _problem_response(problem, request_id)
-    except Exception as error:  # the last line: the caller gets the one error shape, the log the traceback
-        code = "internal"
-        metrics.failure("internal-error", error)
-        response = _problem_response(
-            Problem(500, "internal", "internal error; quote this request id when reporting it"), request_id
-        )
-    if code is not None:
-        metrics.rejected(code)
-        if path == "/v1/segment":
-            metrics.answered(request.state.answer, response.status_code)
+        _count_problem(request, problem)
+
     response.headers["X-Request-Id"] = request_id
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers.setdefault("Cache-Control", "no-store")
+    _log(request, response, code, time.perf_counter() - start)
+    if recorder := tracing.recorder():
+        path = request.scope["path"]
+        route = path if path in routes else "unknown"
+        recorder.record(tracing.FinishedRequest(request, response, route, code, began_ns, time.time_ns()))
+    return response
+
+
+def _as_problem(error: Exception) -> Problem:
+    """The last line: where nobody foresaw an error, the caller gets the one error shape, the log the traceback."""
+    if isinstance(error, Problem):
+        return error
+    metrics.failure("internal-error", error)
+    return Problem(500, "internal", "internal error; quote this request id when reporting it")
+
+
+def _count_problem(request: Request, problem: Problem) -> None:
+    metrics.rejected(problem.code)
+    if request.scope["path"] == "/v1/segment":
+        metrics.answered(request.state.answer, problem.status)
+
+
+def _log(request: Request, response: Response, code: str | None, spent_s: float) -> None:
     metrics.event(
         "request",
-        request_id=request_id,
+        request_id=response.headers["x-request-id"],
         method=request.method[:16],
-        path=path[:200],
+        path=request.scope["path"][:200],
         status=response.status_code,
         code=code,
         answer=request.state.answer,
         bundle=response.headers.get("x-bundle-id"),
-        ms=round((time.perf_counter() - start) * 1e3, 2),
+        ms=round(spent_s * 1e3, 2),
     )
-    if record := tracing.recorder():
-        record(request, response, path if path in routes else "unknown", code, began, time.time_ns())
-    return response
 
 
-def _web_file(path: Path) -> Handler:
-    body, media_type = path.read_bytes(), _WEB_TYPES[path.suffix]
+def _constant(body: bytes, media_type: str, headers: Mapping[str, str] | None = None) -> Handler:
+    """A route that always answers the same."""
 
     async def show(request: Request) -> Response:
-        return Response(body, media_type=media_type, headers={"Content-Security-Policy": _PAGE_POLICY})
+        return Response(body, media_type=media_type, headers=headers)
 
     return show
 
 
-def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, SegmentHandler]:
-    """The ASGI application (HTTP only) over the models, and the handler to close when it ends."""
-    handler = SegmentHandler(settings, manager)
+async def _show_metrics(request: Request) -> Response:
+    text = await run_in_threadpool(metrics.exposition)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _api(settings: Settings, manager: ModelManager, segment: SegmentHandler) -> dict[str, Route]:
     models = ModelRoutes(settings, manager)
-    page = _web_file(WEB / "index.html")
     description = JSONResponse(openapi.document(settings)).body
-
-    async def show_openapi(request: Request) -> Response:
-        return Response(description, media_type="application/json")
-
-    async def show_metrics(request: Request) -> Response:
-        text = await run_in_threadpool(metrics.exposition)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    routes: dict[str, tuple[str, Handler]] = {
-        "/v1/segment": ("POST", handler.answer),
-        "/v1/segment/batch": ("POST", BatchHandler(handler).answer),
+    return {
+        "/v1/segment": ("POST", segment.answer),
+        "/v1/segment/batch": ("POST", BatchHandler(segment).answer),
         "/v1/model": ("GET", models.current),
         "/v1/models": ("GET", models.show),
         "/v1/models/load": ("POST", models.load),
         "/v1/models/rollback": ("POST", models.rollback),
         "/v1/models/shadow": ("POST", models.shadow),
         "/v1/statistics": ("GET", models.statistics),
-        "/v1/openapi.json": ("GET", show_openapi),
-        "/metrics": ("GET", show_metrics),
-        "/": ("GET", page),
-        "/ui": ("GET", page),
-        **{f"/web/{path.name}": ("GET", _web_file(path)) for path in WEB.iterdir() if path.suffix in _WEB_TYPES},
+        "/v1/openapi.json": ("GET", _constant(bytes(description), "application/json")),
+        "/metrics": ("GET", _show_metrics),
     }
+
+
+def _web_files() -> dict[str, Route]:
+    """The page, and the files that it is made of."""
+    policy = {"Content-Security-Policy": _PAGE_POLICY}
+    files = [path for path in WEB.iterdir() if path.suffix in _WEB_TYPES]
+    shown = {path.name: ("GET", _constant(path.read_bytes(), _WEB_TYPES[path.suffix], policy)) for path in files}
+    page = shown["index.html"]
+    return {"/": page, "/ui": page} | {f"/web/{name}": route for name, route in shown.items()}
+
+
+async def _send_and_drain(response: Response, request: Request, send: Send) -> None:
+    """Answer while the body still comes: what is thrown away of it lies between the answer's body and its end."""
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": bytes(response.body), "more_body": True})
+    await requests.drain(request)
+    await send({"type": "http.response.body", "body": b""})
+
+
+def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, SegmentHandler]:
+    """The ASGI application (HTTP only) over the models, and the handler to close when it ends."""
+    segment = SegmentHandler(settings, manager)
+    routes = _api(settings, manager, segment) | _web_files()
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         response = await _answer(request, routes)
-        if response.status_code != 413:
-            return await response(scope, receive, send)
-        await send({"type": "http.response.start", "status": 413, "headers": response.raw_headers})
-        await send({"type": "http.response.body", "body": bytes(response.body), "more_body": True})
-        await requests.drain(request)
-        await send({"type": "http.response.body", "body": b""})
+        if response.status_code == 413:
+            await _send_and_drain(response, request, send)
+        else:
+            await response(scope, receive, send)
 
-    return application, handler
+    return application, segment
