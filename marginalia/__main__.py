@@ -12,7 +12,7 @@ def main() -> None:
     sys.path.insert(0, str(Path.cwd()))
     from marginalia import cli
 
-    cli.app()
+    cli.app(prog_name="marginalia")
 
 
 if __name__ == "__main__":
