@@ -106,6 +106,7 @@ def test_75_an_interrupt_at_the_keyboard(tmp_path: Path):
     assert one_line(err), err
 
 
+@pytest.mark.slow
 def test_75_a_training_that_is_told_to_stop(tmp_path: Path):
     tiny_project.write_data(tmp_path, tiny_project.PARTS)
     train = {
