@@ -32,7 +32,8 @@ def rooms() -> list[str]:
     """Folders below tests/ that hold tests, the longest first, and the files beside them as one room, `.`."""
     folders = {path.relative_to(TESTS).parts[0] for path in TESTS.glob("*/**/test_*.py")}
     others = sorted(folders - set(LONGEST_FIRST))
-    return [*(room for room in LONGEST_FIRST if room in folders), *others, "."]
+    beside = ["."] if list(TESTS.glob("test_*.py")) else []
+    return [*(room for room in LONGEST_FIRST if room in folders), *others, *beside]
 
 
 def run_room(room: str, arguments: list[str], threads: int) -> Result:

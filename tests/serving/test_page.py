@@ -15,9 +15,9 @@ from PIL import Image
 from pipeline.storage import atomic
 from serving.http import app
 from tests.support import live_server, tiny_onnx
-from tests.support.browser import Browser, png, start
 from tests.support.image_files import exif, save
 from tests.support.live_server import Server
+from tests.support.serving.browser import Browser, png, start
 
 PALETTE = np.array([[*item["color"], 255] for item in tiny_onnx.CLASSES], np.uint8)
 NAMES = [item["name"] for item in tiny_onnx.CLASSES]

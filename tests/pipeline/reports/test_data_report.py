@@ -206,7 +206,7 @@ def test_the_command_writes_the_page_and_names_what_is_missing(project: Path) ->
 
 
 def test_a_browser_fetches_nothing_runs_nothing_and_fits_a_phone(project: Path) -> None:
-    from tests.support import browser
+    from tests.support.serving import browser
 
     atomic.write_text(Path("reports/data.html"), data_report.build())
     with browser.start() as opened:

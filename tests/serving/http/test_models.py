@@ -23,9 +23,9 @@ from serving.model.watcher import ChampionWatcher
 from serving.settings import Settings
 from serving.telemetry import metrics
 from tests.support import admin_client, live_server, tiny_onnx
-from tests.support.champions_folder import current_name, last_event, watched, write_champions
 from tests.support.image_files import save
 from tests.support.live_server import TOKEN, Server, error, until
+from tests.support.serving.champions_folder import current_name, last_event, watched, write_champions
 
 RAW = {"Content-Type": "application/octet-stream"}
 SIZES = ((60, 80), (33, 200), (64, 64))

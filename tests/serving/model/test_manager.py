@@ -16,7 +16,7 @@ from serving.model.checks import CandidateRefused
 from serving.settings import Settings
 from serving.telemetry import metrics
 from tests.support import live_server, tiny_onnx
-from tests.support.champions_folder import current_name, last_event, watched, write_champions
+from tests.support.serving.champions_folder import current_name, last_event, watched, write_champions
 
 
 @pytest.fixture

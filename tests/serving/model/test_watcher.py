@@ -9,8 +9,8 @@ from serving.model.events import Candidate
 from serving.model.manager import NoPrevious
 from serving.telemetry import metrics
 from tests.support import live_server
-from tests.support.champions_folder import current_name, last_event, watched, write_champions
 from tests.support.live_server import until
+from tests.support.serving.champions_folder import current_name, last_event, watched, write_champions
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A real browser: Chromium without a window, driven by selenium. Tests skip where either is absent.
 
-By hand, with a service that runs: python -m tests.support.browser http://127.0.0.1:3000 image.png page.png [dark] [WIDTH]
+python -m tests.support.serving.browser http://127.0.0.1:3000 image.png page.png [dark] [WIDTH]
 takes a picture of the page with its answer to an image, as docs/page.png was taken.
 """
 
