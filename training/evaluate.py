@@ -20,6 +20,7 @@ from pipeline import console as progress
 from pipeline.champions import metrics as scores
 from pipeline.champions import store
 from pipeline.imaging import resize
+from pipeline.records.scores import ClassScores, Scores, SplitScores
 from pipeline.storage import atomic, manifest
 from training import inference, metrics, warm_start
 from training.metrics import Result
@@ -74,10 +75,8 @@ def score(
 
 def class_table(
     result: Result, names: Sequence[str], evaluate: config.Evaluate
-) -> tuple[dict[str, Any], list[float] | None]:
-    """Per class: iou and its interval, precision, recall in percent, pixels; and the interval of mIoU (95 %, over
-    images).
-    """
+) -> tuple[dict[str, ClassScores], tuple[float, float] | None]:
+    """The scores of each class, and the 95 % interval of mIoU over images."""
     drawn = 100 * scores.bootstrap(result.confusion_NKK, samples=evaluate.bootstrap, seed=SEED)
     total = result.total.confusion_KK
     inter, truth, predicted = scores.marginals(total)
@@ -87,10 +86,13 @@ def class_table(
     table = {}
     for c, name in enumerate(names):
         spread = scores.interval(drawn[:, c], 0.95)
-        row: dict[str, Any] = {k: None if np.isnan(v[c]) else float(v[c]) for k, v in columns.items()}
-        table[name] = row | {"ci": spread.as_list() if spread else None, "pixels": int(truth[c])}
-    spread = scores.interval(scores.mean_present(drawn), 0.95)
-    return table, spread.as_list() if spread else None
+        values = {key: None if np.isnan(column[c]) else float(column[c]) for key, column in columns.items()}
+        table[name] = ClassScores(**values, ci=_ends(spread), pixels=int(truth[c]))
+    return table, _ends(scores.interval(scores.mean_present(drawn), 0.95))
+
+
+def _ends(spread: scores.Interval | None) -> tuple[float, float] | None:
+    return None if spread is None else (spread.low, spread.high)
 
 
 def check(meta: dict[str, Any], summary: dict[str, Any], weights: Path, *, same_split: bool = True) -> None:
@@ -107,14 +109,14 @@ def check(meta: dict[str, Any], summary: dict[str, Any], weights: Path, *, same_
 
 @dataclass(frozen=True)
 class Scoring:
-    """Everything one network left: the scores.json value, the per-image result, the rows of its split."""
+    """Everything one network left: its scores on the test split, and what was counted on each image."""
 
-    scores: dict[str, Any]
+    scores: SplitScores
     result: Result
 
 
 def evaluate(weights: Path, params: config.Params, *, split: Path = paths.SPLIT, same_split: bool = True) -> Scoring:
-    """Score one weights file on the test split; `scores` lacks only "last", "best" and "chosen"."""
+    """Score one weights file on the test split."""
     model, meta = segmenter.load(weights, inference.device())
     summary = atomic.read_json(split / "summary.json")
     check(meta, summary, weights, same_split=same_split)
@@ -126,16 +128,26 @@ def evaluate(weights: Path, params: config.Params, *, split: Path = paths.SPLIT,
         raise EvaluateError("every pixel of the test masks is ignore: nothing can be scored; check the masks")
     names = [c["name"] for c in meta["classes"]]
     table, spread = class_table(result, names, params.evaluate)
-    total = result.total
-    value = metrics.summary(total) | {
-        "miou_ci": spread, "per_class": table, "absent": [n for n in names if table[n]["iou"] is None],
-        "absent_rule": scores.ABSENT_RULE, "boundary_px": params.evaluate.boundary_px, "test_images": len(result.rows),
-        "test_hash": summary["test_hash"], "split_hash": summary["split_hash"], "data_hash": summary["data_hash"],
-        "stride": policy.stride, "crop": f"whole image, longer side <= {policy.long_side} px",
-        "commit": commit(), "weights": atomic.sha256(weights),
-        **{key: meta[key] for key in ("method", "steps", "seed")},
-    }  # fmt: skip
-    return Scoring(value, result)
+    scored = SplitScores(
+        **metrics.summary(result.total).model_dump(),
+        miou_ci=spread,
+        per_class=table,
+        absent=[name for name in names if table[name].iou is None],
+        absent_rule=scores.ABSENT_RULE,
+        boundary_px=params.evaluate.boundary_px,
+        test_images=len(result.rows),
+        test_hash=summary["test_hash"],
+        split_hash=summary["split_hash"],
+        data_hash=summary["data_hash"],
+        stride=policy.stride,
+        crop=f"whole image, longer side <= {policy.long_side} px",
+        commit=commit(),
+        weights=atomic.sha256(weights),
+        method=meta["method"],
+        steps=meta["steps"],
+        seed=meta["seed"],
+    )
+    return Scoring(scored, result)
 
 
 def score_split(
@@ -156,7 +168,7 @@ def score_split(
     )
 
 
-def write_confusions(path: Path, scoring: Scoring, names: Sequence[str]) -> None:
+def write_confusions(path: Path, scoring: Scoring) -> None:
     """Per-image counts for the gate: confusion N x K x K, ids, groups, classes, test_hash, weights. No pickled
     objects.
     """
@@ -167,37 +179,30 @@ def write_confusions(path: Path, scoring: Scoring, names: Sequence[str]) -> None
             confusion=result.confusion_NKK,
             ids=np.array([row.id for row in result.rows]),
             groups=np.array([row.group or "" for row in result.rows]),
-            classes=np.array(names),
-            test_hash=np.array(scoring.scores["test_hash"]),
-            weights=np.array(scoring.scores["weights"]),
+            classes=np.array(list(scoring.scores.per_class)),
+            test_hash=np.array(scoring.scores.test_hash),
+            weights=np.array(scoring.scores.weights),
         )
-
-
-def _short(value: dict[str, Any], val_miou: float | None) -> dict[str, Any]:
-    keys = ("miou", "miou_all", "miou_ci", "boundary_iou", "pixel_accuracy", "ece", "weights")
-    return {key: value[key] for key in keys} | {"val_miou": val_miou}
 
 
 def _val_miou(weights: Path, params: config.Params) -> float | None:
     model, meta = segmenter.load(weights, inference.device())
     result = score_split(model, meta, "val", params)
-    return metrics.summary(result.total)["miou"] if result.rows else None
+    return metrics.summary(result.total).miou if result.rows else None
 
 
-def _table(value: dict[str, Any]) -> Table:
-    low, high = map(evaluation.percent, value["miou_ci"] or (None, None))
-    title = f"test mIoU {evaluation.percent(value['miou'])} [{low}, {high}] on {value['test_images']} images"
+def _table(value: Scores) -> Table:
+    low, high = map(evaluation.percent, value.miou_ci or (None, None))
+    title = f"test mIoU {evaluation.percent(value.miou)} [{low}, {high}] on {value.test_images} images"
     table = Table("class", "IoU", "95% interval", "precision", "recall", "pixels", title=title)
-    for name, row in value["per_class"].items():
-        cells = [evaluation.percent(row[k]) for k in ("iou", "precision", "recall")]
-        spread = " .. ".join(map(evaluation.percent, row["ci"] or (None, None)))
-        table.add_row(name, cells[0], spread, *cells[1:], f"{row['pixels']:,}")
-    overall, edge, best = (
-        evaluation.percent(v) for v in (value["miou_all"], value["boundary_iou"], value["best"]["miou"])
-    )
+    for name, row in value.per_class.items():
+        iou, precision, recall = (evaluation.percent(v) for v in (row.iou, row.precision, row.recall))
+        spread = " .. ".join(map(evaluation.percent, row.ci or (None, None)))
+        table.add_row(name, iou, spread, precision, recall, f"{row.pixels:,}")
+    overall, edge, best = (evaluation.percent(v) for v in (value.miou_all, value.boundary_iou, value.best.miou))
     table.caption = (
-        f"mIoU over all classes {overall}, boundary IoU {edge}, pixel accuracy {value['pixel_accuracy']:.4f}, "
-        f"calibration error {value['ece']:.4f}; best on val: test mIoU {best}"
+        f"mIoU over all classes {overall}, boundary IoU {edge}, pixel accuracy {value.pixel_accuracy:.4f}, "
+        f"calibration error {value.ece:.4f}; best on val: test mIoU {best}"
     )
     return table
 
@@ -206,18 +211,20 @@ def run(params: config.Params) -> stage.Result:
     """The stage: models/student and data/split -> reports/."""
     last_file, best_file = paths.STUDENT_WEIGHTS, paths.BEST_WEIGHTS
     last = evaluate(last_file, params)
-    same = not best_file.exists() or atomic.sha256(best_file) == last.scores["weights"]
-    best = last if same else evaluate(best_file, params)
-    vals = [_val_miou(last_file, params)]
-    vals.append(vals[0] if same else _val_miou(best_file, params))
-    value = last.scores | {"last": _short(last.scores, vals[0]), "best": _short(best.scores, vals[1]), "chosen": "last"}
-    names = list(value["per_class"])
-    write_confusions(paths.CONFUSIONS, last, names)
+    last_val = _val_miou(last_file, params)
+    if not best_file.exists() or atomic.sha256(best_file) == last.scores.weights:
+        value = Scores.of(last.scores, last.scores, last_val, last_val)
+    else:
+        best = evaluate(best_file, params)
+        value = Scores.of(last.scores, best.scores, last_val, _val_miou(best_file, params))
+
+    write_confusions(paths.CONFUSIONS, last)
     model, meta = segmenter.load(last_file, inference.device())
     evaluation.write(paths.EVALUATION, value, last.result, previews(model, meta, last.result, params), meta)
     atomic.write_text(paths.MODEL_CARD, evaluation.card(value, meta, atomic.read_json(paths.SPLIT_SUMMARY)))
-    atomic.write_json(paths.SCORES, value)
-    return stage.Result((_table(value),), record=value)
+    record = value.model_dump(mode="json")
+    atomic.write_json(paths.SCORES, record)
+    return stage.Result((_table(value),), record=record)
 
 
 def previews(
@@ -249,11 +256,7 @@ def rescore_champion(params: config.Params, home: Path = paths.CHAMPIONS) -> sta
     rows = manifest.read(paths.SPLIT_MANIFEST)
     warm_start.refuse_seen(weights, segmenter.read_meta(weights), (row.id for row in rows if row.split == "test"))
     scoring = evaluate(folder / "student.safetensors", params, same_split=False)
-    value = scoring.scores | {
-        "last": _short(scoring.scores, None),
-        "best": _short(scoring.scores, None),
-        "chosen": "last",
-    }
-    write_confusions(folder / "confusions.npz", scoring, list(value["per_class"]))
-    atomic.write_json(folder / "scores.json", value)
-    return stage.Result((f"scored again: {folder}",), record=value)
+    record = Scores.of(scoring.scores, scoring.scores, None, None).model_dump(mode="json")
+    write_confusions(folder / "confusions.npz", scoring)
+    atomic.write_json(folder / "scores.json", record)
+    return stage.Result((f"scored again: {folder}",), record=record)

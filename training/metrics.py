@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.champions import metrics
+from pipeline.records.scores import Totals
 from pipeline.storage import manifest
 
 Labels = NDArray[np.unsignedinteger]
@@ -193,22 +194,23 @@ def tally(
     )
 
 
-def summary(total: Tally) -> dict[str, float | None]:
-    """The scalars of a test set: miou, miou_all, boundary_iou in percent; pixel_accuracy and ece in 0..1; None if
-    undefined.
-    """
+def summary(total: Tally) -> Totals:
+    """The scalars of a set of images."""
     conf = total.confusion_KK
     inter, truth, predicted = total.boundary_3K.astype(np.float64)
     union = truth + predicted - inter
     edge = np.divide(inter, union, out=np.full_like(inter, np.nan), where=union > 0)
-    values = {
-        "miou": metrics.miou(conf),
-        "miou_all": metrics.miou_all(conf),
-        "pixel_accuracy": float(np.trace(conf) / conf.sum()) if conf.sum() else float("nan"),
-        "boundary_iou": 100 * float(metrics.mean_present(edge)),
-        "ece": ece(total.calibration_L2),
-    }
-    return {name: None if np.isnan(value) else value for name, value in values.items()}
+    return Totals(
+        miou=_known(metrics.miou(conf)),
+        miou_all=_known(metrics.miou_all(conf)),
+        boundary_iou=_known(100 * float(metrics.mean_present(edge))),
+        pixel_accuracy=float(np.trace(conf) / conf.sum()) if conf.sum() else None,
+        ece=ece(total.calibration_L2),
+    )
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else value
 
 
 @dataclass(frozen=True)

@@ -185,5 +185,5 @@ def test_champion_is_scored_again_on_todays_test_split(project: config.Params) -
 
 def test_scores_of_no_pixel_are_none_not_nan() -> None:
     empty = metrics.Tally(np.zeros((4, 4), int), np.zeros((3, 4), int), np.zeros((256, 2), int))
-    assert metrics.summary(empty)["miou"] is None
-    assert metrics.summary(empty)["boundary_iou"] is None
+    assert metrics.summary(empty).miou is None
+    assert metrics.summary(empty).boundary_iou is None

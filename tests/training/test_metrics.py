@@ -177,7 +177,7 @@ def test_tallies_join_exactly_in_any_order() -> None:
     for part in parts[-2::-1]:
         backward = backward + part
     assert metrics.summary(forward) == metrics.summary(backward)
-    assert metrics.summary(forward)["pixel_accuracy"] == np.trace(forward.confusion_KK) / forward.confusion_KK.sum()
+    assert metrics.summary(forward).pixel_accuracy == np.trace(forward.confusion_KK) / forward.confusion_KK.sum()
 
 
 def test_bootstrap_is_the_resampled_sum() -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import paths
 from pipeline.imaging import label_maps
+from pipeline.records.scores import ClassScores, Scores
 from pipeline.storage import atomic
 from training import metrics
 from training.metrics import Result
@@ -57,19 +58,19 @@ def confusion_figure(confusion_KK: NDArray[np.integer], names: Sequence[str]) ->
     return figure
 
 
-def class_figure(table: Mapping[str, Mapping[str, Any]], miou: float) -> Figure:
+def class_figure(table: Mapping[str, ClassScores], miou: float) -> Figure:
     """IoU per class with its interval; the dashed line is the mean."""
     names = list(table)
     figure, axes = _axes(7, 1.2 + 0.36 * len(names))
     for place, name in enumerate(names):
         row = table[name]
-        if row["iou"] is None:
+        if row.iou is None or row.ci is None:
             axes.text(1, place, "absent", va="center", color="0.4")
             continue
-        low, high = row["ci"]
-        error = [[max(0.0, row["iou"] - low)], [max(0.0, high - row["iou"])]]
-        axes.barh(place, row["iou"], xerr=error, color="tab:blue", ecolor="0.2", capsize=3)
-        axes.text(101, place, f"{row['iou']:.1f}", va="center")
+        low, high = row.ci
+        error = [[max(0.0, row.iou - low)], [max(0.0, high - row.iou)]]
+        axes.barh(place, row.iou, xerr=error, color="tab:blue", ecolor="0.2", capsize=3)
+        axes.text(101, place, f"{row.iou:.1f}", va="center")
     axes.axvline(miou, ls="--", color="tab:red", lw=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -167,17 +168,17 @@ def _csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> No
 
 
 def write(
-    folder: Path, value: Mapping[str, Any], result: "Result",
+    folder: Path, value: Scores, result: "Result",
     previews: Iterable[tuple["Sample", NDArray[np.uint8], float]], meta: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """All pictures and plot tables of an evaluation into `folder`."""
     names, total = [c["name"] for c in meta["classes"]], result.total
     save(confusion_figure(total.confusion_KK, names), folder / "confusion.png")
-    save(class_figure(value["per_class"], value["miou"]), folder / "classes.png")
+    save(class_figure(value.per_class, value.miou), folder / "classes.png")
     table_B3 = metrics.reliability(total.calibration_L2)
-    save(reliability_figure(table_B3, value["ece"]), folder / "calibration.png")
+    save(reliability_figure(table_B3, value.ece), folder / "calibration.png")
     _csv(folder / "confusion.csv", ("actual", "predicted"), confusion_rows(total.confusion_KK, names))
-    rows = [(name, row["iou"], *(row["ci"] or (None, None))) for name, row in value["per_class"].items()]
+    rows = [(name, row.iou, *(row.ci or (None, None))) for name, row in value.per_class.items()]
     _csv(folder / "classes.csv", ("class", "iou", "low", "high"), rows)
     _csv(
         folder / "calibration.csv", ("confidence", "accuracy", "pixels"), [(c, a, int(n)) for n, c, a in table_B3 if n]
@@ -193,9 +194,9 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def card(value: Mapping[str, Any], meta: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def card(value: Scores, meta: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """The model card in Markdown: what it is, how it was made, how good, where it must not be trusted."""
-    ci = value["miou_ci"] or [None, None]
+    ci = value.miou_ci or (None, None)
     net, policy = meta["params"]["model"], meta["params"]["input"]
     counts = ", ".join(f"{n} {name}" for name, n in summary["counts"].items())
     lines = [
@@ -206,9 +207,9 @@ def card(value: Mapping[str, Any], meta: Mapping[str, Any], summary: Mapping[str
         "## Made from",
         "",
         f"- network: {net['architecture']} on {net['encoder']}, output stride {net['output_stride']}",
-        f"- method: {value['method']}, {value['steps']} steps, seed {value['seed']}",
+        f"- method: {value.method}, {value.steps} steps, seed {value.seed}",
         f"- images: {counts}",
-        f"- {', '.join(f'{key} {value[name][:12]}' for key, name in HASHES.items())}",
+        f"- {', '.join(f'{key} {getattr(value, name)[:12]}' for key, name in HASHES.items())}",
         "",
         "## Takes and gives",
         "",
@@ -217,35 +218,35 @@ def card(value: Mapping[str, Any], meta: Mapping[str, Any], summary: Mapping[str
         f"- gives a class id per pixel of the original image and a confidence (0..255 = 0..1); id {meta['ignore']}, "
         "ignore, never occurs",
         "",
-        f"## Scores on {value['test_images']} test images that no choice ever saw (test set {value['test_hash'][:12]})",
+        f"## Scores on {value.test_images} test images that no choice ever saw (test set {value.test_hash[:12]})",
         "",
-        f"- mIoU {percent(value['miou'])}, 95% interval over images {percent(ci[0])} to {percent(ci[1])}; "
-        f"over all classes, absent ones as 0: {percent(value['miou_all'])}",
-        f"- boundary IoU ({value['boundary_px']} px) {percent(value['boundary_iou'])}; pixel accuracy "
-        f"{percent(100 * value['pixel_accuracy'])}%; expected calibration error {value['ece']:.4f}",
-        f"- last step's weights; the best on val would give mIoU {percent(value['best']['miou'])}",
-        f"- rule: {value['absent_rule']}",
+        f"- mIoU {percent(value.miou)}, 95% interval over images {percent(ci[0])} to {percent(ci[1])}; "
+        f"over all classes, absent ones as 0: {percent(value.miou_all)}",
+        f"- boundary IoU ({value.boundary_px} px) {percent(value.boundary_iou)}; pixel accuracy "
+        f"{percent(100 * value.pixel_accuracy)}%; expected calibration error {value.ece:.4f}",
+        f"- last step's weights; the best on val would give mIoU {percent(value.best.miou)}",
+        f"- rule: {value.absent_rule}",
         "",
         "| class | IoU | 95% interval | precision | recall | test pixels |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in value["per_class"].items():
-        low, high = row["ci"] or (None, None)
+    for name, row in value.per_class.items():
+        low, high = row.ci or (None, None)
         cells = [
-            percent(row["iou"]),
+            percent(row.iou),
             f"{percent(low)} .. {percent(high)}",
-            percent(row["precision"]),
-            percent(row["recall"]),
+            percent(row.precision),
+            percent(row.recall),
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['pixels']} |")
-    weak = [n for n, row in value["per_class"].items() if row["iou"] is not None and row["iou"] < 50]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row.pixels} |")
+    weak = [n for n, row in value.per_class.items() if row.iou is not None and row.iou < 50]
     limits = [
         "The interval covers the choice of test images only, not the training seed; images of one group (site, video) "
         "resemble each other, so it is too narrow where the test split has few groups.",
         f"Scores hold for images like the test set; `{paths.DRIFT}` says how far a new dump is from it.",
     ]
-    if value["absent"]:
-        limits.append(f"Not measured, absent from the test set: {', '.join(value['absent'])}.")
+    if value.absent:
+        limits.append(f"Not measured, absent from the test set: {', '.join(value.absent)}.")
     if weak:
         limits.append(f"IoU below 50: {', '.join(weak)}; do not rely on these without a look.")
     return "\n".join([*lines, "", "## Limits", "", *(f"- {line}" for line in limits)]) + "\n"
