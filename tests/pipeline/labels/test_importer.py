@@ -1,110 +1,23 @@
 """Labels that come back twice, for unknown images, of a wrong size, of unknown classes; and the whole way round."""
 
-import io
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
 from contextlib import chdir
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
-from pipeline import config, paths
-from pipeline.formats import cvat
-from pipeline.formats.common import brush_rle
-from pipeline.formats.common.task import Item, task_name
 from pipeline.imaging import label_maps
 from pipeline.ingest import split
-from pipeline.labels import importer
 from pipeline.labels import registry as labels
-from pipeline.storage import atomic, manifest, predictions, shards
+from pipeline.storage import manifest, predictions, shards
 from tests.support import tiny_source
 from tests.support.command_line import marginalia
-
-CLASSES = [{"id": k, "name": n, "color": [50 * k, 9, 200]} for k, n in enumerate(tiny_source.CLASSES)]
-NEW = np.tile(np.array([0, 0, 1, 2], np.uint8), (48, 16))  # no band of any pre-label or mask looks like this
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """a labelled, u and a later dump unlabelled, v val, t test, h unlabelled with hidden labels; pre-labels of all."""
-    home = tmp_path_factory.mktemp("f19")
-    source, root = home / "source", home / "project"
-    tiny_source.write_source(source, {"a": 3, "u": 3, "v": 1, "t": 1, "h": 1}, {"a", "v", "t", "h"})
-    (source / "classes.txt").write_text("".join("{} {} {} {}\n".format(c["name"], *c["color"]) for c in CLASSES))
-    parts = {"labelled": ["a/00", "a/01", "a/02"], "unlabelled": ["u/00", "u/01", "u/02", "h/00"]}
-    parts |= {"val": ["v/00"], "test": ["t/00"]}
-    for part, names in parts.items():
-        (source / f"{part}.txt").write_text("\n".join(names))
-    tiny_source.write_project(root, source, {"lists": {part: f"{part}.txt" for part in parts}}, pool={"label_next": 3})
-    known = {"base": {"archive": "data/pulled/base.tar"}, "d": {"archive": "data/dumps/d.tar"}}
-    (root / "dumps.yaml").write_text(yaml.safe_dump({"dumps": known}))
-    later = [(f"images/m/{n}.png", tiny_source.encode(tiny_source.picture(9000 + n))) for n in range(2)]
-    shards.write_tar(root / "data/dumps/d.tar", later)
-    assert tiny_source.run(root, dumps=("base", "d")) == 0
-    rows = [row for row in manifest.read(root / paths.SPLIT_MANIFEST) if row.split in ("labelled", "unlabelled")]
-    shards.write_tar(
-        root / predictions.PRELABELS,
-        [(f"{r.id}.png", label_maps.encode_png(tiny_source.mask(n))) for n, r in enumerate(rows)],
-    )
-    write_pool(root, rows)
-    return root
-
-
-def write_pool(root: Path, rows: list[manifest.Row]) -> None:
-    n, ones = len(rows), np.ones(len(rows))
-    arrays = {key: np.array([getattr(r, key) for r in rows]) for key in ("id", "name", "dump", "group", "split")}
-    arrays |= dict.fromkeys(("confidence", "margin", "entropy"), ones) | {"embedding": np.arange(2.0 * n).reshape(n, 2)}
-    arrays |= {"area": np.full((n, 3), 1 / 3), "doubt": np.arange(3.0 * n).reshape(n, 3)}
-    arrays["margins"] = np.full((n, predictions.MARGIN_BINS), 1 / predictions.MARGIN_BINS)
-    with atomic.replacing(root / predictions.FILE) as file:
-        np.savez(file, classes=np.array(tiny_source.CLASSES), **arrays)
-
-
-@pytest.fixture
-def root(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(made, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
-    return tmp_path / "project"
-
-
-def row(name: str) -> manifest.Row:
-    return tiny_source.rows(Path())[name]
-
-
-def zipped(path: Path, *given: tuple[str, np.ndarray], classes: list[dict[str, Any]] = CLASSES) -> Path:
-    """CVAT's zip of label maps by DUMP/NAME or by any other name."""
-    known = tiny_source.rows(Path())
-    items = [
-        Item(task_name(known[name].id, f"{name}.png") if name in known else name, "", b"", *label.shape, label)
-        for name, label in given
-    ]
-    cvat.write(path, items, classes)
-    return path
-
-
-def add(path: Path, **options: Any) -> importer.Imported:
-    return importer.add(path, params=config.load(), **options)
-
-
-def codes(result: importer.Imported) -> dict[str, str]:
-    return {item.name.partition("-")[2] or item.name: item.code for item in result.refused}
-
-
-def rebuilt() -> dict[str, manifest.Row]:
-    assert marginalia("stage", "index") == 0
-    assert marginalia("stage", "split") == 0
-    return tiny_source.rows(Path())
-
-
-def snapshot() -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in [labels.FILE, *sorted(Path("data/labels").glob("*"))] if p.is_file()}
+from tests.support.label_project import CLASSES, NEW, add, codes, rebuilt, snapshot, zipped
 
 
 def test_out_to_cvat_corrected_back_and_into_training(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,130 +172,6 @@ def test_a_corrected_group_keeps_its_say_in_the_drawing(tmp_path: Path) -> None:
         after = rebuilt()
     assert all(after[name].mask_import == "a" for name in trained)
     assert {n: r.split for n, r in after.items()} == {n: r.split for n, r in before.items()}
-
-
-def labelstudio_json(path: Path) -> None:
-    value = [
-        {
-            "original_height": 48, "original_width": 64, "type": "brushlabels",
-            "value": {"format": "rle", "rle": brush_rle.encode(k == NEW), "brushlabels": [name]},
-        }
-        for k, name in enumerate(tiny_source.CLASSES)
-    ]  # fmt: skip
-    task = {"data": {"image": "/data/upload/1/0a1b2c3d-x.png", "marginalia_id": row("base/u/00").id}}
-    path.write_text(json.dumps([{**task, "annotations": [{"result": value}]}]))
-
-
-def coco_json(path: Path) -> None:
-    label = {"id": 1, "file_name": "images/u/00.png", "height": 48, "width": 64}
-    found = [
-        {"id": k, "image_id": 1, "category_id": 7 - k, "segmentation": label_maps.to_rle(k == NEW)}
-        for k in range(len(CLASSES))
-    ]
-    categories = [{"id": 7 - k, "name": name} for k, name in enumerate(tiny_source.CLASSES)]
-    path.write_text(json.dumps({"images": [label], "annotations": found, "categories": categories}))
-
-
-def folder(path: Path, encode: Callable[[np.ndarray], bytes] = tiny_source.encode, names: str = "") -> None:
-    tiny_source.put(path, "masks/u/00.png", encode(NEW))
-    if names:
-        (path / "classes.txt").write_text(names)
-
-
-def palette(label: np.ndarray) -> bytes:
-    """Colours that mean nothing: who opened it as RGB would find no class."""
-    picture = Image.fromarray(label, "P")
-    picture.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return out.getvalue()
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        labelstudio_json, coco_json, folder,
-        lambda path: folder(path, palette),
-        lambda path: folder(path, lambda label: tiny_source.encode(label_maps.colourise(label, [c["color"] for c in CLASSES]))),
-        lambda path: folder(path, lambda label: tiny_source.encode(np.array([2, 1, 0], np.uint8)[label]), "floor\nwall\nsky"),
-        lambda path: tiny_source.put(path, "u/00.png", tiny_source.encode(NEW)),
-        lambda path: [tiny_source.put(path, "masks/x.png", tiny_source.encode(NEW)),
-                      (path / "names.json").write_text(json.dumps({"x": row("base/u/00").id}))],
-    ],
-    ids=["labelstudio", "coco", "ids", "palette", "colours", "other-order", "masks-only", "names.json"],
-)  # fmt: skip
-def test_every_tool_brings_the_same_mask_back(write: Callable[[Path], Any], root: Path) -> None:
-    write(Path("back"))
-    result = add(Path("back"))
-    assert (result.name, result.taken, result.refused) == ("back", 1, [])
-    np.testing.assert_array_equal(manifest.open_mask(rebuilt()["base/u/00"], 10**6), NEW)
-
-
-def zip_of_masks(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("masks/u/00.png", tiny_source.encode(NEW))
-
-
-def test_a_zip_of_masks_is_a_folder_of_them(root: Path) -> None:
-    zip_of_masks(Path("back.zip"))
-    assert add(Path("back.zip"))[:3] == ("back", "folder", 1)
-    np.testing.assert_array_equal(manifest.open_mask(rebuilt()["base/u/00"], 10**6), NEW)
-    assert not list(Path("data/labels").glob(".importing*"))
-
-
-@pytest.mark.parametrize(("unannotated", "rest"), [("ignore", 255), ("background", 0)])
-def test_pixels_in_no_shape_are_what_the_project_says(unannotated: str, rest: int, root: Path) -> None:
-    """The image's class `background` is there, or the source itself would have been refused."""
-    source = json.loads(Path("data/pulled/source.json").read_text())
-    source["classes"][0]["name"] = "background"
-    Path("data/pulled/source.json").write_text(json.dumps(source))
-    settings = yaml.safe_load(Path("params.yaml").read_text())
-    settings["data"]["unannotated"] = unannotated
-    Path("params.yaml").write_text(yaml.safe_dump(settings))
-    name = task_name(row("base/u/00").id, "x.png")
-    body = '<polygon label="wall" points="0,0;64,0;64,20;0,20"/>'
-    Path("a.xml").write_text(
-        f'<annotations><image id="0" name="{name}" width="64" height="48">{body}</image></annotations>'
-    )
-    assert add(Path("a.xml")).taken == 1
-    mask = manifest.open_mask(rebuilt()["base/u/00"], 10**6)
-    assert np.unique(mask[:20]).tolist() == [1]
-    assert np.unique(mask[20:]).tolist() == [rest]
-
-
-def test_a_folder_of_masks_refuses_its_bad_ones_alone(root: Path) -> None:
-    home = Path("back")
-    tiny_source.put(home, "masks/u/00.png", tiny_source.encode(np.where(NEW == 2, 65535, NEW).astype(np.uint16)))
-    tiny_source.put(home, "masks/u/01.png", tiny_source.encode(np.full((48, 64), 9, np.uint8)))
-    tiny_source.put(home, "masks/u/02.png", b"no picture")
-    tiny_source.put(home, "masks/h/00.png", tiny_source.encode(np.full((48, 64), 300, np.uint16)))
-    result = add(home)
-    assert codes(result) == {"h/00.png": "mask-class-id", "u/01.png": "mask-class-id", "u/02.png": "not-an-image"}
-    np.testing.assert_array_equal(manifest.open_mask(rebuilt()["base/u/00"], 10**6), np.where(NEW == 2, 255, NEW))
-
-
-def test_a_voc_folder_says_by_its_labelmap_what_its_ids_mean(root: Path) -> None:
-    """Its first class is another than ours: taken as our ids, floor would come in as wall. Images are no masks."""
-    home = Path("back")
-    name = task_name(row("base/u/00").id, "x")
-    tiny_source.put(
-        home, "labelmap.txt", b"# label:color_rgb:parts:actions\nfloor:1,1,1::\nwall:2,2,2::\nsky:3,3,3::\n"
-    )
-    tiny_source.put(home, f"SegmentationClass/{name}.png", tiny_source.encode(2 - NEW))
-    tiny_source.put(home, f"JPEGImages/{name}.png", tiny_source.encode(np.zeros((48, 64), np.uint8)))
-    result = add(home)
-    assert (result.taken, result.refused) == (1, [])
-    np.testing.assert_array_equal(manifest.open_mask(rebuilt()["base/u/00"], 10**6), NEW)
-
-
-def test_a_name_that_two_dumps_have_is_not_guessed(root: Path) -> None:
-    rows = manifest.read(paths.SPLIT_MANIFEST)
-    twin = next(r for r in rows if r.dump == "d")
-    manifest.write(paths.SPLIT_MANIFEST, [*rows, replace(twin, id="f" * 64, dump="e")])
-    tiny_source.put(Path("back"), f"{twin.name}.png", tiny_source.encode(NEW))
-    assert codes(add(Path("back"))) == {f"{twin.name}.png": "ambiguous-name"}
-    tiny_source.put(Path("other"), f"d/{twin.name}.png", tiny_source.encode(NEW))
-    assert add(Path("other")).taken == 1
 
 
 def test_index_stops_at_labels_that_are_not_the_registered_ones(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
