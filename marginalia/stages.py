@@ -55,10 +55,18 @@ def screen(params: Params = PARAMS) -> Exit:
 
 @command(app)
 def train(params: Params = PARAMS) -> Exit:
-    """Student weights, curves and previews; exit code 75 after SIGTERM, and the same command resumes."""
+    """Student weights, scores and history; exit code 75 after SIGTERM, and the same command resumes."""
     from training import train
 
     return stage.run("train", train.run, params=params)
+
+
+@command(app, "train_report")
+def train_report(params: Params = PARAMS) -> Exit:
+    """Curves of the training, and what its pseudo-labels look like."""
+    from training.reports import training
+
+    return stage.run("train_report", training.run, params=params)
 
 
 @command(app)

@@ -1,5 +1,6 @@
-"""Stage `train`: split manifest -> student weights, curves and previews."""
+"""Stage `train`: split manifest -> student weights and what was measured on the way."""
 
+import json
 import math
 import platform
 import time
@@ -19,45 +20,14 @@ from pipeline.stage import Result, warn
 from pipeline.storage import atomic, manifest
 from pipeline.storage.manifest import Row
 from training import inference, warm_start
-from training.engine import checkpoint, distributed, trainer
+from training.engine import checkpoint, distributed, source_identity, trainer
 from training.engine.data import Batches, Images
+from training.engine.live_log import LiveLog
 from training.engine.validation import Validator
 from training.methods import registry, s4mc
 from training.methods.pseudo_labels import relabel
 from training.models import segmenter
-from training.reports import curves
-from training.reports.live import LiveLog
 from training.split_data import SplitData
-
-# They look at weights and cannot change a run's: editing them must not cost a half-finished run. One that is missing here
-# costs no more than that.
-ONLOOKERS = frozenset(
-    {
-        "compare",
-        "confident_learning",
-        "evaluate",
-        "gains",
-        "headroom",
-        "predict",
-        "reports/curves",
-        "reports/evaluation",
-        "reports/live",
-        "suspects",
-    }
-)
-
-
-def code_hash(architecture: str = "") -> str:
-    """Digest of the source that trains and of the user's own network: a killed run is not continued by other code."""
-    room = Path(__file__).parent
-    sources = sorted(
-        path for path in room.rglob("*.py") if path.relative_to(room).with_suffix("").as_posix() not in ONLOOKERS
-    )
-    # How an image is decoded and resized changes the numbers as much as the step does.
-    sources += sorted((room.parent / "pipeline/imaging").rglob("*.py"))
-    if ":" in architecture:
-        sources.append(Path(architecture.partition(":")[0].replace(".", "/") + ".py"))
-    return atomic.sha256(b"".join(path.read_bytes() for path in sources if path.exists()))
 
 
 @dataclass(frozen=True)
@@ -135,7 +105,7 @@ def identity_of(params: Params, data: SplitData, start_at: Path | None, world: i
         "labels": data.label_hash,
         "start": atomic.sha256(start_at) if start_at is not None else None,
         "world": world,
-        "code": code_hash(params.model.architecture),
+        "code": source_identity.digest(params.model.architecture),
         "torch": torch.__version__,
     }
 
@@ -207,9 +177,9 @@ def stage(params: Params) -> Result | None:
     training = describe(params, data, ready, result, time.monotonic() - began)
     save_students(params, data, ready, result, training)
     atomic.write_json(paths.TRAINING, with_lineage(training, params, split).model_dump(mode="json"))
-    # Beside the curves, where DVC reads it as a metric.
+    # Beside the history, where DVC reads it as a metric.
     atomic.write_json(paths.TRAIN_SCORES, training.model_dump(mode="json"))
-    draw(params, data, ready, result)
+    atomic.write_text(paths.HISTORY, history_lines(result.history))
     checkpoint.discard(checkpoint.folder(ready.task.identity))
     return Result((table(training),), record=training.model_dump(mode="json"))
 
@@ -231,13 +201,10 @@ def save_students(
         segmenter.save(paths.BEST_WEIGHTS, result.best, best)
 
 
-def draw(params: Params, data: SplitData, ready: Prepared, result: trainer.Result) -> None:
-    """Curves of the training, and pseudo-labels of six images by the student that was saved."""
-    curves.curves(result.history, data.classes, paths.CURVES)
-    some = images_of(data.unlabelled[:: max(1, len(data.unlabelled) // 6)][:6], params, data.ignore)
-    model, _ = segmenter.load(paths.STUDENT_WEIGHTS)
-    bar = result.history[-1].get("threshold", math.nan)
-    curves.previews(model, some, ready.task.method, params, data.classes, bar, paths.PSEUDO_LABELS)
+def history_lines(history: Sequence[dict[str, float]]) -> str:
+    """A line of JSON for each logged step, in the order of the terms; JSON has no NaN, so what was not measured is left out."""
+    rows = ({key: value for key, value in row.items() if math.isfinite(value)} for row in history)
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def table(training: TrainingSummary) -> Table:

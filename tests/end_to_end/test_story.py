@@ -111,7 +111,19 @@ def first(project: Project) -> str:
 
 
 def test_one_command_leads_from_a_folder_to_a_gated_bundle(project: Project, first: str) -> None:
-    names = ["pull", "ingest@base", "index", "split", "screen", "train", "evaluate", "export", "parity", "gate"]
+    names = [
+        "pull",
+        "ingest@base",
+        "index",
+        "split",
+        "screen",
+        "train",
+        "train_report",
+        "evaluate",
+        "export",
+        "parity",
+        "gate",
+    ]
     assert project.ran(first) == {*names, "predict", "drift", "rank", "suspects", "data_report"}
     champion = project.json("champions/champion.json")
     manifest = bundle.verify(project.root / champion["bundle"])
