@@ -197,6 +197,19 @@ def windows(rasterio: Any, height: int, width: int, tile: int) -> Iterator[tuple
             yield row, column, rasterio.windows.Window(column, row, *size)
 
 
+def tiles(path: Path, tile: int) -> Iterator[tuple[str, bytes]]:
+    """The tiles of one image as (name, PNG), as a source is cut: those without any data are left out.
+
+    Raises:
+        images.Refused: GDAL cannot read it, or its samples are of another kind than `picture` takes.
+    """
+    rasterio = _rasterio()
+    with _opened(rasterio, path) as image:
+        for row, column, window in windows(rasterio, image.height, image.width, tile):
+            if image.dataset_mask(window=window).any():
+                yield f"r{row:06d}_c{column:06d}.png", picture(path, window)
+
+
 def _lists(root: Path, data: config.Data, groups: dict[str, str], pictures: list[str]) -> dict[str, list[str] | None]:
     """A list names tiles, or whole images and with them all their tiles; so do folders named as splits."""
     parents = set(groups.values())

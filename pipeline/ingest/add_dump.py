@@ -19,13 +19,13 @@ from rich.table import Table
 from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.formats.common.source import name_id
+from pipeline.formats.names import image_files
 from pipeline.imaging import decode
-from pipeline.ingest import dump_registry, remote, webdataset
+from pipeline.ingest import dump_layout, dump_registry, remote, webdataset
 from pipeline.stage import Result
 from pipeline.storage import archives, atomic, dvc, manifest, shards
 
 RESERVE = 1 << 30  # bytes of disk left alone
-EXTENSIONS = archives.EXTENSIONS
 _SUFFIX = re.compile(r"(\.tar)?\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|zst)$", re.IGNORECASE)
 
 
@@ -58,7 +58,7 @@ def add(
 
     Args:
         path: the delivery, in any form that `pipeline.ingest.webdataset` reads.
-            A leading `images/` is dropped from member names; `masks/` is not read.
+            Folders that only wrap it are dropped from the names; masks are not read (`pipeline.ingest.dump_layout`).
         name: the dump's name; without it, the file's own name in a safe form, numbered if it is taken.
         root: the project's folder, with dumps.yaml.
         params: caps in `ingest`.
@@ -83,34 +83,77 @@ def add(
     atomic.sweep(home, ".adding-*")
     with tempfile.TemporaryDirectory(prefix=".adding-", dir=home) as folder:
         spool, skipped = Path(folder) / "spool.tar", list[tuple[str, str]]()
-        hashes = _spool(webdataset.members(path, limits, Path(folder), seen), spool, skipped)
-        if not hashes:
+        tile = params.data.tile if params.data.source == "geotiff" else None
+        spooled = _spool(webdataset.members(path, limits, Path(folder), seen), spool, tile, skipped)
+        taken = _arranged(spooled, skipped)
+        if not taken:
             reasons = Counter(reason for _, reason in skipped).most_common(1)
             raise archives.DumpRefused(
                 f"{remote.shown(str(path))}: no image in it ({reasons[0][0] if reasons else 'it is empty'})"
             )
-        content = manifest.set_hash(hashes.values())
+        content = manifest.set_hash(item.digest for item in taken.values())
         ready = Path(folder) / "ready.tar"
-        by_name = sorted(shards.members(spool))
-        shards.write_tar(ready, ((m.name, shards.read(spool, m.offset, m.length)) for m in by_name))
+        lie = {member.name: member for member in shards.members(spool)}
+        places = [(name, lie[taken[name].spooled]) for name in sorted(taken)]
+        shards.write_tar(ready, ((name, shards.read(spool, m.offset, m.length)) for name, m in places))
         with atomic.locked(home / ".lock"):
-            return _register(path, name, root, content, len(hashes), ready, skipped)
+            return _register(path, name, root, content, len(taken), ready, skipped)
 
 
-def _spool(members: Iterator[archives.Member], spool: Path, skipped: list[tuple[str, str]]) -> dict[str, str]:
-    """Copy the images among the members to an unsorted tar; returns canonical name -> SHA-256 of the file."""
-    hashes: dict[str, str] = {}
-    taken: dict[str, int] = {}
+class Spooled(NamedTuple):
+    """An image of the delivery: its member in the spool, its name in the delivery, SHA-256 of its bytes."""
+
+    spooled: str
+    name: str
+    digest: str
+
+
+def _spool(
+    members: Iterator[archives.Member], spool: Path, tile: int | None, skipped: list[tuple[str, str]]
+) -> list[Spooled]:
+    """Copy the images among the members to a tar, in order of arrival. `tile`: the side that GeoTIFFs are cut to."""
+    found: list[Spooled] = []
     with shards.replacing_tar(spool) as write:
         for member in members:
             if reason := _not_ours(member):
                 skipped.append((member.name, reason))
                 continue
             assert member.data is not None
-            name = _canonical(member.name, taken)
-            write(name, member.data)
-            hashes[name] = atomic.sha256(member.data)
-    return hashes
+            try:
+                pieces = _pieces(member.name, member.data, tile, spool.parent)
+            except decode.Refused as error:
+                skipped.append((member.name, f"{error.code}: {error}"))
+                continue
+            for name, data in pieces:
+                place = f"{len(found):08d}"
+                write(place, data)
+                found.append(Spooled(place, name, atomic.sha256(data)))
+    return found
+
+
+def _pieces(name: str, data: bytes, tile: int | None, folder: Path) -> list[tuple[str, bytes]]:
+    """The image as it came; in a project of tiles a GeoTIFF's tiles, cut as the source's were.
+
+    Raises:
+        images.Refused: as `geotiff.tiles`.
+    """
+    if tile is None or not name.lower().endswith((".tif", ".tiff")):
+        return [(name, data)]
+    from pipeline.formats import geotiff
+
+    file = folder / "image.tif"
+    file.write_bytes(data)
+    return [(f"{name_id(name)}/{piece}", png) for piece, png in geotiff.tiles(file, tile)]
+
+
+def _arranged(spooled: list[Spooled], skipped: list[tuple[str, str]]) -> dict[str, Spooled]:
+    """`images/...` name -> image, without masks and wrapping folders (`pipeline.ingest.dump_layout`)."""
+    masks = dump_layout.masks_among([item.name for item in spooled])
+    skipped.extend(masks.items())
+    kept = [item for item in spooled if item.name not in masks]
+    paths_ = dump_layout.without_wrapping(item.name for item in kept)
+    names = dump_layout.unique(paths_[item.name] for item in kept)
+    return dict(zip(names, kept, strict=True))
 
 
 def _not_ours(member: archives.Member) -> str | None:
@@ -118,30 +161,9 @@ def _not_ours(member: archives.Member) -> str | None:
         return reason
     if member.data is None:
         return "larger than ingest.max_file_mb"
-    if member.name.lower().endswith(EXTENSIONS):
-        return None
-    try:
-        decode.sniff(member.data)
-    except decode.Refused as error:
-        return "archive inside the archive, not opened" if _SUFFIX.search(member.name) else f"no image ({error.code})"
+    if reason := image_files.kind_of(member.name, member.data[:256]):
+        return "archive inside the archive, not opened" if _SUFFIX.search(member.name) else reason
     return None
-
-
-def _canonical(name: str, taken: dict[str, int]) -> str:
-    """`images/...` name whose name id is unique in the dump: nothing is lost to a.jpg beside a.png.
-
-    `taken` maps each name id to the number that its next namesake tries first: a million equal names cost a million
-    steps, not their square.
-    """
-    path = name.removeprefix("images/")
-    key = name_id(path)
-    extension = path[len(key) :]
-    number = taken.get(key, 1)
-    while (unique := key if number == 1 else f"{key}~{number}") in taken:
-        number += 1
-    taken[unique] = 2
-    taken[key] = number + 1
-    return f"images/{unique}{extension}"
 
 
 def _register(

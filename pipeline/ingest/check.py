@@ -8,7 +8,6 @@ Image files are stored as they came, byte for byte; `pipeline.imaging.decode.dec
 Masks are stored as index PNG, upright as the decoded image (`pipeline.ingest.image_check`).
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +21,7 @@ from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.formats.common.source import name_id
 from pipeline.ingest import dump_registry
+from pipeline.ingest.groups import Groups
 from pipeline.ingest.image_check import (
     TURNED,
     UPRIGHT,
@@ -39,16 +39,6 @@ from pipeline.storage import atomic, manifest, parallel, shards
 # Below this many images threads do it: decoders run outside the interpreter's lock, so two threads keep two cores busy,
 # and the start of worker processes costs what a thousand small images do.
 FEW = 2048
-
-
-def group_of(name: str, dump: str, source: Mapping[str, Any]) -> str:
-    """Group of an image: the source's own table, else its pattern, else the sub-folder, else the image alone."""
-    if dump == dump_registry.BASE and source["groups"] and name in source["groups"]:
-        return str(source["groups"][name])
-    if (pattern := source.get("group_pattern")) and (match := re.search(pattern, name)) and match[1]:
-        return match[1]
-    folder = name.rpartition("/")[0]
-    return folder or (name if dump == dump_registry.BASE else f"{dump}/{name}")
 
 
 @dataclass
@@ -129,7 +119,8 @@ class IngestWriter:
 
     home: Path
     dump: str
-    source: Mapping[str, Any]
+    source_name: str
+    groups: Groups
     images: shards.Shards
     masks: shards.Shards
     rows: list[manifest.Row] = field(default_factory=list)
@@ -143,9 +134,9 @@ class IngestWriter:
         row = manifest.Row(
             id=image.id,
             name=task.name,
-            source=self.source["source"] if self.dump == dump_registry.BASE else "dump",
+            source=self.source_name if self.dump == dump_registry.BASE else "dump",
             dump=self.dump,
-            group=group_of(task.name, self.dump, self.source),
+            group=self.groups.of(task.name, self.dump),
             width=image.width,
             height=image.height,
             shard=(self.home / shard).as_posix(),
@@ -184,7 +175,7 @@ def ingest(
         shards.Shards(folder, "masks", limit) as mask_shards,
         progress.bar(f"ingest {dump}", len(tasks)) as bar,
     ):
-        writer = IngestWriter(home, dump, source, image_shards, mask_shards)
+        writer = IngestWriter(home, dump, source["source"], Groups(source), image_shards, mask_shards)
         for task, checked in _surviving(results, archive):
             bar.advance()
             if checked.refusal:

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from pipeline.formats.names import image_files
 from pipeline.ingest import remote
 from pipeline.storage import archives
 from pipeline.storage.archives import DumpRefused, Limits, Member
@@ -125,9 +126,9 @@ def braces(pattern: str) -> list[str]:
 def unread(name: str) -> str | None:
     """Why a file of a delivery is passed over for its name alone; None where it has to be looked at."""
     parts = name.split("/")
-    if parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts) or parts[-1] == "Thumbs.db":
+    if image_files.is_system_file(name):
         return "system file"
-    if parts[0] == "masks" and len(parts) > 1:
+    if "masks" in parts[:-1]:
         return "masks of a later dump are not read"
     return "label or text beside the images, not read" if _BESIDE.search(parts[-1]) else None
 

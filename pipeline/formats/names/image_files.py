@@ -41,25 +41,32 @@ def images_among(files: Mapping[str, Path]) -> Found:
     """
     found = Found({}, [])
     for name, path in files.items():
-        if (kind := _other(name, path)) is None:
+        if (kind := kind_of(name, None) or _by_content(name, path)) is None:
             found.images[name] = path
         else:
             found.skipped.append((kind, name))
     return found
 
 
-def _other(name: str, path: Path) -> str | None:
-    """What a file is that is no image; None for an image."""
+def kind_of(name: str, head: bytes | None) -> str | None:
+    """What a file is that is no image, by its name and its first bytes; None for an image, and for what only unknown first
+    bytes (`head` None) could tell."""
     extension = PurePosixPath(name).suffix.casefold()
     if is_system_file(name):
         return SYSTEM
     if extension in _RAW:
         return "camera raw; export it as JPEG, PNG or TIFF"
-    if extension in archives.EXTENSIONS:
+    if extension in archives.EXTENSIONS or head is None:
         return None
     try:
-        with path.open("rb") as file:
-            decode.sniff(file.read(256))
-    except decode.Refused:
-        return f"no image ({extension or 'no extension'})"
+        decode.sniff(head)
+    except decode.Refused as error:
+        return f"no image ({extension or error.code})"
     return None
+
+
+def _by_content(name: str, path: Path) -> str | None:
+    if PurePosixPath(name).suffix.casefold() in archives.EXTENSIONS:
+        return None
+    with path.open("rb") as file:
+        return kind_of(name, file.read(256))

@@ -11,8 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.formats.common.source import name_id
-
 EXACT, SAME_NAME = "exact", "same name"  # neither forgives anything
 SHOWN = 4  # names in a reason
 
@@ -195,6 +193,7 @@ def is_mask_word(word: str) -> bool:
     return word.casefold() in _MASK_WORDS
 
 
-def same_image(name: str, other: str) -> bool:
-    """Whether two names would mean one image under some rule but that of the folders."""
-    return _prefix(name) == _prefix(other) or name_id(name) == name_id(other)
+def image_of_mask(stem: str) -> str | None:
+    """What a mask's name without extension says its image is called: `cam0/x_mask` -> `cam0/x`; None for other names."""
+    image = _SUFFIX.sub("", stem)
+    return image if image != stem and not image.endswith("/") and image else None

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from pipeline.ingest import add_dump, dump_registry
+from pipeline.ingest import add_dump, dump_layout, dump_registry
 from pipeline.storage import archives, atomic, shards
 from tests.support import tiny_settings, tiny_source
 from tests.support.command_line import marginalia
@@ -254,7 +254,7 @@ def test_equal_names_are_numbered_without_starting_over() -> None:
             return super().__contains__(key)
 
     taken = Counted()
-    names = [add_dump._canonical(name, taken) for name in ("a~2.png", *["a.png"] * 2000, "a~2.jpg")]
+    names = [dump_layout._canonical(name, taken) for name in ("a~2.png", *["a.png"] * 2000, "a~2.jpg")]
     assert names[:4] == ["images/a~2.png", "images/a.png", "images/a~3.png", "images/a~4.png"]
     assert names[-1] == "images/a~2~2.jpg"
     assert len(set(names)) == len(names)

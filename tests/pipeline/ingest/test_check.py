@@ -108,16 +108,6 @@ def test_a_dead_decoder_process_is_an_error_that_names_where(tmp_path: Path) -> 
         list(results)
 
 
-def test_groups_of_base_and_later_dumps() -> None:
-    source = SOURCE | {"groups": {"x/1": "site"}, "group_pattern": "^cam([0-9]+)"}
-    assert check.group_of("x/1", "base", source) == "site"
-    assert check.group_of("x/1", "later", source) == "x"  # the table is the base archive's
-    assert check.group_of("cam7_3", "later", source) == "7"
-    assert check.group_of("a/b/3", "base", source) == "a/b"
-    assert check.group_of("3", "base", source) == "3"
-    assert check.group_of("3", "later", source) == "later/3"
-
-
 def test_misplaced_files_are_named(project: Path) -> None:
     names = ["images/a.png", "images/a.webp", "masks/z.png", "readme.txt", "images/b.png"]
     seeds = dict(zip(names, range(5), strict=True))
