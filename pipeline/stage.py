@@ -9,7 +9,7 @@ import tarfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,12 +89,12 @@ def run(name: str, function: Callable[..., Result | None], *arguments: Any, para
     def work() -> Result | None:
         from pipeline import config
 
-        return function(config.load(params), *arguments)
+        result = function(config.load(params), *arguments)
+        if result is None:  # one of several processes, of which another tells
+            return None
+        return replace(result, shown=(*result.shown, f"{name}: {time.monotonic() - began:.1f} s"))
 
-    exit = attempt(work)
-    if exit is Exit.DONE:
-        show(Result((f"{name}: {time.monotonic() - began:.1f} s",)))
-    return exit
+    return attempt(work)
 
 
 def attempt(work: Callable[[], "Result | Exit | None"]) -> Exit:
