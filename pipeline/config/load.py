@@ -1,6 +1,7 @@
 """params.yaml -> Params, or what is wrong with it in terms of its keys."""
 
 import difflib
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline import paths
-from pipeline.config.overlay import merge
 from pipeline.config.params import Params
 from pipeline.config.renamed import renamed
 from pipeline.config.section import ConfigError
@@ -39,7 +39,7 @@ def _explain(error: Any) -> str:
     path: Loc = error["loc"]
     key = ".".join(map(str, path))
     if error["type"] == "missing":
-        return f"missing key {key!r}; take it from the repository's params.yaml, which holds every key"
+        return f"missing key {key!r}; add it{_as_shipped(path)}"
     if error["type"] == "extra_forbidden":
         near = _nearest(path)
         hint = f"did you mean {near[-1]!r}?" if near else f"known keys here: {', '.join(_known_keys(path))}"
@@ -47,6 +47,16 @@ def _explain(error: Any) -> str:
 
     got = "" if error["type"] == "value_error" else f" (got {error['input']!r})"
     return f"{key + ': ' if key else ''}{error['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _as_shipped(path: Loc) -> str:
+    """What the params.yaml of this version has at `path`."""
+    value: Any = shipped()
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        return " with all its keys, as the params.yaml of this version has it"
+    return f", as shipped: {path[-1]}: {json.dumps(value)}"
 
 
 def _problems(error: ValidationError) -> list[str]:
@@ -77,14 +87,14 @@ def parse(text: str, file: Path = paths.PARAMS) -> Params:
 
 
 def load(file: Path = paths.PARAMS) -> Params:
-    """Read and check params.yaml. Raises ConfigError as `parse` does, also when the file is missing.
+    """Read and check params.yaml, which is complete: DVC tracks the values that stand in it and no others.
 
-    A key that the file leaves out has the value of the params.yaml that this version was shipped with: there alone are
-    defaults. So a small project says only what differs, and an older file goes on working with a newer version.
+    Raises:
+        ConfigError: as `parse`, also when the file is missing.
     """
     if not file.exists():
         raise ConfigError(f"{file}: not found; run from the project's folder or pass --params")
-    return check(merge(shipped(), _read(file.read_text(encoding="utf-8"), file)), file)
+    return parse(file.read_text(encoding="utf-8"), file)
 
 
 @cache

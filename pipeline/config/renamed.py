@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_TRAIN = {
+# Of the section `train`.
+RENAMED = {
     "threshold": "train.fixmatch.threshold",
     "streams": "train.unimatch.streams",
     "preset": "train.s4mc.preset",
@@ -32,7 +33,7 @@ def renamed(raw: Mapping[str, Any]) -> Iterator[str]:
     train = raw.get("train")
     if not isinstance(train, Mapping):
         return
-    for old, new in _TRAIN.items():
+    for old, new in RENAMED.items():
         if old in train:
             yield f"train.{old} is now {new}"
     if isinstance(train.get("corrmatch"), str):
