@@ -150,7 +150,7 @@ def test_importing_training_registers_no_operators() -> None:
 
 
 def folders() -> list[Path]:
-    tops = [ROOT / name for name in (*ROOMS, "tests", "benchmarks")]
+    tops = [ROOT / name for name in (*ROOMS, "marginalia", "tests", "benchmarks")]
     skipped = ("__pycache__", "golden")
     found = [path for top in tops for path in (top, *top.rglob("*")) if path.is_dir()]
     return [path for path in found if not set(path.relative_to(ROOT).parts) & set(skipped)]
