@@ -29,7 +29,6 @@ from pipeline.storage import atomic, manifest
 from training import gains
 from training.reports import evaluation
 
-MEANS = ("kept", "precision", "seconds_per_step")
 SCORES, TRAINED = paths.SCORES.as_posix(), paths.TRAIN_SCORES.as_posix()
 METHODS = ("supervised", "ceiling", "fixmatch", "unimatch", "s4mc", "corrmatch", "s4mc+corrmatch")
 
@@ -45,6 +44,18 @@ class Run:
     method: str
     seed: int
     miou: float
+    kept: float
+    precision: float
+    seconds_per_step: float
+
+
+class ComparedMethod(gains.Gain):
+    """A line of table.csv: a method's gain, and means over its seeds of what was kept and how long a step took.
+
+    Attributes:
+        kept, precision: at the end of training, in 0..1; NaN without pseudo-labels.
+    """
+
     kept: float
     precision: float
     seconds_per_step: float
@@ -105,33 +116,38 @@ def hold_together(runs: Sequence[Run], methods: Sequence[str]) -> gains.Comparis
     return gains.compare(scores, gains.BASELINE if gains.BASELINE in scores else next(iter(scores)))
 
 
-def summarise(runs: Sequence[Run], comparison: gains.Comparison) -> list[dict[str, Any]]:
-    """One row a method: its gain, and the means over seeds of what was kept and how long a step took."""
+def summarise(runs: Sequence[Run], comparison: gains.Comparison) -> list[ComparedMethod]:
+    """One row a method."""
     rows = []
     for gain in comparison.rows:
         of = [run for run in runs if run.method == gain.method]
-        means = {key: statistics.mean(getattr(run, key) for run in of) for key in MEANS}
-        rows.append(gain.model_dump() | means)
+        row = ComparedMethod(
+            **gain.model_dump(),
+            kept=statistics.mean(run.kept for run in of),
+            precision=statistics.mean(run.precision for run in of),
+            seconds_per_step=statistics.mean(run.seconds_per_step for run in of),
+        )
+        rows.append(row)
     return rows
 
 
-def draw(runs: Sequence[Run], rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(runs: Sequence[Run], rows: Sequence[ComparedMethod], path: Path) -> None:
     """Left: each seed as a dot, the mean as a bar. Right: share of pixels kept against their precision, at the end."""
     figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
 
     # What there is to gain: from labels alone to the ceiling.
-    means = {row["method"]: row["miou"] for row in rows}
+    means = {row.method: row.miou for row in rows}
     if gains.BASELINE in means and gains.CEILING in means:
         left.axhspan(means[gains.BASELINE], means[gains.CEILING], color="0.93", zorder=0)
 
     for i, row in enumerate(rows):
-        values = [run.miou for run in runs if run.method == row["method"]]
-        left.hlines(row["miou"], i - 0.3, i + 0.3, color=f"C{i}", linewidth=3)
+        values = [run.miou for run in runs if run.method == row.method]
+        left.hlines(row.miou, i - 0.3, i + 0.3, color=f"C{i}", linewidth=3)
         left.plot([i] * len(values), values, "o", color=f"C{i}", alpha=0.7)
-        if not math.isnan(row["kept"]):
-            right.plot(row["kept"], row["precision"], "o", color=f"C{i}", label=row["method"])
-    left.set_xticks(range(len(rows)), [row["method"] for row in rows], rotation=20)
+        if not math.isnan(row.kept):
+            right.plot(row.kept, row.precision, "o", color=f"C{i}", label=row.method)
+    left.set_xticks(range(len(rows)), [row.method for row in rows], rotation=20)
     left.set_ylabel("test mIoU (%)")
     left.grid(axis="y", alpha=0.3)
     right.set_xlabel("pixels kept at the end")
@@ -142,11 +158,15 @@ def draw(runs: Sequence[Run], rows: Sequence[dict[str, Any]], path: Path) -> Non
     evaluation.save(figure, path)
 
 
-def write(runs: Sequence[Run], comparison: gains.Comparison, out: Path = paths.COMPARISON) -> list[dict[str, Any]]:
+def write(runs: Sequence[Run], comparison: gains.Comparison, out: Path = paths.COMPARISON) -> list[ComparedMethod]:
     """table.csv, runs.csv and compare.png under `out`; returns the table's rows."""
     rows = summarise(runs, comparison)
     out.mkdir(parents=True, exist_ok=True)
-    for name, lines in (("table.csv", rows), ("runs.csv", [vars(run) for run in runs])):
+    tables: dict[str, list[dict[str, Any]]] = {
+        "table.csv": [row.model_dump() for row in rows],
+        "runs.csv": [vars(run) for run in runs],
+    }
+    for name, lines in tables.items():
         text = io.StringIO()
         writer = csv.DictWriter(text, list(lines[0]) if lines else ["method"], lineterminator="\n")
         writer.writeheader()
@@ -169,7 +189,7 @@ COLUMNS = {
 }
 
 
-def table(rows: Sequence[dict[str, Any]], comparison: gains.Comparison, out: Path) -> Table:
+def table(rows: Sequence[ComparedMethod], comparison: gains.Comparison, out: Path) -> Table:
     shown = Table(
         title="test mIoU (%), teacher, last step; pixels kept and right at the end",
         box=box.SIMPLE_HEAD,
@@ -180,8 +200,8 @@ def table(rows: Sequence[dict[str, Any]], comparison: gains.Comparison, out: Pat
     for column in ("seeds", *COLUMNS):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        cells = [_cell(row[key], digits) for key, digits in COLUMNS.values()]
-        shown.add_row(row["method"], str(row["seeds"]), *cells)
+        cells = [_cell(getattr(row, key), digits) for key, digits in COLUMNS.values()]
+        shown.add_row(row.method, str(row.seeds), *cells)
     shown.caption = (
         f"gain over {comparison.baseline}; / sd: in scatters of seeds; closed: share of the headroom\n"
         f"{comparison.verdict}; {out}/compare.png, runs.csv, table.csv"
@@ -226,5 +246,6 @@ def run(methods: Sequence[str], seeds: Sequence[int], settings: Sequence[str] = 
     runs = [found[name] for name in grid]
     comparison = hold_together(runs, methods)
     rows = write(runs, comparison)
-    plain = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # NaN is not JSON
+    # NaN is not JSON.
+    plain = [{key: None if value != value else value for key, value in row.model_dump().items()} for row in rows]
     return stage.Result((table(rows, comparison, paths.COMPARISON),), record=plain)

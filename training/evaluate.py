@@ -25,7 +25,7 @@ from pipeline.storage import atomic, manifest
 from training import inference, metrics, warm_start
 from training.metrics import Result
 from training.models import segmenter
-from training.reports import evaluation
+from training.reports import evaluation, model_card
 
 SEED = 0
 
@@ -221,7 +221,7 @@ def run(params: config.Params) -> stage.Result:
     write_confusions(paths.CONFUSIONS, last)
     model, meta = segmenter.load(last_file, inference.device())
     evaluation.write(paths.EVALUATION, value, last.result, previews(model, meta, last.result, params), meta)
-    atomic.write_text(paths.MODEL_CARD, evaluation.card(value, meta, atomic.read_json(paths.SPLIT_SUMMARY)))
+    atomic.write_text(paths.MODEL_CARD, model_card.card(value, meta, atomic.read_json(paths.SPLIT_SUMMARY)))
     record = value.model_dump(mode="json")
     atomic.write_json(paths.SCORES, record)
     return stage.Result((_table(value),), record=record)

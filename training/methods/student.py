@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.methods import corrmatch
+from training.methods.registry import Method
 
 
 class NoFeatures(ValueError):
@@ -91,7 +92,7 @@ class Student(nn.Module):
         dropout: Literal["none", "perturb", "complementary"] = "none",
         spared_B: Tensor | None = None,
     ) -> Outputs:
-        """image_NCHW: rows as `rows` says. With dropout or a head the network must have features (`engine.student_of`).
+        """image_NCHW: rows as `rows` says. With dropout or a head the network must have features (`student_of`).
 
         spared_B: for complementary dropout, which strong samples it leaves whole.
         """
@@ -121,3 +122,17 @@ class Student(nn.Module):
         _, one_weak, _ = rows.split(one.detach())
         _, two_weak, _ = rows.split(two.detach())
         return Outputs(*rows.split(logits), perturbed, rows.split(corr), corrmatch.Embeddings(one_weak, two_weak, grid))
+
+
+def student_of(model: nn.Module, method: Method, n_classes: int) -> Student:
+    """The network with the head that the method asks for. Raises NoFeatures where the network hides its features."""
+    needs = method.correlation is not None or method.feature_dropout != "none"
+    if needs and not getattr(model, "has_features", False):
+        raise NoFeatures(
+            f"train.method needs feature maps and {type(model).__name__} gives logits only; choose supervised, fixmatch "
+            "or s4mc, or give the network encode(image) and decode(features, size)"
+        )
+    if method.correlation is None:
+        return Student(model)
+    channels: Any = model.channels
+    return Student(model, corrmatch.Head(channels, n_classes))

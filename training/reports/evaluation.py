@@ -1,4 +1,4 @@
-"""Pictures and tables of an evaluation, and the model card. Drawn without a display and without global state."""
+"""Pictures and tables of an evaluation. Drawn without a display and without global state."""
 
 import csv
 import io
@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from pipeline import paths
 from pipeline.imaging import label_maps
 from pipeline.records.scores import ClassScores, Scores
 from pipeline.storage import atomic
@@ -23,7 +22,6 @@ from training.metrics import Result
 if TYPE_CHECKING:
     from training.inference import Sample
 
-HASHES = {"data": "data_hash", "split": "split_hash", "weights": "weights", "commit": "commit"}
 ROWS_PER_CLASS = 200  # of confusion.csv: DVC's confusion template counts rows, one a pixel would be millions
 
 
@@ -192,61 +190,3 @@ def write(
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def card(value: Scores, meta: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """The model card in Markdown: what it is, how it was made, how good, where it must not be trusted."""
-    ci = value.miou_ci or (None, None)
-    net, policy = meta["params"]["model"], meta["params"]["input"]
-    counts = ", ".join(f"{n} {name}" for name, n in summary["counts"].items())
-    lines = [
-        "# Model card",
-        "",
-        f"Semantic segmentation into {len(meta['classes'])} classes: {', '.join(c['name'] for c in meta['classes'])}.",
-        "",
-        "## Made from",
-        "",
-        f"- network: {net['architecture']} on {net['encoder']}, output stride {net['output_stride']}",
-        f"- method: {value.method}, {value.steps} steps, seed {value.seed}",
-        f"- images: {counts}",
-        f"- {', '.join(f'{key} {getattr(value, name)[:12]}' for key, name in HASHES.items())}",
-        "",
-        "## Takes and gives",
-        "",
-        f"- takes an RGB image of any size; scaled down so that the longer side is at most {policy['long_side']} px, "
-        f"padded to multiples of {policy['stride']}",
-        f"- gives a class id per pixel of the original image and a confidence (0..255 = 0..1); id {meta['ignore']}, "
-        "ignore, never occurs",
-        "",
-        f"## Scores on {value.test_images} test images that no choice ever saw (test set {value.test_hash[:12]})",
-        "",
-        f"- mIoU {percent(value.miou)}, 95% interval over images {percent(ci[0])} to {percent(ci[1])}; "
-        f"over all classes, absent ones as 0: {percent(value.miou_all)}",
-        f"- boundary IoU ({value.boundary_px} px) {percent(value.boundary_iou)}; pixel accuracy "
-        f"{percent(100 * value.pixel_accuracy)}%; expected calibration error {value.ece:.4f}",
-        f"- last step's weights; the best on val would give mIoU {percent(value.best.miou)}",
-        f"- rule: {value.absent_rule}",
-        "",
-        "| class | IoU | 95% interval | precision | recall | test pixels |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in value.per_class.items():
-        low, high = row.ci or (None, None)
-        cells = [
-            percent(row.iou),
-            f"{percent(low)} .. {percent(high)}",
-            percent(row.precision),
-            percent(row.recall),
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row.pixels} |")
-    weak = [n for n, row in value.per_class.items() if row.iou is not None and row.iou < 50]
-    limits = [
-        "The interval covers the choice of test images only, not the training seed; images of one group (site, video) "
-        "resemble each other, so it is too narrow where the test split has few groups.",
-        f"Scores hold for images like the test set; `{paths.DRIFT}` says how far a new dump is from it.",
-    ]
-    if value.absent:
-        limits.append(f"Not measured, absent from the test set: {', '.join(value.absent)}.")
-    if weak:
-        limits.append(f"IoU below 50: {', '.join(weak)}; do not rely on these without a look.")
-    return "\n".join([*lines, "", "## Limits", "", *(f"- {line}" for line in limits)]) + "\n"

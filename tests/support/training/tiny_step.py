@@ -5,10 +5,11 @@ import torch
 from pipeline import config
 from tests.support import tiny_settings
 from tests.support.training.tiny_network import Featured, view
-from training.engine import ema, trainer
+from training.engine import ema
 from training.engine.distributed import SINGLE
 from training.methods import registry
 from training.methods.step import SemiSupervisedStep, Views
+from training.methods.student import student_of
 
 # What s4mc+corrmatch can take of its two methods.
 PARTS = ("refined_selection", "falling_quantile", "correlated_neighbours")
@@ -29,7 +30,7 @@ def run(method, *, model=None, chunks=1, at=3, seed=0, hook=lambda s: s, views=N
     """One step on a fresh network; returns the step, the student and its gradients by name."""
     torch.manual_seed(7)
     model = model or Featured()
-    trained = trainer.student_of(model, method, 3).train()
+    trained = student_of(model, method, 3).train()
     teacher = ema.teacher_of(model)
     torch.manual_seed(seed)
     labelled, unlabelled = views or (view(4, 1), view(4, 2))

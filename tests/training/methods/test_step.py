@@ -10,12 +10,12 @@ from tests.support import tiny_settings
 from tests.support.training.device_sync import Watch
 from tests.support.training.tiny_network import Featured, view
 from tests.support.training.tiny_step import PARTS, build, only, run
-from training.engine import ema, trainer
+from training.engine import ema
 from training.engine.distributed import Group, Ranks
 from training.methods import augment, student
 from training.methods.s4mc import Refinement
 from training.methods.step import SemiSupervisedStep, Views
-from training.methods.student import Student
+from training.methods.student import Student, student_of
 from training.methods.threshold import Fixed
 
 ALL = ("supervised", "fixmatch", "unimatch", "s4mc", "s4mc+unimatch", "corrmatch", "s4mc+corrmatch")
@@ -211,7 +211,7 @@ def _refuse(name):
 def test_no_synchronisation_on_a_card(changes):
     method = build(**changes)
     model = Featured().cuda()
-    trained, teacher = trainer.student_of(model, method, 3).cuda().train(), ema.teacher_of(model)
+    trained, teacher = student_of(model, method, 3).cuda().train(), ema.teacher_of(model)
     views = [view(4, seed) for seed in (1, 2, 3)]
     views = [augment.View(*(x.cuda() for x in (v.image_BCHW, v.label_BHW, v.valid_BHW))) for v in views]
     for attempt in range(3):  # the first ones may allocate and load kernels
