@@ -25,7 +25,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipeline import config, console
-from pipeline.drift import two_sample
+from pipeline.drift import records, two_sample
 from pipeline.storage import atomic, predictions
 
 BLOCK = 12
@@ -79,7 +79,7 @@ def groups(paths: list[Path]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
 
 def flagged(
     feature_ND: NDArray[np.float64], group: NDArray[np.str_], name: str, ours: Rows, theirs: Rows
-) -> two_sample.Finding:
+) -> records.Finding:
     rows = np.concatenate([ours, theirs])
     dump = np.array([two_sample.BASE] * len(ours) + [name] * len(theirs))
     points = two_sample.Cloud(feature_ND[rows], dump, group[rows], np.array(["unlabelled"] * len(rows)))

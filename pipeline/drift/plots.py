@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.drift.two_sample import Cloud, Finding
+from pipeline.drift.records import Finding
+from pipeline.drift.two_sample import Cloud
 from pipeline.storage import atomic
 from pipeline.storage.predictions import Floats
 

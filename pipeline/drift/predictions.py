@@ -5,29 +5,26 @@ for each image, the roots of its class areas and of its histogram of refined mar
 and its mean confidence.
 """
 
-from typing import Any
-
 import numpy as np
 
 from pipeline import config
 from pipeline.drift import energy_distance, two_sample
+from pipeline.drift.records import AnswerShifts, AreaShift, MarginHistograms, MeanShift
 from pipeline.drift.two_sample import Cloud
 from pipeline.storage.predictions import Floats, Names, Pool
 
 
-def answers(seen: Pool) -> Cloud:
+def answers(pool: Pool) -> Cloud:
     """The points of the module's docstring."""
-    parts = [np.sqrt(seen.area), np.sqrt(seen.margins), seen.confidence[:, None]]
-    return Cloud(np.concatenate(parts, axis=1), seen.dump, seen.group, seen.split)
+    parts = [np.sqrt(pool.area), np.sqrt(pool.margins), pool.confidence[:, None]]
+    return Cloud(np.concatenate(parts, axis=1), pool.dump, pool.group, pool.split)
 
 
-def areas(
-    points: Cloud, area_NK: Floats, classes: Names, dump: str, settings: config.Pool
-) -> dict[str, dict[str, Any]]:
-    """Class name -> mean area of both sides, p that chance moves any class as far, and whether it moved.
+def areas(points: Cloud, area_NK: Floats, classes: Names, dump: str, settings: config.Pool) -> dict[str, AreaShift]:
+    """By class name. p counts for all classes together.
 
-    p counts for all classes together. It is of the same kind as the dump's own: by groups where there are many, else
-    by images, when it only says which classes differ most.
+    It is of the same kind as the dump's own: by groups where there are many, else by images, when it only says which
+    classes differ most.
     """
     rng = np.random.default_rng(two_sample.SEED)
     those = two_sample.sides(points, dump, settings.drift_p, rng)
@@ -35,28 +32,33 @@ def areas(
     p_K = energy_distance.moved(value_NK, those.drawn(settings.permutations, rng), those.member)
     ours, theirs = value_NK[~those.member].mean(0), value_NK[those.member].mean(0)
     return {
-        str(name): {"reference": float(a), "dump": float(b), "p": float(p), "moved": bool(p < settings.drift_p)}
+        str(name): AreaShift(reference=float(a), dump=float(b), p=float(p), moved=bool(p < settings.drift_p))
         for name, a, b, p in zip(classes, ours, theirs, p_K, strict=True)
     }
 
 
-def describe(seen: Pool, dump: str, settings: config.Pool) -> dict[str, Any]:
-    """Means of both sides and the difference in reference standard deviations; areas; both histograms of margins."""
-    points = answers(seen)
+def describe(pool: Pool, dump: str, settings: config.Pool) -> AnswerShifts:
+    """How the answers on a dump differ from those on the reference."""
+    points = answers(pool)
     reference = points.reference
-    there = (seen.dump == dump) & ~reference
-    values: dict[str, Any] = {}
-    for key in ("confidence", "margin", "entropy"):
-        ours, theirs = getattr(seen, key)[reference], getattr(seen, key)[there]
+    there = (pool.dump == dump) & ~reference
+
+    def means(values: Floats) -> MeanShift:
+        ours, theirs = values[reference], values[there]
         deviation = float(ours.std())
         change = float(theirs.mean() - ours.mean())
-        values[key] = {
-            "reference": float(ours.mean()),
-            "dump": float(theirs.mean()),
-            "deviations": change / deviation if deviation else 0.0,
-        }
-    values["margins"] = {
-        "reference": seen.margins[reference].mean(0).tolist(), "dump": seen.margins[there].mean(0).tolist(),
-    }  # fmt: skip
-    values["area"] = areas(points, seen.area, seen.classes, dump, settings)
-    return values
+        return MeanShift(
+            reference=float(ours.mean()),
+            dump=float(theirs.mean()),
+            deviations=change / deviation if deviation else 0.0,
+        )
+
+    return AnswerShifts(
+        confidence=means(pool.confidence),
+        margin=means(pool.margin),
+        entropy=means(pool.entropy),
+        margins=MarginHistograms(
+            reference=pool.margins[reference].mean(0).tolist(), dump=pool.margins[there].mean(0).tolist()
+        ),
+        area=areas(points, pool.area, pool.classes, dump, settings),
+    )

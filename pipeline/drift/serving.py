@@ -9,7 +9,7 @@ warning says so. Windows are groups: neighbours in time are not independent draw
 import json
 import urllib.request
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -18,10 +18,11 @@ from rich.table import Table
 from pipeline import config, paths
 from pipeline.drift import predictions as shifts
 from pipeline.drift import two_sample
-from pipeline.drift.two_sample import Cloud, Finding
+from pipeline.drift.records import AreaShift, Finding, ServedReport
+from pipeline.drift.two_sample import Cloud
 from pipeline.stage import Exit, Result
-from pipeline.storage import atomic
-from pipeline.storage import predictions as pool
+from pipeline.storage import atomic, predictions
+from pipeline.storage.predictions import FILE as POOL
 from pipeline.storage.predictions import Floats, Pool, PoolError
 from pipeline.storage.served_statistics import ServedStatistics
 
@@ -40,7 +41,7 @@ class Answers(NamedTuple):
     window_N: list[str]
 
 
-def read(where: str) -> ServedStatistics:
+def read_statistics(where: str) -> ServedStatistics:
     """The statistics in a file or behind http(s)://.
 
     Raises:
@@ -98,29 +99,31 @@ def answers(statistics: ServedStatistics, champion: str | None) -> Answers:
     return Answers(chosen.bundle, chosen.classes, area_NK, confidence, windows)
 
 
-def compare(seen: Pool, served: Answers, settings: config.Pool) -> tuple[Finding, dict[str, dict[str, Any]]]:
+def compare(pool: Pool, served: Answers, settings: config.Pool) -> tuple[Finding, dict[str, AreaShift]]:
     """Verdict on areas and confidence together, and which classes moved.
 
     Raises:
         PoolError: the bundle has other classes than the pool.
     """
-    names = [str(name) for name in seen.classes]
+    names = [str(name) for name in pool.classes]
     if sorted(names) != sorted(served.classes):
         odd = sorted(set(names) ^ set(served.classes))
-        raise PoolError(f"bundle {served.bundle} and {pool.FILE} have different classes ({odd}); run the predict stage")
-    ours = (seen.split == "labelled") | (seen.dump == two_sample.BASE)
+        raise PoolError(f"bundle {served.bundle} and {POOL} have different classes ({odd}); run the predict stage")
+
+    ours = (pool.split == "labelled") | (pool.dump == two_sample.BASE)
     order = [served.classes.index(name) for name in names]
-    area_NK = np.concatenate([seen.area[ours], served.area_NK[:, order]])
-    confidence_N = np.concatenate([seen.confidence[ours], served.confidence_N])
+    area_NK = np.concatenate([pool.area[ours], served.area_NK[:, order]])
+    confidence_N = np.concatenate([pool.confidence[ours], served.confidence_N])
+
     count = len(served.confidence_N)
-    columns = (
-        np.array([*([two_sample.BASE] * int(ours.sum())), *([SERVED] * count)]),
-        np.array([*map(str, seen.group[ours]), *served.window_N]),
-        np.array([*map(str, seen.split[ours]), *(["unlabelled"] * count)]),
+    points = Cloud(
+        feature_ND=np.concatenate([np.sqrt(area_NK), confidence_N[:, None]], axis=1),
+        dump=np.array([*([two_sample.BASE] * int(ours.sum())), *([SERVED] * count)]),
+        group=np.array([*map(str, pool.group[ours]), *served.window_N]),
+        split=np.array([*map(str, pool.split[ours]), *(["unlabelled"] * count)]),
     )
-    points = Cloud(np.concatenate([np.sqrt(area_NK), confidence_N[:, None]], axis=1), *columns)
     finding = two_sample.compare(points, SERVED, settings)
-    return finding, shifts.areas(points, area_NK, seen.classes, SERVED, settings)
+    return finding, shifts.areas(points, area_NK, pool.classes, SERVED, settings)
 
 
 def other_model(champion: str | None) -> str | None:
@@ -134,7 +137,7 @@ def other_model(champion: str | None) -> str | None:
     ):
         return None
     return (
-        f"{pool.FILE} holds the answers of {student}, which is not the champion {champion[:12]}: what differs may be the "
+        f"{POOL} holds the answers of {student}, which is not the champion {champion[:12]}: what differs may be the "
         f"two models; to compare with the champion's own, put {theirs} and its train.json there and run the predict stage"
     )
 
@@ -142,22 +145,24 @@ def other_model(champion: str | None) -> str | None:
 def run(params: config.Params, where: str) -> Result:
     """`marginalia drift`: writes reports/served.json; exit code 3 when `pool.policy` is hold and the answers have drifted."""
     champion = str(atomic.read_json(paths.CHAMPION)["id"]) if paths.CHAMPION.exists() else None
-    served = answers(read(where), champion)
-    finding, areas = compare(pool.read(), served, params.pool)
+    served = answers(read_statistics(where), champion)
+    finding, areas = compare(predictions.read(), served, params.pool)
     warning = other_model(champion)
-    said = {"source": where.split("?")[0], "bundle": served.bundle, "warning": warning, **finding.__dict__}
-    said |= {"area": areas}
-    atomic.write_json(paths.SERVED, said)
+    report = ServedReport(
+        **dict(finding), source=where.split("?")[0], bundle=served.bundle, warning=warning, area=areas
+    )
+    record = report.model_dump(mode="json")
+    atomic.write_json(paths.SERVED, record)
 
     title = f"bundle {served.bundle[:12]}: {finding.images} answers"
     table = Table("class", "reference", "served", "p", "", title=title)
-    for name, area in sorted(areas.items(), key=lambda item: item[1]["p"]):
-        shares = f"{100 * area['reference']:.2f} %", f"{100 * area['dump']:.2f} %"
-        table.add_row(name, *shares, f"{area['p']:.4f}", "MOVED" if area["moved"] else "")
+    for name, area in sorted(areas.items(), key=lambda item: item[1].p):
+        shares = f"{100 * area.reference:.2f} %", f"{100 * area.dump:.2f} %"
+        table.add_row(name, *shares, f"{area.p:.4f}", "MOVED" if area.moved else "")
     verdict = "DRIFTED" if finding.drifted else "like the training images"
     line = f"{verdict}: energy {finding.energy:.4f}, p {finding.p:.4f}, {finding.rule}; {paths.SERVED}"
     warnings = (warning,) if warning else ()
     if finding.drifted and params.pool.policy == "hold":
         problem = f"{where.split('?')[0]}: the answers have drifted, and pool.policy is hold; see {paths.SERVED}"
-        return Result((table, line), warnings, (problem,), Exit.REFUSED, said)
-    return Result((table, line), warnings, record=said)
+        return Result((table, line), warnings, (problem,), Exit.REFUSED, record)
+    return Result((table, line), warnings, record=record)

@@ -17,7 +17,7 @@ depends on it (exit code 3); `train` notes it in the report alone.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -26,13 +26,12 @@ from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.drift import energy_distance, plots, two_sample
 from pipeline.drift import predictions as shifts
-from pipeline.drift.two_sample import BASE, Cloud, Finding, compare
+from pipeline.drift.records import DriftReport, DumpDrift, Finding
+from pipeline.drift.two_sample import BASE, Cloud, compare
 from pipeline.stage import Exit, Result
 from pipeline.storage import atomic, manifest
 from pipeline.storage import predictions as pool
 from pipeline.storage.predictions import PoolError
-
-__all__ = ["BASE", "Cloud", "Finding", "compare"]
 
 LOOKED = 5000  # images of the pool among which the unusual ones are sought
 
@@ -92,34 +91,42 @@ def verdicts(look: Look, settings: config.Pool) -> dict[str, dict[str, Finding]]
     return {dump: {source: compare(points, dump, each) for source, points in clouds.items()} for dump in dumps}
 
 
-def report(look: Look, found: dict[str, dict[str, Finding]], settings: config.Pool) -> dict[str, Any]:
+def report(look: Look, found: dict[str, dict[str, Finding]], settings: config.Pool) -> DriftReport:
     """What reports/screen.json or reports/drift.json says. A dump's own numbers are those of the first source."""
     drifted = [dump for dump, by_source in found.items() if any(f.drifted for f in by_source.values())]
-    dumps: dict[str, Any] = {}
-    for dump, by_source in found.items():
-        first, *others = by_source.items()
-        dumps[dump] = {**first[1].__dict__, "drifted": dump in drifted}
-        dumps[dump] |= {"sources": {first[0]: first[1].drifted} | {name: f.__dict__ for name, f in others}}
-        if look.seen is not None:
-            dumps[dump]["shifts"] = shifts.describe(look.seen, dump, settings)
-    return {
-        "space": "student features" if look.seen else "image descriptor",
-        "drift_p": settings.drift_p, "permutations": settings.permutations, "policy": settings.policy,
-        "dumps": dumps, "drifted": drifted, "held": drifted if settings.policy == "hold" else [],
-    }  # fmt: skip
+    return DriftReport(
+        space="student features" if look.seen else "image descriptor",
+        drift_p=settings.drift_p,
+        permutations=settings.permutations,
+        policy=settings.policy,
+        dumps={dump: _dump_drift(look, dump, by_source, settings) for dump, by_source in found.items()},
+        drifted=drifted,
+        held=drifted if settings.policy == "hold" else [],
+    )
 
 
-def show_unusual(look: Look, said: dict[str, Any], max_pixels: int, path: Path) -> None:
+def _dump_drift(look: Look, dump: str, by_source: dict[str, Finding], settings: config.Pool) -> DumpDrift:
+    first, *others = by_source.items()
+    values = dict(first[1]) | {
+        "drifted": any(finding.drifted for finding in by_source.values()),
+        "sources": {first[0]: first[1].drifted, **dict(others)},
+    }
+    if look.seen is not None:
+        values["shifts"] = shifts.describe(look.seen, dump, settings)
+    return DumpDrift(**values)
+
+
+def show_unusual(look: Look, said: DriftReport, max_pixels: int, path: Path) -> None:
     """The page of the farthest images of the drifted dumps, or of all later ones."""
-    dumps = said["drifted"] or list(said["dumps"])
+    dumps = said.drifted or list(said.dumps)
     rng = np.random.default_rng(two_sample.SEED)
     there = np.flatnonzero(np.isin(look.points.dump, dumps) & ~look.points.reference)
     there = there if len(there) <= LOOKED else np.sort(rng.choice(there, LOOKED, replace=False))
     rows = np.concatenate([two_sample.take(np.flatnonzero(look.points.reference), rng), there])
     points = look.points
     some = Cloud(points.feature_ND[rows], points.dump[rows], points.group[rows], points.split[rows])
-    what = "drifted: " if said["drifted"] else "like the rest: "
-    title = f"farthest from the reference, {said['space']}; {what}{', '.join(dumps)}" if dumps else "no later dump"
+    what = "drifted: " if said.drifted else "like the rest: "
+    title = f"farthest from the reference, {said.space}; {what}{', '.join(dumps)}" if dumps else "no later dump"
     plots.page(
         plots.farthest(some, dumps),
         title,
@@ -135,7 +142,7 @@ def screen(params: config.Params) -> Result:
     found = verdicts(look, params.pool)
     said = _write(look, found, params, "screen")
     paths.SCREEN_PASS.unlink(missing_ok=True)
-    if not said["held"]:
+    if not said.held:
         atomic.write_text(paths.SCREEN_PASS, "".join(f"{dump}\n" for dump in (BASE, *sorted(found))))
     return _result(said, found, "screen")
 
@@ -152,30 +159,30 @@ def _unusual(stage: str) -> Path:
     return paths.REPORTS / stage / "unusual.jpg"
 
 
-def _write(look: Look, found: dict[str, dict[str, Finding]], params: config.Params, stage: str) -> dict[str, Any]:
+def _write(look: Look, found: dict[str, dict[str, Finding]], params: config.Params, stage: str) -> DriftReport:
     """The report, which with its pictures is written whatever the verdict."""
     said = report(look, found, params.pool)
     chosen = {dump: next(iter(by.values())) for dump, by in found.items()}
     plots.axes(look.points, chosen, paths.REPORTS / f"{stage}.png")
     show_unusual(look, said, params.ingest.max_pixels, _unusual(stage))
-    atomic.write_json(paths.REPORTS / f"{stage}.json", said)
+    atomic.write_json(paths.REPORTS / f"{stage}.json", said.to_record())
     return said
 
 
-def _result(said: dict[str, Any], found: dict[str, dict[str, Finding]], stage: str) -> Result:
-    table = Table("dump", "images", "source", "energy", "p", "rule", "verdict", title=f"drift in {said['space']}")
+def _result(said: DriftReport, found: dict[str, dict[str, Finding]], stage: str) -> Result:
+    table = Table("dump", "images", "source", "energy", "p", "rule", "verdict", title=f"drift in {said.space}")
     for dump, by_source in found.items():
         for source, f in by_source.items():
             verdict = "DRIFTED" if f.drifted else "like the rest"
             table.add_row(dump, str(f.images), source, f"{f.energy:.4f}", f"{f.p:.4f}", f.rule, verdict)
     shown = (table if found else "drift: only the first dump is there, nothing to compare",)
-    if said["held"]:
+    if said.held:
         problem = (
-            f"held back by pool.policy: hold: {', '.join(said['held'])}. Look at {_unusual(stage)}; then either set "
+            f"held back by pool.policy: hold: {', '.join(said.held)}. Look at {_unusual(stage)}; then either set "
             f"pool.policy: warn to go on with the dump, or take it out of {paths.DUMP_REGISTRY}"
         )
-        return Result(shown, (), (problem,), Exit.REFUSED, said)
-    if said["drifted"] and said["policy"] == "warn":
-        warning = f"drifted: {', '.join(said['drifted'])}; its strangest images: {_unusual(stage)}"
-        return Result(shown, (warning,), record=said)
-    return Result(shown, record=said)
+        return Result(shown, (), (problem,), Exit.REFUSED, said.to_record())
+    if said.drifted and said.policy == "warn":
+        warning = f"drifted: {', '.join(said.drifted)}; its strangest images: {_unusual(stage)}"
+        return Result(shown, (warning,), record=said.to_record())
+    return Result(shown, record=said.to_record())

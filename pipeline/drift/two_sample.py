@@ -23,6 +23,7 @@ import numpy as np
 from pipeline import config
 from pipeline.drift import energy_distance
 from pipeline.drift.energy_distance import Members, Units
+from pipeline.drift.records import Finding
 from pipeline.storage.predictions import Floats, Names, PoolError
 
 BASE = "base"
@@ -50,19 +51,6 @@ class Cloud:
         """Those with an image that is not labelled, in order of arrival."""
         there = ~self.reference
         return [dump for dump in dict.fromkeys(map(str, self.dump)) if (there & (self.dump == dump)).any()]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One dump against the reference. `spread` is what the energy must exceed beside p, None if not used."""
-
-    energy: float
-    p: float
-    rule: str
-    spread: float | None
-    drifted: bool
-    images: int
-    reference: int
 
 
 class Sides(NamedTuple):
@@ -115,22 +103,32 @@ def compare(cloud: Cloud, dump: str, settings: config.Pool) -> Finding:
     # Each dump has draws of its own: with the same ones for all, an unlucky set of them would err week after week.
     rng = np.random.default_rng([SEED, crc32(dump.encode())])
     those = sides(cloud, dump, settings.drift_p, rng)
-    deviation = cloud.feature_ND[those.rows[~those.member]].std(0)
+
     # One scale for all dimensions keeps the features' own weighting; a dead dimension does not matter.
+    deviation = cloud.feature_ND[those.rows[~those.member]].std(0)
     scale = float(np.sqrt((deviation**2).sum())) or 1.0
     distance = energy_distance.distances(cloud.feature_ND[those.rows] / scale)
+
     observed = float(energy_distance.energies(distance, those.member[None])[0])
     drawn = energy_distance.energies(distance, those.drawn(settings.permutations, rng))
     p = float((1 + (drawn >= observed - 1e-12).sum()) / (1 + len(drawn)))
+
     bound = None if those.many or not those.grouped else _bound(distance, those, settings.drift_p)
     if those.many or bound is None:
         rule = "groups" if those.many else "images"
     else:
         rule = "images above two groups" if bound[1] == 2 else "images above group spread"
     spread = bound[0] if bound else None
-    drifted = p < settings.drift_p and (spread is None or observed > spread)
-    count = int(those.member.sum())
-    return Finding(observed, p, rule, spread, drifted, count, len(those.rows) - count)
+    images = int(those.member.sum())
+    return Finding(
+        energy=observed,
+        p=p,
+        rule=rule,
+        spread=spread,
+        drifted=p < settings.drift_p and (spread is None or observed > spread),
+        images=images,
+        reference=len(those.rows) - images,
+    )
 
 
 def _bound(distance_NN: Floats, those: Sides, drift_p: float) -> tuple[float, int] | None:

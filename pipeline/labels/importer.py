@@ -9,8 +9,9 @@ import getpass
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from pipeline import config, paths
 from pipeline.imaging import decode, label_maps
+from pipeline.imaging.mask_png import Colour
 from pipeline.labels import exporter, parse, registry
 from pipeline.stage import Exit, Result
 from pipeline.storage import atomic, dvc, manifest, shards
@@ -44,6 +46,88 @@ class Imported(NamedTuple):
     refused: list[Refusal]
 
 
+@dataclass(frozen=True)
+class TakenLabel:
+    """A mask that can be used: the digest of its ids, its name in the tool, and its image as DUMP/NAME."""
+
+    digest: str
+    name: str
+    image: str
+
+
+class Prelabels:
+    """What was handed out to be corrected: a mask that is still the same says nothing new."""
+
+    def __init__(self, root: Path, max_pixels: int) -> None:
+        self._root = root
+        self._max_pixels = max_pixels
+        self._handed_out = exporter.handed_out(root)
+        self._members = exporter.prelabels(root)
+
+    def has(self, image: str, digest: str) -> bool:
+        if digest in self._handed_out.get(image, ()):
+            return True
+        member = self._members.get(image)
+        return member is not None and digest == self._digest(member)
+
+    def _digest(self, member: shards.Member) -> str:
+        data = shards.read(self._root / paths.PRELABELS, member.offset, member.length)
+        return manifest.mask_digest(label_maps.decode_mask(data, max_pixels=self._max_pixels).astype("uint8"))
+
+
+class Collector:
+    """Takes a delivery's records one by one; `taken` by image id, `refused` with the reasons."""
+
+    def __init__(
+        self,
+        rows: Sequence[manifest.Row],
+        palette: Sequence[Colour],
+        prelabels: Prelabels | None,
+        put: Callable[[str, bytes], object],
+    ) -> None:
+        """`prelabels`: masks equal to these are refused; None takes them as correct. `put`: stores a mask's PNG."""
+        self._finder = parse.Finder(rows)
+        self._palette = palette
+        self._prelabels = prelabels
+        self._put = put
+        self.taken: dict[str, TakenLabel] = {}
+        self.refused: list[Refusal] = []
+
+    def add(self, record: parse.Record) -> None:
+        try:
+            self._take(record)
+        except decode.Refused as error:
+            self.refused.append(Refusal(record.name, error.code, str(error)))
+
+    def _take(self, record: parse.Record) -> None:
+        """Raises Refused."""
+        row = self._finder.find(record)
+        self._demand_changeable(row)
+        mask_HW = record.draw(row)
+        if (mask_HW == label_maps.IGNORE).all():
+            raise decode.Refused("mask-all-ignore", "every pixel is ignored: nothing to learn from it")
+
+        digest = manifest.mask_digest(mask_HW)
+        if row.split == "unlabelled" and self._prelabels is not None and self._prelabels.has(row.id, digest):
+            raise decode.Refused(
+                "unchanged-pre-label", "just as it was handed out; --accept-unchanged takes it as correct"
+            )
+        self._put(f"{row.id}.png", label_maps.encode_png(mask_HW, self._palette))
+        self.taken[row.id] = TakenLabel(digest, record.name, f"{row.dump}/{row.name}")
+
+    def _demand_changeable(self, row: manifest.Row) -> None:
+        image = f"{row.dump}/{row.name}"
+        if row.id in self.taken:
+            raise decode.Refused("labels-twice", f"this delivery has labels for {image} already")
+        if row.split in ("val", "test"):
+            raise decode.Refused(
+                "held-out",
+                f"{image} is in {row.split}, which must not change under the gate; correct it in the source itself",
+            )
+        if row.split not in OPEN:
+            raise decode.Refused("unused", f"{image} takes no part: data/split/summary.json says why")
+
+
 def add(
     path: Path,
     *,
@@ -67,17 +151,14 @@ def add(
     """
     rows = manifest.read(root / paths.SPLIT_MANIFEST)  # before all else: it says what to run where nothing was run yet
     classes = atomic.read_json(root / paths.SOURCE)["classes"]
-    names = [c["name"] for c in classes]
-    registry.places(
-        registry.read(root / registry.FILE), names, root
-    )  # a broken registry stops the work before it begins
+    names = [entry["name"] for entry in classes]
+    palette = [tuple(entry["color"]) for entry in classes]
+    registry.places(registry.read(root / registry.FILE), names, root)  # a broken registry stops the work at once
+    max_pixels = params.ingest.max_pixels
+
     home = root / registry.HOME
     home.mkdir(parents=True, exist_ok=True)
     atomic.sweep(home, ".importing-*")
-    digests: dict[str, str] = {}
-    about: dict[str, dict[str, str]] = {}
-    refused: list[Refusal] = []
-    finder, palette = parse.Finder(rows), [tuple(c["color"]) for c in classes]
     with tempfile.TemporaryDirectory(prefix=".importing-", dir=home) as folder:
         spool = Path(folder) / "spool.tar"
         with (
@@ -85,50 +166,17 @@ def add(
             shards.replacing_tar(spool) as put,
         ):
             tool = parse.detect(opened) if tool == "auto" else tool
-            handed = {} if accept_unchanged or tool == "labelstudio" else exporter.handed_out(root)
-            prelabels = {} if accept_unchanged or tool == "labelstudio" else exporter.prelabels(root)
-            for record in parse.read(opened, tool, classes, params.data, params.ingest.max_pixels):
-                try:
-                    row = finder.find(record)
-                    _may_change(row, digests)
-                    mask_HW = record.draw(row)
-                    if (mask_HW == label_maps.IGNORE).all():
-                        raise decode.Refused("mask-all-ignore", "every pixel is ignored: nothing to learn from it")
-                    digest = manifest.mask_digest(mask_HW)
-                    if row.split == "unlabelled" and (
-                        digest in handed.get(row.id, ())
-                        or (row.id in prelabels and digest == _digest(root, prelabels[row.id], params))
-                    ):
-                        raise decode.Refused(
-                            "unchanged-pre-label", "just as it was handed out; --accept-unchanged takes it as correct"
-                        )
-                except decode.Refused as error:
-                    refused.append(Refusal(record.name, error.code, str(error)))
-                    continue
-                put(f"{row.id}.png", label_maps.encode_png(mask_HW, palette))
-                digests[row.id] = digest
-                about[row.id] = {"digest": digest, "name": record.name, "image": f"{row.dump}/{row.name}"}
+            prelabels = None if accept_unchanged or tool == "labelstudio" else Prelabels(root, max_pixels)
+            collector = Collector(rows, palette, prelabels, put)
+            for record in parse.read(opened, tool, classes, params.data, max_pixels):
+                collector.add(record)
+
+        delivery = Delivery(path, tool, by or _user(), spool, collector.taken)
+        own = {row.id: row.mask_digest for row in rows if row.split == "labelled" and row.mask_import is None}
         (root / paths.LABELS_LOCK).parent.mkdir(parents=True, exist_ok=True)
         with atomic.locked(root / paths.LABELS_LOCK):
-            own = {r.id: r.mask_digest for r in rows if r.split == "labelled" and r.mask_import is None}
-            return _register(root, path, tool, by or _user(), names, spool, digests, about, refused, own)
-
-
-def _may_change(row: manifest.Row, taken: dict[str, str]) -> None:
-    if row.id in taken:
-        raise decode.Refused("labels-twice", f"this delivery has labels for {row.dump}/{row.name} already")
-    if row.split in ("val", "test"):
-        raise decode.Refused(
-            "held-out",
-            f"{row.dump}/{row.name} is in {row.split}, which must not change under the gate; correct it in the source itself",
-        )
-    if row.split not in OPEN:
-        raise decode.Refused("unused", f"{row.dump}/{row.name} takes no part: {paths.SPLIT_SUMMARY} says why")
-
-
-def _digest(root: Path, member: shards.Member, params: config.Params) -> str:
-    data = shards.read(root / paths.PRELABELS, member.offset, member.length)
-    return manifest.mask_digest(label_maps.decode_mask(data, max_pixels=params.ingest.max_pixels).astype("uint8"))
+            name, count = _register(root, delivery, names, own)
+        return Imported(name, tool, count, len(collector.taken) - count, collector.refused)
 
 
 def _user() -> str:
@@ -137,40 +185,60 @@ def _user() -> str:
     return "unknown"
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """A checked delivery: where it came from, who gave it, and its masks in `spool` as IMAGE-ID.png."""
+
+    path: Path
+    tool: str
+    by: str
+    spool: Path
+    labels: Mapping[str, TakenLabel]
+
+
 def _register(
-    root: Path,
-    path: Path,
-    tool: str,
-    by: str,
-    classes: Sequence[str],
-    spool: Path,
-    digests: dict[str, str],
-    about: dict[str, dict[str, str]],
-    refused: list[Refusal],
-    own: dict[str, str | None],
-) -> Imported:
-    """`own`: digests of the source's own masks that training sees."""
+    root: Path, delivery: Delivery, classes: Sequence[str], own: Mapping[str, str | None]
+) -> tuple[str | None, int]:
+    """Name and size of the import that holds what is new; None and 0 where nothing is.
+
+    `own`: digests of the source's own masks that training sees.
+    """
     known = registry.read(root / registry.FILE)
-    force = own | {id_: place.digest for id_, place in registry.places(known, classes, root).items()}
-    new = {id_: digest for id_, digest in digests.items() if force.get(id_) != digest}
-    outcome = Imported(None, tool, len(new), len(digests) - len(new), refused)
+    imported = {image: place.digest for image, place in registry.places(known, classes, root).items()}
+    in_force = {**own, **imported}
+    new = {image: label for image, label in sorted(delivery.labels.items()) if in_force.get(image) != label.digest}
     if not new:
-        return outcome
-    name, added = _free_name(path, known, root), f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        return None, 0
+
+    name = _free_name(delivery.path, known, root)
+    added = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     archive = registry.HOME / f"{name}.tar"
-    origin = registry.provenance(
-        classes, {id_: about[id_] for id_ in sorted(new)}, tool=tool, by=by, added=added, file=path.name
-    )
-    lie = {member.name: member for member in shards.members(spool)}
-    with shards.replacing_tar(root / archive) as put:
-        put(registry.PROVENANCE, origin)
-        for id_ in sorted(new):
-            put(f"{id_}.png", shards.read(spool, *lie[f"{id_}.png"][1:]))
+    _write_archive(root / archive, delivery, classes, new, added)
     entry = registry.Entry(
-        archive=archive.as_posix(), sha256=registry.content_hash(new), images=len(new), added=added, tool=tool, by=by
+        archive=archive.as_posix(),
+        sha256=registry.content_hash({image: label.digest for image, label in new.items()}),
+        images=len(new),
+        added=added,
+        tool=delivery.tool,
+        by=delivery.by,
     )
     registry.write(registry.Registry(labels={**known.labels, name: entry}), root / registry.FILE)
-    return outcome._replace(name=name)
+    return name, len(new)
+
+
+def _write_archive(
+    archive: Path, delivery: Delivery, classes: Sequence[str], new: Mapping[str, TakenLabel], added: str
+) -> None:
+    about = {image: asdict(label) for image, label in new.items()}
+    origin = registry.provenance(
+        classes, about, tool=delivery.tool, by=delivery.by, added=added, file=delivery.path.name
+    )
+    members = {member.name: member for member in shards.members(delivery.spool)}
+    with shards.replacing_tar(archive) as put:
+        put(registry.PROVENANCE, origin)
+        for image in new:
+            member = members[f"{image}.png"]
+            put(member.name, shards.read(delivery.spool, member.offset, member.length))
 
 
 def _free_name(path: Path, known: registry.Registry, root: Path) -> str:

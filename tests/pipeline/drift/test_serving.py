@@ -128,7 +128,7 @@ def test_what_cannot_be_compared_is_named(root: Path) -> None:
     del sample["area"]
     (root / "s.json").write_text(json.dumps(plain))
     with pytest.raises(predictions.PoolError, match=r"bundles\.1\.windows\.0\.sample\.area is missing or odd"):
-        serving.read("s.json")
+        serving.read_statistics("s.json")
 
 
 def test_a_handful_of_answers_brings_no_verdict(root: Path) -> None:

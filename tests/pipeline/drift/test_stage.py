@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline import config
-from pipeline.drift import energy_distance, plots, stage
+from pipeline.drift import energy_distance, plots, two_sample
 from pipeline.storage import atomic, predictions
 from tests.support import tiny_project, tiny_settings
 from tests.support.command_line import marginalia
@@ -15,11 +15,11 @@ from tests.support.command_line import marginalia
 SETTINGS = tiny_settings.pool(permutations=199, drift_p=0.01)
 
 
-def cloud(parts: list[tuple[str, str, str, np.ndarray]]) -> stage.Cloud:
+def cloud(parts: list[tuple[str, str, str, np.ndarray]]) -> two_sample.Cloud:
     """(split, dump, group, points) -> Cloud."""
     columns = [np.array([part[i] for part in parts for _ in part[3]]) for i in range(3)]
     split, dump, group = columns
-    return stage.Cloud(np.concatenate([part[3] for part in parts]), dump, group, split)
+    return two_sample.Cloud(np.concatenate([part[3] for part in parts]), dump, group, split)
 
 
 def singles(split: str, dump: str, points: np.ndarray) -> list[tuple[str, str, str, np.ndarray]]:
@@ -62,7 +62,7 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
     for _ in range(200):
         points = rng.normal(size=(40, 4))
         parts = singles("labelled", "base", points[:25]) + singles("unlabelled", "new", points[25:])
-        finding = stage.compare(cloud(parts), "new", settings)
+        finding = two_sample.compare(cloud(parts), "new", settings)
         assert finding.rule == "groups"  # every image is its own group
         flagged += finding.drifted
     assert flagged <= 20  # 5 % of 200 is 10; more than 20 has probability 0.001
@@ -72,10 +72,10 @@ def test_a_shift_is_found_and_the_verdict_is_seeded() -> None:
     rng = np.random.default_rng(0)
     parts = singles("labelled", "base", rng.normal(size=(60, 4)))
     parts += singles("unlabelled", "new", rng.normal(size=(30, 4)) + 1.0)
-    finding = stage.compare(cloud(parts), "new", SETTINGS)
+    finding = two_sample.compare(cloud(parts), "new", SETTINGS)
     assert finding.drifted
     assert finding.p == pytest.approx(1 / 200)
-    assert finding == stage.compare(cloud(parts), "new", SETTINGS)
+    assert finding == two_sample.compare(cloud(parts), "new", SETTINGS)
     assert (finding.images, finding.reference) == (30, 60)
 
 
@@ -85,24 +85,24 @@ def test_groups_are_permuted_whole_where_there_are_enough() -> None:
     sites = [rng.normal(size=4) * 3 + 0.1 * rng.normal(size=(15, 4)) for _ in range(15)]
     parts = [("unlabelled", "base", f"v{i}", s) for i, s in enumerate(sites[:12])]
     usual = cloud(parts + [("unlabelled", "new", f"w{i}", s) for i, s in enumerate(sites[12:])])
-    finding = stage.compare(usual, "new", SETTINGS)
+    finding = two_sample.compare(usual, "new", SETTINGS)
     assert finding.rule == "groups"
     assert not finding.drifted
     far = cloud(parts + [("unlabelled", "new", f"w{i}", s + 20) for i, s in enumerate(sites[12:])])
-    assert stage.compare(far, "new", SETTINGS).drifted
+    assert two_sample.compare(far, "new", SETTINGS).drifted
 
 
 def test_with_few_groups_a_dump_must_also_beat_the_spread_between_groups() -> None:
     rng = np.random.default_rng(3)
     sites = [rng.normal(size=4) * 3 + 0.1 * rng.normal(size=(15, 4)) for _ in range(5)]
     parts = [("unlabelled", "base", f"v{i}", s) for i, s in enumerate(sites[:4])]
-    finding = stage.compare(cloud([*parts, ("unlabelled", "new", "w", sites[4])]), "new", SETTINGS)
+    finding = two_sample.compare(cloud([*parts, ("unlabelled", "new", "w", sites[4])]), "new", SETTINGS)
     assert finding.rule == "images above group spread"
     assert finding.p < 0.01  # frame by frame it looks new: each site does
     assert not finding.drifted
     assert finding.spread is not None
     assert finding.energy <= finding.spread
-    assert stage.compare(cloud([*parts, ("unlabelled", "new", "w", sites[4] + 30)]), "new", SETTINGS).drifted
+    assert two_sample.compare(cloud([*parts, ("unlabelled", "new", "w", sites[4] + 30)]), "new", SETTINGS).drifted
 
 
 @pytest.mark.parametrize("groups", [3, 5, 12])
@@ -113,7 +113,7 @@ def test_one_more_group_like_the_others_is_rarely_flagged(groups: int) -> None:
     for _ in range(200):
         sites = rng.normal(size=(groups + 1, 1, 4)) + 0.5 * rng.normal(size=(groups + 1, 8, 4))
         parts = [("unlabelled", "base", f"v{i}", s) for i, s in enumerate(sites[:-1])]
-        finding = stage.compare(cloud([*parts, ("unlabelled", "new", "w", sites[-1])]), "new", settings)
+        finding = two_sample.compare(cloud([*parts, ("unlabelled", "new", "w", sites[-1])]), "new", settings)
         assert finding.rule == "images above group spread"
         flagged += finding.drifted
     assert (
@@ -125,11 +125,11 @@ def test_two_groups_say_only_how_far_they_are_apart() -> None:
     rng = np.random.default_rng(3)
     sites = [rng.normal(size=4) * 3 + 0.1 * rng.normal(size=(15, 4)) for _ in range(2)]
     parts = [("unlabelled", "base", f"v{i}", s) for i, s in enumerate(sites)]
-    finding = stage.compare(cloud([*parts, ("unlabelled", "new", "w", sites[0] + 60)]), "new", SETTINGS)
+    finding = two_sample.compare(cloud([*parts, ("unlabelled", "new", "w", sites[0] + 60)]), "new", SETTINGS)
     assert (finding.rule, finding.drifted) == ("images above two groups", True)
-    finding = stage.compare(cloud([*parts, ("unlabelled", "new", "w", sites[0] + 0.1)]), "new", SETTINGS)
+    finding = two_sample.compare(cloud([*parts, ("unlabelled", "new", "w", sites[0] + 0.1)]), "new", SETTINGS)
     assert not finding.drifted
-    alone = stage.compare(cloud([parts[0], ("unlabelled", "new", "w", sites[1])]), "new", SETTINGS)
+    alone = two_sample.compare(cloud([parts[0], ("unlabelled", "new", "w", sites[1])]), "new", SETTINGS)
     assert (alone.rule, alone.drifted) == ("images", True)
 
 
@@ -181,7 +181,7 @@ def test_without_groups_images_are_permuted() -> None:
         ("labelled", "base", "", rng.normal(size=(40, 3))),
         ("unlabelled", "new", "", rng.normal(size=(20, 3)) + 2),
     ]
-    finding = stage.compare(cloud(parts), "new", SETTINGS)
+    finding = two_sample.compare(cloud(parts), "new", SETTINGS)
     assert (finding.rule, finding.drifted) == ("images", True)
 
 
@@ -240,9 +240,9 @@ def test_too_few_permutations_to_flag_anything_are_refused(drift_p: float, fewes
     parts = singles("labelled", "base", rng.normal(size=(30, 4)))
     parts += singles("unlabelled", "new", rng.normal(size=(30, 4)) + 100.0)
     enough = config.Pool.model_construct(permutations=fewest, drift_p=drift_p)
-    assert stage.compare(cloud(parts), "new", enough).drifted
+    assert two_sample.compare(cloud(parts), "new", enough).drifted
     with pytest.raises(predictions.PoolError, match=rf"set it to {fewest} or more"):
-        stage.compare(cloud(parts), "new", config.Pool.model_construct(permutations=fewest - 1, drift_p=drift_p))
+        two_sample.compare(cloud(parts), "new", config.Pool.model_construct(permutations=fewest - 1, drift_p=drift_p))
 
 
 def test_missing_pool_is_named(
