@@ -64,7 +64,7 @@ class ServiceError(Exception):
 
 @dataclass(frozen=True)
 class ClassArea:
-    """One class: its area in pixels and as a share 0..1 of the image; mean confidence 0..1, None where not seen."""
+    """One class: its area in pixels and as a share 0..1 of the image; mean confidence 0..1, None without pixels."""
 
     id: int
     name: str
@@ -111,7 +111,7 @@ class BatchItem:
 def encode(image: Input) -> bytes:
     """What is sent for an image: files and bytes as they are, arrays and Pillow images as PNG.
 
-    A Pillow image is sent as its pixels stand: the mask fits `np.asarray(image)`, whatever its EXIF says.
+    A Pillow image is sent as its pixels stand: the mask fits `np.asarray(image)`, whatever its EXIF orientation.
 
     Raises:
         OSError: the file cannot be read. TypeError, ValueError: an array that is not uint8 H x W or H x W x 3.
@@ -174,17 +174,17 @@ def read_problem(response: httpx.Response) -> ServiceError:
         detail = response.json()["error"]
         return ServiceError(detail["code"], detail["message"], detail["request_id"], response.status_code)
     except (ValueError, KeyError, TypeError):
-        said = f"HTTP {response.status_code} without this service's error body: {response.text[:200]!r}"
-        return ServiceError("bad-answer", said, response.headers.get("x-request-id"), response.status_code)
+        reason = f"HTTP {response.status_code} without this service's error body: {response.text[:200]!r}"
+        return ServiceError("bad-answer", reason, response.headers.get("x-request-id"), response.status_code)
 
 
 def retry_after_s(response: httpx.Response, now: float) -> float:
     """Seconds that Retry-After asks for (RFC 9110, 10.2.3: a number or a date); 0 without one."""
-    said = response.headers.get("retry-after", "").strip()
-    if said.isascii() and said.isdigit():
-        return float(said)
+    stated = response.headers.get("retry-after", "").strip()
+    if stated.isascii() and stated.isdigit():
+        return float(stated)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - now)
+        return max(0.0, email.utils.parsedate_to_datetime(stated).timestamp() - now)
     except ValueError:
         return 0.0
 
@@ -275,7 +275,7 @@ def _read_line(line: str, sent: Sequence[int], left: dict[int, bytes], head: htt
         raise ServiceError("bad-answer", f"no line of this service: {error!r}", request_id, 200) from error
 
 
-_CUT = httpx.RemoteProtocolError("the answer ended before all images were told")
+_CUT = httpx.RemoteProtocolError("the answer ended before all images were reported")
 
 
 class AsyncClient:
@@ -301,12 +301,12 @@ class AsyncClient:
             data = await to_thread.run_sync(encode, image)
             while True:
                 answer = await self._ask(retry, data, query | {"view": "json"})
-                found = await to_thread.run_sync(_read_body, answer)
+                result = await to_thread.run_sync(_read_body, answer)
                 if not confidence:
-                    return found
+                    return result
                 shade = await self._ask(retry, data, query | {"view": "confidence"})
-                if shade.bundle == found.bundle:  # else the model was changed in between: both again
-                    return replace(found, confidence_HW=await to_thread.run_sync(_read_grey, shade))
+                if shade.bundle == result.bundle:  # else the model was changed in between: both again
+                    return replace(result, confidence_HW=await to_thread.run_sync(_read_grey, shade))
 
     async def answer(self, image: Input, view: str = "mask", *, accept: str = "*/*", **query: str | float) -> Answer:
         """The service's own bytes: `view` mask, json, geojson, overlay or confidence; `accept` image/jpeg for that."""
@@ -321,7 +321,7 @@ class AsyncClient:
             return _readable(answer, lambda: dict(json.loads(answer.body)))
 
     async def batch(self, images: Iterable[Input], **query: str | float) -> AsyncGenerator[BatchItem, None]:
-        """Segment many, a few at a time, each told as soon as it is done; one that is refused is an item with `error`.
+        """Segment many, a few at a time, each reported as soon as it is done; one that is refused is an item with `error`.
 
         `deadline_s` holds from one item to the next. A call that breaks goes on with the images not yet answered.
         """

@@ -16,7 +16,7 @@ from export.bundle.bundle import open_bundle
 from serving.bento import usage
 
 ROOT = Path(__file__).absolute().parents[2]
-ROOMS = ("serving", "export", "pipeline")
+PACKAGES = ("serving", "export", "pipeline")
 SERVICE = "serving.bento.packed:Marginalia"
 DISTRIBUTION = "marginalia-seg"
 _EXTRAS = ("", "serve", "cpu", "gpu", "openvino", "geo")  # base, service, what brings a runtime, valid polygons
@@ -30,13 +30,13 @@ def requirements() -> list[str]:
     """What the bento's Python needs, as `name[extras]==version`: base, service and installed runtimes.
 
     Raises:
-        BentoError: run from a folder without being installed, so that nothing says what is needed.
+        BentoError: run from a folder without being installed, so that no metadata lists what is needed.
     """
     try:
         stated = [Requirement(line) for line in requires(DISTRIBUTION) or []]
     except PackageNotFoundError as error:
         raise BentoError(f"{DISTRIBUTION} is not installed here; run pip install '.[cpu]' in its folder") from error
-    found = []
+    pinned = []
     for item in stated:
         if item.marker is not None and not any(item.marker.evaluate({"extra": extra}) for extra in _EXTRAS):
             continue
@@ -45,10 +45,10 @@ def requirements() -> list[str]:
 
         extras = f"[{','.join(sorted(item.extras))}]" if item.extras else ""
         try:
-            found.append(f"{item.name}{extras}=={version(item.name)}")
+            pinned.append(f"{item.name}{extras}=={version(item.name)}")
         except PackageNotFoundError:  # a runtime that this machine does without
             continue
-    return sorted(set(found))
+    return sorted(set(pinned))
 
 
 def stage(bundle: Path, folder: Path) -> str:
@@ -58,8 +58,8 @@ def stage(bundle: Path, folder: Path) -> str:
         BundleError: the bundle, or its copy, does not verify.
     """
     open_bundle(bundle)
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     if (ROOT / "LICENSE").is_file():  # absent where the package is installed and not a checkout
         shutil.copy(ROOT / "LICENSE", folder)
     shutil.copytree(bundle, folder / "bundle")

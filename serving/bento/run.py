@@ -43,11 +43,11 @@ def prepare(bundle: Path | None = None) -> "Settings":
     return settings
 
 
-def _check(answer: Connection, bundle: Path | None) -> None:
+def _check(sender: Connection, bundle: Path | None) -> None:
     try:
-        answer.send(prepare(bundle))
+        sender.send(prepare(bundle))
     except Exception as error:
-        answer.send(
+        sender.send(
             error if isinstance(error, StartError) else StartError(f"the bundle cannot be tried out: {error!r}")
         )
 
@@ -59,23 +59,23 @@ def prepared(bundle: Path | None = None) -> "Settings":
     Raises:
         StartError: as `prepare`, or the check ended without an answer.
     """
-    answer, told = Pipe(duplex=False)
-    check = Process(target=_check, args=(told, bundle), daemon=True)
+    receiver, sender = Pipe(duplex=False)
+    check = Process(target=_check, args=(sender, bundle), daemon=True)
     check.start()
-    told.close()  # the check's end alone is open, so that its death is heard
+    sender.close()  # the check's end alone is open, so that its death ends the wait
     gc.disable()  # what is imported stays: looking for garbage among it takes 0.1 s
     try:
         import bentoml_cli.cli  # noqa: F401
     finally:
         gc.enable()
     try:
-        found: Settings | StartError = answer.recv()
+        outcome: Settings | StartError = receiver.recv()
     except EOFError as error:
         raise StartError("the bundle's check ended without an answer: is there memory for the model?") from error
     check.join()
-    if isinstance(found, StartError):
-        raise found
-    return found
+    if isinstance(outcome, StartError):
+        raise outcome
+    return outcome
 
 
 def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) -> NoReturn:
@@ -92,7 +92,7 @@ def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) 
     if settings.bundle is not None:
         os.environ[PREFIX + "BUNDLE"] = str(settings.bundle)
     # glibc gives each thread a heap of its own and keeps what a model that was swapped out left there; the worker is a
-    # process of its own and starts with this. Seen: 14 swaps grew 373 to 538 MB, of which trimming gave 172 back.
+    # process of its own and starts with this. Observed: 14 swaps grew 373 to 538 MB, of which trimming gave 172 back.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     sys.argv = ["bentoml", "serve", "serving.bento.service:Marginalia", "--host", host, "--port", str(port)]
     runpy.run_module("bentoml", run_name="__main__", alter_sys=True)

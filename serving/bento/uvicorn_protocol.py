@@ -41,7 +41,7 @@ class Connection(auto.AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self.app: ASGIApp = type(self).front(self.app)
         self.timeout_keep_alive = self.settings.idle_timeout_s
         self.idle_since = self.loop.time()
-        self._patience: dict[str, asyncio.TimerHandle] = {}  # by what it ends with
+        self._patience: dict[str, asyncio.TimerHandle] = {}  # by the reason to end the connection
 
     @property
     def busy(self) -> bool:
@@ -51,13 +51,13 @@ class Connection(auto.AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     @property
     def uploading(self) -> bool:
-        """The body of a request is still to come (as far as h11 tells; httptools does not)."""
-        told = getattr(self, "conn", None)
-        return told is not None and told.their_state is h11.SEND_BODY
+        """The body of a request is still to come (as far as h11 knows; httptools does not)."""
+        parser = getattr(self, "conn", None)
+        return parser is not None and parser.their_state is h11.SEND_BODY
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.transport.set_write_buffer_limits(high=0)  # hear of anything that the network does not take at once
+        self.transport.set_write_buffer_limits(high=0)  # be called for anything that the network does not take at once
         self._start("slow-head", self.settings.head_timeout_s)
         if len(self.connections) > self.settings.max_connections:
             idle = [other for other in self.connections if other is not self and not other.busy]
@@ -123,7 +123,7 @@ class Connection(auto.AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 def install(settings: Settings, front: Callable[[ASGIApp], ASGIApp]) -> None:
     """Make every uvicorn server that is configured after this use `Connection` with these settings.
 
-    `front` is given the application that the server was configured with and says what answers instead.
+    `front` is given the application that the server was configured with and returns what answers instead.
     """
     Connection.settings = settings
     Connection.front = staticmethod(front)

@@ -17,7 +17,9 @@ class Admission:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.requests = self.pixels = self.bytes = 0
+        self.requests = 0
+        self.pixels = 0
+        self.bytes = 0
 
     def check(self) -> None:
         """Refuse early, before the body is read, what would be refused now. Raises Problem(503)."""
@@ -47,18 +49,28 @@ class Admission:
     def body(self) -> Iterator[Callable[[int], None]]:
         """Room for one body while it is held, taken by calling with the size of each piece that came.
 
-        A body that has not come takes no room, so slow clients keep nobody out. The call raises Problem(503).
+        A body that has not come takes no room, so slow clients keep no other out. The call raises Problem(503).
         """
-        held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            if self.bytes + size > self._settings.max_bodies:
-                raise _overloaded("bodies")
-            held += size
-            self.bytes += size
-
+        held = _HeldBytes(self, self._settings.max_bodies)
         try:
-            yield hold
+            yield held.add
         finally:
-            self.bytes -= held
+            held.release()
+
+
+class _HeldBytes:
+    """What one body has taken of the room for all of them."""
+
+    def __init__(self, admission: Admission, room: int) -> None:
+        self._admission = admission
+        self._room = room
+        self._size = 0
+
+    def add(self, size: int) -> None:
+        if self._admission.bytes + size > self._room:
+            raise _overloaded("bodies")
+        self._size += size
+        self._admission.bytes += size
+
+    def release(self) -> None:
+        self._admission.bytes -= self._size

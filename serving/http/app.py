@@ -38,7 +38,7 @@ def _problem_response(problem: Problem, request_id: str) -> Response:
 
 
 async def _dispatch(request: Request, routes: Mapping[str, Route]) -> Response:
-    """By exact path, so that a path of any bytes whatever finds its 404 here. Raises Problem."""
+    """By exact path, so that a path of any bytes gets its 404 here. Raises Problem."""
     if request.scope["path"] not in routes:
         raise Problem(404, "not-found", "nothing here; see /v1/openapi.json")
     method, handler = routes[request.scope["path"]]
@@ -76,7 +76,7 @@ async def _answer(request: Request, routes: Mapping[str, Route]) -> Response:
 
 
 def _as_problem(error: Exception) -> Problem:
-    """The last line: where nobody foresaw an error, the caller gets the one error shape, the log the traceback."""
+    """Of an unexpected error the caller gets the one error shape, and the log the traceback."""
     if isinstance(error, Problem):
         return error
     metrics.failure("internal-error", error)

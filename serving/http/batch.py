@@ -151,36 +151,39 @@ class _Stream(StreamingResponse):
                 await self._pieces.aclose()
 
 
-def _line(number: int, image: Sent, found: SegmentResult | Problem, bundle: str | None, **more: Any) -> bytes:
+def _line(number: int, image: Sent, outcome: SegmentResult | Problem, bundle: str | None, **more: Any) -> bytes:
     facts: dict[str, Any] = {"index": number, "file": image.name}
-    if isinstance(found, Problem):
-        facts |= {"bundle": bundle, "error": {"code": found.code, "message": str(found)}}
+    if isinstance(outcome, Problem):
+        facts |= {"bundle": bundle, "error": {"code": outcome.code, "message": str(outcome)}}
     else:
-        facts |= {"bundle": found.bundle, **more}
+        facts |= {"bundle": outcome.bundle, **more}
     return json.dumps(facts, separators=(",", ":")).encode()
 
 
 async def _lines(handler: BatchHandler, sent: Sequence[Sent], kind: Kind, query: Query) -> AsyncGenerator[bytes, None]:
     """application/jsonl: one line for each image."""
-    found = handler.each(sent, negotiate.one(kind.view), query)
+    outcomes = handler.each(sent, negotiate.one(kind.view), query)
     try:
         for number, image in enumerate(sent):
-            done = await anext(found)
+            done = await anext(outcomes)
             line = _line(number, image, done, handler.bundle())
             if not isinstance(done, Problem):
                 line = line[:-1] + b',"answer":' + done.body + b"}"  # the body is JSON already
             yield line + b"\n"
     finally:
-        await found.aclose()
+        await outcomes.aclose()
 
 
 async def _zip(handler: BatchHandler, sent: Sequence[Sent], kind: Kind, query: Query) -> AsyncGenerator[bytes, None]:
     """application/zip: one member for each image that was answered, and LINES as the last one."""
-    found, sink, lines, taken = handler.each(sent, negotiate.one(kind.view), query), _Sink(), [], {LINES}
+    outcomes = handler.each(sent, negotiate.one(kind.view), query)
+    sink = _Sink()
+    lines = []
+    taken = {LINES}
     pack = zipfile.ZipFile(sink, "w")  # no `with`: it cannot be closed while a cancelled call's thread still packs
     try:
         for number, image in enumerate(sent):
-            done = await anext(found)
+            done = await anext(outcomes)
             more: dict[str, Any] = {}
             if not isinstance(done, Problem):
                 member = _member_name(image.name, _ENDINGS[kind.view], taken)
@@ -193,7 +196,7 @@ async def _zip(handler: BatchHandler, sent: Sequence[Sent], kind: Kind, query: Q
         pack.close()
         yield sink.take()
     finally:
-        await found.aclose()
+        await outcomes.aclose()
 
 
 class _Sink:
@@ -231,9 +234,10 @@ def _member_name(name: str, ending: str, taken: set[str]) -> str:
     """A name in the answer for an image: as sent but for the ending, numbered where it is there already."""
     plain = PurePosixPath(name.replace("\\", "/").lstrip("/"))
     stem = str(plain.with_suffix("")) if plain.name else "image"
-    found, number = f"{stem}.{ending}", 1
-    while found.lower() in taken:
+    member = f"{stem}.{ending}"
+    number = 1
+    while member.lower() in taken:
         number += 1
-        found = f"{stem}-{number}.{ending}"
-    taken.add(found.lower())
-    return found
+        member = f"{stem}-{number}.{ending}"
+    taken.add(member.lower())
+    return member

@@ -83,7 +83,7 @@ def open_zip(body: bytes, settings: Settings) -> list[Sent]:
     try:
         archive = zipfile.ZipFile(io.BytesIO(body))
         items = [item for item in archive.infolist() if not item.is_dir()]
-    except Exception as error:  # zipfile lets through whatever damaged fields lead to
+    except Exception as error:  # zipfile lets through all that damaged fields lead to
         raise Problem(400, "bad-archive", "the body is no zip, or a damaged one; pack it again") from error
     if not items:
         raise Problem(400, "bad-archive", "the zip has no files; pack images")
@@ -98,7 +98,7 @@ def open_zip(body: bytes, settings: Settings) -> list[Sent]:
 
 def _check_end(body: bytes, settings: Settings) -> None:
     """Refuse a directory that is too large to be looked at: zipfile reads all that the end record (the one that it would
-    find) says. The number of entries there counts folders too and is read by nobody. Raises Problem(422)."""
+    find) states. The number of entries there counts folders too and is read by nobody. Raises Problem(422)."""
     at = len(body) - _END.size
     if not (body[-_END.size :].startswith(_END_MARK) and body.endswith(b"\0\0")):
         at = body.rfind(_END_MARK, max(0, at - (1 << 16)))
@@ -107,8 +107,10 @@ def _check_end(body: bytes, settings: Settings) -> None:
     _, _, _, _, entries, size, place, _ = _END.unpack_from(body, at)
     zip64 = body[max(0, at - _LOCATOR_SIZE) : at].startswith(_LOCATOR_MARK)
     if zip64 or entries == 0xFFFF or 0xFFFFFFFF in (size, place) or size > settings.many_images * _ENTRY + (1 << 16):
-        said = f"the zip's directory is too large for {settings.many_images} images; send parts, in zips without zip64"
-        raise Problem(422, "too-many-images", said)
+        reason = (
+            f"the zip's directory is too large for {settings.many_images} images; send parts, in zips without zip64"
+        )
+        raise Problem(422, "too-many-images", reason)
 
 
 def _member(archive: zipfile.ZipFile, item: zipfile.ZipInfo, settings: Settings) -> Sent:
@@ -116,13 +118,13 @@ def _member(archive: zipfile.ZipFile, item: zipfile.ZipInfo, settings: Settings)
         name = archives.safe_name(item.filename, _ARCHIVE)
     except archives.DumpRefused as error:
         raise Problem(400, "bad-archive", str(error)) from error
-    said = f"the zip: member {name!a}"
+    subject = f"the zip: member {name!a}"
     if stat.S_IFMT(item.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise Problem(400, "bad-archive", f"{said} is a link or a device; pack the files themselves")
+        raise Problem(400, "bad-archive", f"{subject} is a link or a device; pack the files themselves")
     if item.flag_bits & 1:
-        raise Problem(400, "bad-archive", f"{said} is encrypted; pack without a password")
+        raise Problem(400, "bad-archive", f"{subject} is encrypted; pack without a password")
     if item.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise Problem(400, "bad-archive", f"{said} is packed with method {item.compress_type}; use deflate")
+        raise Problem(400, "bad-archive", f"{subject} is packed with method {item.compress_type}; use deflate")
 
     def load() -> bytes:
         if item.file_size > settings.max_body:
@@ -130,7 +132,7 @@ def _member(archive: zipfile.ZipFile, item: zipfile.ZipInfo, settings: Settings)
         try:
             data = archives.unzip(archive, item)
         except Exception as error:  # zipfile lets through what its decompressors raise
-            raise Problem(400, "corrupt", f"{said} is damaged; pack it again") from error
+            raise Problem(400, "corrupt", f"{subject} is damaged; pack it again") from error
         return _checked(data, settings)()
 
     return Sent(name, load)

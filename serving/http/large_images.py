@@ -92,8 +92,8 @@ def segment(
 
         body = _from_windows(task) if query.resolution == "full" else _from_model_size(task)
 
-        seen = responses.summarise(task.count, model.bundle.manifest, None)
-        return responses.Rendered(body, seen, _asked(task)), task.timer.timings()
+        observed = responses.summarise(task.count, model.bundle.manifest, None)
+        return responses.Rendered(body, observed, _asked(task)), task.timer.timings()
 
 
 @contextlib.contextmanager

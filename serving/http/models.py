@@ -104,7 +104,7 @@ def in_thread(work: Callable[[], None]) -> "Future[None]":
     def run() -> None:
         try:
             work()
-        except BaseException as error:  # handed to whoever waits
+        except BaseException as error:  # handed to the one who waits
             future.set_exception(error)
         else:
             future.set_result(None)
@@ -203,7 +203,7 @@ class ModelRoutes:
         done = asyncio.wrap_future(in_thread(lambda: work(claim)))
         await asyncio.wait({done}, timeout=self._settings.load_timeout_s)
         if not done.done() and claim.take():
-            done.add_done_callback(lambda future: future.exception())  # heard, so that asyncio does not complain
+            done.add_done_callback(lambda future: future.exception())  # retrieved, so that asyncio does not complain
             raise Problem(
                 504,
                 "deadline",

@@ -71,7 +71,7 @@ def negotiate(accept: str | None, view: str | None = None, kinds: Sequence[Kind]
 
 def _ranges(accept: str) -> list[tuple[str, str, str | None, float]]:
     """(type, subtype, view or None, quality) of each media range; malformed ones are passed over (RFC 9110, 12.5.1)."""
-    found = []
+    ranges = []
     for part in accept.split(","):
         media, *parameters = (piece.strip().lower() for piece in part.split(";"))
         kind, slash, subkind = media.partition("/")
@@ -87,5 +87,5 @@ def _ranges(accept: str) -> list[tuple[str, str, str | None, float]]:
                     quality = min(1.0, max(0.0, float(value)))
                 except ValueError:
                     quality = 0.0
-        found.append((kind, subkind, view, quality))
-    return found
+        ranges.append((kind, subkind, view, quality))
+    return ranges

@@ -60,26 +60,26 @@ class Query(BaseModel):
 
     def pixels(self) -> tuple[int, int] | None:
         """(height, width) of a `size` of WIDTHxHEIGHT."""
-        found = _SIZE.fullmatch(self.size)
-        return (int(found[2]), int(found[1])) if found else None
+        match = _SIZE.fullmatch(self.size)
+        return (int(match[2]), int(match[1])) if match else None
 
     def class_ids(self, manifest: Manifest) -> frozenset[int] | None:
         """Ids of the classes asked for, None for all. A name goes before an id. Raises Problem(400)."""
         if self.classes is None:
             return None
         by_name = {str(item.id): item.id for item in manifest.classes} | {c.name: c.id for c in manifest.classes}
-        found = set()
+        ids = set()
         for part in self.classes.split(","):
             if (name := part.strip()) not in by_name:
                 near = difflib.get_close_matches(name[:100], by_name, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else "GET /v1/model lists them"
                 raise Problem(400, "bad-query", f"query parameter 'classes': no class {_shown(name)} here; {hint}")
-            found.add(by_name[name])
-        return frozenset(found)
+            ids.add(by_name[name])
+        return frozenset(ids)
 
 
 def _shown(text: str) -> str:
-    """Somebody else's text in a message: short, quoted and without control characters."""
+    """A caller's text in a message: short, quoted and without control characters."""
     return repr(text[:40])
 
 
@@ -105,10 +105,10 @@ def parse(items: Iterable[tuple[str, str]], settings: Settings) -> Query:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         name = str(first["loc"][0])
-        said = {"view": f"must be one of {', '.join(VIEWS)}", "size": "must be image, model or WIDTHxHEIGHT"}.get(
+        reason = {"view": f"must be one of {', '.join(VIEWS)}", "size": "must be image, model or WIDTHxHEIGHT"}.get(
             name, str(first["msg"]).removeprefix("Value error, ")
         )
-        raise Problem(400, "bad-query", f"query parameter {name!r}: {said}") from error
+        raise Problem(400, "bad-query", f"query parameter {name!r}: {reason}") from error
     if (pixels := query.pixels()) is not None:
         height, width = pixels
         if min(pixels) < 1 or max(pixels) > LONGEST_SIDE or height * width > settings.max_pixels:

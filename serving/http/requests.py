@@ -77,18 +77,18 @@ def check_token(request: Request, settings: Settings) -> None:
 
 def check_query(request: Request, allowed: dict[str, Collection[str]]) -> dict[str, str]:
     """Query parameters, each known, given once and with a listed value. Raises Problem(400)."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         shown = repr(name[:40])
         if name not in allowed:
             known = f"known: {', '.join(allowed)}" if allowed else "this address takes none"
             raise Problem(400, "bad-query", f"unknown query parameter {shown}; {known}")
-        if name in found:
+        if name in values:
             raise Problem(400, "bad-query", f"query parameter {shown} is given twice; give it once")
         if value not in allowed[name]:
             raise Problem(400, "bad-query", f"query parameter {shown} must be one of {', '.join(allowed[name])}")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def body_kind(request: Request) -> str:
@@ -116,7 +116,7 @@ def patience(size: int, settings: Settings) -> float:
 
 
 def stated_size(request: Request) -> int | None:
-    """Bytes of the body by Content-Length: 0 where nothing is said, None where it is no such number."""
+    """Bytes of the body by Content-Length: 0 without one, None where it is no such number."""
     stated = request.headers.get("content-length", "0")
     return int(stated) if stated.isascii() and stated.isdigit() and len(stated) <= 18 else None
 
@@ -137,7 +137,7 @@ async def read_body(
 ) -> bytes:
     """The image's bytes, at most `max_body`, within `body_timeout_s` and at `min_rate`.
 
-    A body that says it is too large is refused unread, one that grows too large at the first byte over. `hold` gets
+    A body that is stated to be too large is refused unread, one that grows too large at the first byte over. `hold` gets
     the size of each piece, and may refuse it.
 
     Raises:
@@ -216,7 +216,7 @@ async def form_files(request: Request, body: bytes, most: int = 1) -> list[tuple
         form = await InMemory(request.headers, pieces(), max_files=most, max_fields=0).parse()
     except (MultiPartException, ValueError, KeyError) as error:
         raise wrong from error
-    found = []
+    files = []
     for field, file in form.multi_items():
         if field != "image" or not isinstance(file, UploadFile):
             raise wrong
@@ -225,10 +225,10 @@ async def form_files(request: Request, body: bytes, most: int = 1) -> list[tuple
             raise Problem(400, "bad-multipart", "the file name has '..' or control characters; send a plain one")
         if len(name) > _LONGEST_NAME:
             raise Problem(400, "bad-multipart", f"a file name is longer than {_LONGEST_NAME} characters; shorten it")
-        found.append((name, await file.read()))
-    if not found:
+        files.append((name, await file.read()))
+    if not files:
         raise wrong
-    return found
+    return files
 
 
 async def gone(request: Request) -> None:

@@ -36,7 +36,7 @@ class Rle(BaseModel):
 
 
 class ClassAnswer(BaseModel):
-    """One class: area in pixels and as a share of the image, mean confidence 0..1 where it is seen, and its mask."""
+    """One class: area in pixels and as a share of the image, mean confidence 0..1 where it occurs, and its mask."""
 
     id: int
     name: str
@@ -48,7 +48,7 @@ class ClassAnswer(BaseModel):
 
 
 class SegmentAnswer(BaseModel):
-    """The JSON answer of POST /v1/segment: all classes in id order, also those not seen or not asked for.
+    """The JSON answer of POST /v1/segment: all classes in id order, also those that do not occur or were not asked for.
 
     `confidence` is the mean over the pixels of these classes (0 where there are none), `ignored` counts the other pixels.
     """
@@ -99,7 +99,7 @@ class Line(BaseModel):
 
 @dataclass(frozen=True)
 class Summary:
-    """By class id: share of the image and, where it is seen, mean confidence 0..1; and the mean over all of these pixels
+    """By class id: share of the image and, where it occurs, mean confidence 0..1; and the mean over all of these pixels
     (0 where there are none)."""
 
     shares: dict[int, float]
@@ -112,7 +112,7 @@ class Rendered:
     """The body of an answer; what the model found, and what of it was asked for."""
 
     body: bytes
-    seen: Summary
+    observed: Summary
     asked: Summary
 
 
@@ -137,8 +137,8 @@ class SegmentResult:
             body=rendered.body,
             bundle=bundle.manifest.id,
             timings={phase: timings[phase] for phase in metrics.PHASES},
-            shares={name: rendered.seen.shares[i] for i, name in names.items()},
-            confidence=rendered.seen.confidence,
+            shares={name: rendered.observed.shares[i] for i, name in names.items()},
+            confidence=rendered.observed.confidence,
             asked_shares={name: rendered.asked.shares[i] for i, name in names.items()},
             asked_confidence=rendered.asked.confidence,
         )
@@ -178,19 +178,19 @@ def summarise(count: NDArray[np.int64], manifest: Manifest, ids: frozenset[int] 
     )
 
 
-def _resized(found: Segmentation, query: Query) -> tuple[Bytes_HW, Bytes_HW]:
+def _resized(segmentation: Segmentation, query: Query) -> tuple[Bytes_HW, Bytes_HW]:
     """(label, confidence) at the size asked for. Nearest: the one of labels that invents none."""
     if query.size == "model":
-        return found.scaled_label_hw, found.scaled_confidence_hw
+        return segmentation.scaled_label_hw, segmentation.scaled_confidence_hw
     if (size := query.pixels()) is None:
-        return found.label_HW, found.confidence_HW
-    return resize.nearest(found.label_HW, *size), resize.nearest(found.confidence_HW, *size)
+        return segmentation.label_HW, segmentation.confidence_HW
+    return resize.nearest(segmentation.label_HW, *size), resize.nearest(segmentation.confidence_HW, *size)
 
 
 def render(
-    kind: Kind, image_HWC: NDArray[np.uint8], found: Segmentation, manifest: Manifest, query: Query | None = None
+    kind: Kind, image_HWC: NDArray[np.uint8], segmentation: Segmentation, manifest: Manifest, query: Query | None = None
 ) -> Rendered:
-    """The answer `kind` for an image and what was found in it.
+    """The answer `kind` for an image and its segmentation.
 
     The areas and means of the summaries are those at the model's resolution, which is cheap.
 
@@ -200,13 +200,13 @@ def render(
     """
     query = query or Query()
     ids, floor = query.class_ids(manifest), lowest_byte(query.min_confidence)
-    count = tally(found.scaled_label_hw, found.scaled_confidence_hw)
+    count = tally(segmentation.scaled_label_hw, segmentation.scaled_confidence_hw)
     asked = summarise(count, manifest, ids, floor)
-    label_HW, confidence_HW = _resized(found, query)
+    label_HW, confidence_HW = _resized(segmentation, query)
     label_HW = select(label_HW, confidence_HW, ids, query.min_confidence, manifest.ignore)
     body = encode(kind, image_HWC, label_HW, confidence_HW, asked, manifest, query.tolerance)
-    seen = summarise(count, manifest, None) if ids is not None or floor else asked
-    return Rendered(body, seen, asked)
+    observed = summarise(count, manifest, None) if ids is not None or floor else asked
+    return Rendered(body, observed, asked)
 
 
 def encode(
@@ -262,9 +262,9 @@ def encode_runs(
 
 
 def _geojson(label_HW: Bytes_HW, confidence_HW: Bytes_HW, manifest: Manifest, tolerance: float) -> bytes:
-    found = polygonize.trace(label_HW, tolerance=tolerance, confidence_HW=confidence_HW, ignore=manifest.ignore)
+    polygons = polygonize.trace(label_HW, tolerance=tolerance, confidence_HW=confidence_HW, ignore=manifest.ignore)
     height, width = label_HW.shape
-    return geojson.encode(found, height, width, manifest)
+    return geojson.encode(polygons, height, width, manifest)
 
 
 def _overlay(image_HWC: NDArray[np.uint8], label_HW: Bytes_HW, manifest: Manifest, media_type: str) -> bytes:
@@ -288,5 +288,5 @@ def server_timing(timings: Mapping[str, float]) -> str:
 
 def class_areas(shares: Mapping[str, float]) -> str:
     """X-Class-Areas header: `name=0.1234, ...`, the largest first, URL-quoted; classes below 0.00005 are left out."""
-    seen = sorted(((share, name) for name, share in shares.items() if share >= 0.00005), key=lambda pair: -pair[0])
-    return ", ".join(f"{quote(name, safe='')}={share:.4f}" for share, name in seen[:MOST_AREAS])
+    largest = sorted(((share, name) for name, share in shares.items() if share >= 0.00005), key=lambda pair: -pair[0])
+    return ", ".join(f"{quote(name, safe='')}={share:.4f}" for share, name in largest[:MOST_AREAS])

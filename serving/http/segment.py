@@ -1,7 +1,7 @@
 """The hot path: one image in, one answer out. Decode, run and encode in one worker thread of several.
 
 At most `concurrency` requests are at work at once, two of them at the model (`serving.model.batcher`); while these run, others
-are decoded and encoded. The rest wait in line, and work that nobody waits for any more is dropped where it has not begun.
+are decoded and encoded. The rest wait in line, and work that is no longer waited for is dropped where it has not begun.
 """
 
 import asyncio
@@ -62,11 +62,16 @@ def prepare(data: bytes, bundle: Bundle, settings: Settings) -> PreparedImage:
 
 
 def render(
-    kind: Kind, query: Query, prepared: PreparedImage, found: Segmentation, bundle: Bundle, timings: Mapping[str, float]
+    kind: Kind,
+    query: Query,
+    prepared: PreparedImage,
+    segmentation: Segmentation,
+    bundle: Bundle,
+    timings: Mapping[str, float],
 ) -> SegmentResult:
     """The last phase: the model's answer to the body of ours."""
     start = time.perf_counter()
-    rendered = responses.render(kind, prepared.image_HWC, found, bundle.manifest, query)
+    rendered = responses.render(kind, prepared.image_HWC, segmentation, bundle.manifest, query)
     return SegmentResult.of(rendered, {**timings, "encode": time.perf_counter() - start}, bundle)
 
 
@@ -85,8 +90,8 @@ def segment(
     label_NHW, confidence_NHW = runtime.run(prepared.fitted_HWC[None])
     timings = {"queue": queued, "decode": prepared.spent_s, "run": time.perf_counter() - start}
 
-    found = restored(label_NHW[0], confidence_NHW[0], prepared.plan)
-    return render(kind, query or Query(), prepared, found, runtime.bundle, timings)
+    segmentation = restored(label_NHW[0], confidence_NHW[0], prepared.plan)
+    return render(kind, query or Query(), prepared, segmentation, runtime.bundle, timings)
 
 
 def count_answer(result: SegmentResult, kind: Kind) -> None:
@@ -170,7 +175,7 @@ class SegmentHandler:
     ) -> SegmentResult:
         """One image's bytes -> its answer, admitted and limited like every request.
 
-        `gone()` returns when nobody waits any more; then, as after the deadline, no further phase is begun.
+        `gone()` returns when the caller no longer waits; then, as after the deadline, no further phase is begun.
         What the caller has `held` for the image is taken over in both cases, and let go when the work has ended.
 
         Raises:
@@ -213,11 +218,11 @@ class SegmentHandler:
         ran = self._run(runtime, prepared.fitted_HWC, job)
 
         job.check()
-        found = restored(ran.label_HW, ran.confidence_HW, prepared.plan)
+        segmentation = restored(ran.label_HW, ran.confidence_HW, prepared.plan)
         timings = {"queue": queue_s + ran.waited_s, "decode": prepared.spent_s, "run": ran.ran_s}
         if shadow := self.manager.shadow:
-            shadow.offer(prepared.image_HWC, found.label_HW, runtime.bundle.manifest)
-        return render(kind, query, prepared, found, runtime.bundle, timings)
+            shadow.offer(prepared.image_HWC, segmentation.label_HW, runtime.bundle.manifest)
+        return render(kind, query, prepared, segmentation, runtime.bundle, timings)
 
     def _segment_in_bands(
         self, job: ImageJob, kind: Kind, query: Query, runtime: Runtime, queued: float
@@ -241,12 +246,12 @@ class SegmentHandler:
             return self._batcher.run(runtime, image_HWC, job)
         except Dropped:
             raise
-        except Exception:  # whatever the runtime throws
+        except Exception:  # the runtimes share no base class of errors
             self.health.doubt(runtime)
             raise
 
     async def _wait(self, work: _Work, gone: Gone | None) -> SegmentResult:
-        """The place is free when the work has ended, not when somebody has stopped waiting for it. Raises Problem."""
+        """The place is free when the work has ended, not when the caller has stopped waiting for it. Raises Problem."""
         answer = asyncio.wrap_future(work.future)
         watcher = asyncio.ensure_future(gone()) if gone else None
         waiting: set[asyncio.Future[Any]] = {answer, watcher} if watcher else {answer}
@@ -270,7 +275,7 @@ class SegmentHandler:
         raise Problem(504, "deadline", f"not done within {work.timeout_s:g} seconds; try again")
 
     def _abandon(self, work: _Work) -> None:
-        """Nobody waits for this work any more; what it occupies is let go when it ends."""
+        """The caller no longer waits for this work; what it occupies is let go when it ends."""
         self._batcher.drop(work.job)
         held = work.held.pop_all() if work.held else None
         loop = asyncio.get_running_loop()

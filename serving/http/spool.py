@@ -1,4 +1,4 @@
-"""Bodies too large for memory: a raw body that says so is written to a temporary file as it comes.
+"""Bodies too large for memory: a raw body that states so is written to a temporary file as it comes.
 
 The file has no name and is gone when the last holder drops it. All of them together are bounded; a place that has no
 temporary folder to write to (TMPDIR) answers as if it were full. On a tmpfs such a file is memory again: mount a disk.
@@ -25,15 +25,35 @@ class _Disk:
     """Bytes in temporary files of this process."""
 
     def __init__(self) -> None:
-        self._lock, self._bytes = threading.Lock(), 0
+        self._lock = threading.Lock()
+        self._bytes = 0
 
     def add(self, size: int) -> int:
+        """The sum of all, after `size` more."""
         with self._lock:
             self._bytes += size
             return self._bytes
 
 
 _disk = _Disk()
+
+
+class _Reservation:
+    """What one body takes on the disk; all together take at most `room` bytes."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self.size = 0
+
+    def add(self, size: int) -> None:
+        """Raises Problem(503)."""
+        self.size += size
+        if _disk.add(size) > self._room:
+            raise Problem(503, "overloaded", "too many large bodies under way; try again", {"Retry-After": "5"})
+
+    def release(self) -> None:
+        """When its file is gone."""
+        _disk.add(-self.size)
 
 
 async def read_body(
@@ -63,26 +83,26 @@ async def read_body(
         raise Problem(503, "overloaded", f"no room for the body on disk ({error.strerror}); try again") from error
 
 
-async def _write(request: Request, room: int, told: Callable[[int], None]) -> BinaryIO:
+async def _write(request: Request, room: int, on_arrival: Callable[[int], None]) -> BinaryIO:
+    """The body as a file; `on_arrival` gets the bytes that have come so far, at each piece. Raises Problem(503)."""
     file: BinaryIO = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it is handed on, and closes when dropped
-    held = [0]
-    weakref.finalize(file, lambda: _disk.add(-held[0]))
+    reservation = _Reservation(room)
+    weakref.finalize(file, reservation.release)
+
     batch = bytearray()
-
-    async def flush() -> None:
-        held[0] += len(batch)
-        if _disk.add(len(batch)) > room:
-            raise Problem(503, "overloaded", "too many large bodies under way; try again", {"Retry-After": "5"})
-        await asyncio.to_thread(file.write, bytes(batch))
-        batch.clear()
-
     async for piece in request.stream():
         batch += piece
-        told(held[0] + len(batch))
+        on_arrival(reservation.size + len(batch))
         if len(batch) >= _BATCH:
-            await flush()
-    await flush()
+            await _flush(batch, file, reservation)
+    await _flush(batch, file, reservation)
     return file
+
+
+async def _flush(batch: bytearray, file: BinaryIO, reservation: _Reservation) -> None:
+    reservation.add(len(batch))
+    await asyncio.to_thread(file.write, bytes(batch))
+    batch.clear()
 
 
 def read_whole(file: BinaryIO, settings: Settings) -> bytes:

@@ -72,7 +72,7 @@ class _WaitingImage:
 
 
 class Batcher:
-    """Runs images for many threads; `limit` says the largest batch for a model, `on_run` gets the size of each run."""
+    """Runs images for many threads; `limit` gives the largest batch for a model, `on_run` gets the size of each run."""
 
     def __init__(
         self, limit: Callable[[Runtime], int], on_run: Callable[[int], None] = lambda size: None, at_once: int = 2
@@ -142,7 +142,7 @@ class Batcher:
             spent = time.perf_counter() - start
             for label_HW, confidence_HW, entry in zip(label_NHW, confidence_NHW, taken, strict=True):
                 entry.result = ModelRun(label_HW, confidence_HW, start - entry.since, spent, len(taken))
-        except Exception as error:  # whatever a runtime throws: it belongs to the image's thread, not to the leader's
+        except Exception as error:  # of any runtime: it belongs to the image's thread, not to this one
             if len(taken) == 1:
                 taken[0].result = error
                 return

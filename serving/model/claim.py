@@ -6,7 +6,7 @@ from serving.model.checks import CandidateRefused
 
 
 class Claim:
-    """What one side only can take. Either the swap happens, or the caller is told that it did not."""
+    """What one side only can take. Either the swap happens, or the caller gets an error."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -40,7 +40,7 @@ class Event(BaseModel):
 
 
 class BundleLoaded(Event):
-    """A bundle was put in the place of the one `before` it. `passed_over` says why faster options do not run."""
+    """A bundle was put in the place of the one `before` it. `passed_over` has the reasons why faster options do not run."""
 
     event: Literal["bundle-loaded"] = "bundle-loaded"
     bundle: str
@@ -147,7 +147,7 @@ class EventLog:
         self._keep(event)
 
     def add_refusal(self, event: BundleRefused, error: Exception) -> None:
-        """Count, log and keep a candidate's failure; one that nobody foresaw with its traceback in the log."""
+        """Count, log and keep a candidate's failure; an unexpected one with its traceback in the log."""
         metrics.swapped("refused", event.cause)
         if event.cause != "failed":
             self.add(event)

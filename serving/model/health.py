@@ -11,7 +11,7 @@ from serving.telemetry import metrics
 
 
 class ModelHealth:
-    """Tells an image that the model cannot take from a model that takes nothing any more: a lost GPU, say.
+    """Distinguishes an image that the model cannot take from a model that fails on everything: a lost GPU, for example.
 
     `on_lost` is called in the second case, from one of the threads of `workers`, where the test runs too.
     """

@@ -1,4 +1,4 @@
-"""Work beside the requests, which come first: on cores that nobody else wants, with the threads that it starts.
+"""Work beside the requests, which come first: on cores that nothing else needs, with the threads that it starts.
 
 A runtime starts a pool of threads with the session, and on Linux a thread inherits its starter's scheduling. Loading a
 candidate so leaves the cores to the requests; when it serves, its pool has to be as fast as the one before. Loads without
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-# On cores that are never free it would not end, and whoever asked for it waits `load_timeout_s`, 20 s unless set.
+# On cores that are never free it would not end, and the operator who asked for it waits `load_timeout_s`, 20 s unless set.
 PATIENCE_S = 5.0
 
 
@@ -48,7 +48,7 @@ def run_at_idle_priority(work: Callable[[], T]) -> T:
 
 
 def _schedule(thread: int, policy: int) -> None:
-    """Linux takes a thread's id where POSIX says a process's; 0 is the calling thread. Raises OSError."""
+    """Linux takes a thread's id where POSIX has a process's; 0 is the calling thread. Raises OSError."""
     os.sched_setscheduler(thread, policy, os.sched_param(0))
 
 

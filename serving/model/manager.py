@@ -2,7 +2,7 @@
 
 One change at a time: the watcher that follows the champion pointer, or a load that an operator asks for. A candidate is
 opened, verified, warmed up and checked (`serving.model.loader`) beside the current model, and only then takes its place;
-whatever is wrong with it, the current model serves on. Only a rollback waits for nobody, since it is the way out, also
+if anything is wrong with it, the current model serves on. Only a rollback never waits, since it is the way out, also
 where a candidate hangs: what is being loaded meanwhile is refused. At most three models are in memory while that happens
 (and the shadow's), two afterwards; an older one is freed when the last request that started with it ends.
 """
@@ -53,9 +53,9 @@ class ModelManager:
     """Holds the models and changes them, from any thread.
 
     There are two locks. `_turn` is held from the beginning to the end of a change that takes its time (a load, the
-    watcher's, a shadow's); nobody waits for it: a second change raises Busy. `_lock` guards `current`, `previous`,
+    watcher's, a shadow's); it is never waited for: a second change raises Busy. `_lock` guards `current`, `previous`,
     `shadow`, the change under way and the settled pointer for the moment in which they are exchanged, so that they are
-    seen to change together; nothing slow happens under it. It may be taken inside the turn, never the turn inside it, and
+    observed to change together; nothing slow happens under it. It may be taken inside the turn, never the turn inside it, and
     a rollback takes it alone. `current` is also read without: a request reads it once, and keeps the model that it got.
     """
 
@@ -166,7 +166,7 @@ class ModelManager:
     def install(
         self, change: Change, folder: Path, *, allow_class_change: bool = False, claim: Claim | None = None
     ) -> None:
-        """Load the bundle in `folder` and put it in the current one's place, for whoever has the turn.
+        """Load the bundle in `folder` and put it in the current one's place; the caller has the turn.
 
         Raises:
             CandidateRefused, BundleError, ProviderError, or what else the candidate's runtime fails with.

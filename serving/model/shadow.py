@@ -1,4 +1,4 @@
-"""A candidate that runs on a share of the requests and answers nobody: how often would it have answered the same?
+"""A candidate that runs on a share of the requests and never answers: how often would it have answered the same?
 
 One thread of the lowest priority with one inference thread, and a queue of WAITING images: what finds the queue full is
 dropped, so that a request is never later, and never fails, for the shadow's sake.
@@ -73,8 +73,8 @@ def _lower_priority() -> None:
 class Shadow:
     """Scores a random `share` (0..1) of the images offered by the runtime that `open_candidate` gives.
 
-    It is opened in the shadow's own thread, so that what the runtime starts has the low priority too; `opened` says how
-    that went.
+    It is opened in the shadow's own thread, so that what the runtime starts has the low priority too; `opened` has the
+    outcome.
     """
 
     def __init__(self, open_candidate: Callable[[], Runtime], share: float) -> None:
@@ -148,7 +148,7 @@ class Shadow:
                 self._agreement.add(label_HW, shadow_HW, runtime.bundle.manifest)
                 self.scored += 1
                 shares = self._agreement.shares()
-        except Exception as error:  # the candidate's fault, and nobody waits for it
+        except Exception as error:  # the candidate's fault, and no request waits for it
             with self._lock:
                 self.failed += 1
                 first = self.failed == 1

@@ -109,7 +109,8 @@ def event(kind: str, **facts: object) -> None:
 def failure(kind: str, error: BaseException, **facts: object) -> None:
     """Log an event with the error's text, the id of the request it happened in and the traceback, in one JSON line."""
     trace = logging.Formatter().formatException((type(error), error, error.__traceback__))
-    known = {"request_id": found} if (found := REQUEST.get()) else {}
+    request = REQUEST.get()
+    known = {"request_id": request} if request else {}
     event(kind, error=str(error), trace=trace, **known | facts)
 
 

@@ -1,4 +1,4 @@
-"""OpenTelemetry, where somebody collects it: a span for each request, with the phases of its answer below it.
+"""OpenTelemetry, where a collector is configured: a span for each request, with the phases of its answer below it.
 
 On only with OTEL_EXPORTER_OTLP_ENDPOINT set and the packages there; all of OTEL_*'s other variables are the SDK's own. The
 phases are those of the answer's Server-Timing header, laid end to end before the end of the request, so the hot path is
@@ -42,7 +42,7 @@ class FinishedRequest:
     ended_ns: int
 
     def attributes(self) -> dict[str, str | int]:
-        """What the span says of it: nothing that a caller can choose freely but the request id, which is short and plain."""
+        """Of the span: nothing that a caller can choose freely but the request id, which is short and plain."""
         method = self.request.method
         facts: dict[str, str | int] = {
             "http.request.method": method if method in _METHODS else "_OTHER",
@@ -98,7 +98,7 @@ class SpanRecorder:
 
 @functools.cache
 def recorder() -> SpanRecorder | None:
-    """What records finished requests; None when nobody collects them or a package is missing (with an event)."""
+    """What records finished requests; None without a collector or where a package is missing (with an event)."""
     if not os.environ.get(ENDPOINT):
         return None
     if importlib.util.find_spec("opentelemetry") is None:
@@ -110,7 +110,7 @@ def recorder() -> SpanRecorder | None:
 
 
 def _exports() -> bool:
-    """Whether spans go somewhere: a provider that somebody set already is used, else one that sends to ENDPOINT is made."""
+    """Whether spans go somewhere: a provider that was set already is used, else one that sends to ENDPOINT is made."""
     from opentelemetry import trace
 
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):

@@ -85,7 +85,7 @@ def test_what_lies_in_it(packed: Packed) -> None:
     facts = yaml.safe_load((packed.folder / "bento.yaml").read_text())
     assert inside.manifest.id == packed.bundle == facts["labels"]["bundle"]
     rooms = {path.name for path in (packed.folder / "src").iterdir() if path.is_dir()}
-    assert rooms == {*build.ROOMS, "bundle"}
+    assert rooms == {*build.PACKAGES, "bundle"}
     needed = set((packed.folder / "env/python/requirements.txt").read_text().split())
     assert set(build.requirements()) == needed
     names = {line.partition("==")[0].partition("[")[0] for line in needed}

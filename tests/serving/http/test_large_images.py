@@ -85,7 +85,7 @@ def same(got: responses.Rendered, want: responses.Rendered) -> None:
         np.testing.assert_array_equal(shown(got.body), shown(want.body))
     else:
         assert got.body == want.body
-    assert (got.seen, got.asked) == (want.seen, want.asked)
+    assert (got.observed, got.asked) == (want.observed, want.asked)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
