@@ -47,7 +47,7 @@ class Ingest(Section):
     max_pixels: Positive
     max_file_mb: Positive
     shard_mb: Positive
-    near_duplicate_bits: Annotated[int, Field(ge=0, le=16)]
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=16)] | None
     near_duplicate_cap: Positive
     dump_max_gb: Annotated[float, Field(gt=0)]
     dump_max_files: Positive

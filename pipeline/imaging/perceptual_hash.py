@@ -1,9 +1,14 @@
-"""Near-duplicate images: a 64-bit difference hash, an index that grows, and all near pairs of many hashes at once."""
+"""Near-duplicate images: a 64-bit difference hash, an index that grows, all near pairs of many hashes, and a closer look.
+
+The hash proposes and the closer look decides: 64 bits say nothing about a small object, so all pictures of one fixed camera
+have nearly the same hash.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations, pairwise
 from math import comb
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +17,46 @@ from PIL import Image
 BITS = 64
 MAX_TABLES = 20
 FLAT = 2  # grey levels; neighbouring cells of a picture without any gradient differ by rounding alone
+
+
+class Thumbnail(NamedTuple):
+    """Means of an image's cells: brightness of 16 x 16, colour (Cb, Cr) of 8 x 8, float32 0..255."""
+
+    luma_HW: NDArray[np.float32]
+    chroma_HWC: NDArray[np.float32]
+
+
+# How far cells of two copies may differ: grey levels, and levels for each level of the picture's own spread (sharp edges
+# move from one cell to the next when a picture is scaled). Of 120 copies of 30 photographs (JPEG 20, WebP 30, half and a
+# third of the size) one is not recognised, of 547 pairs of a fixed camera with an object of 0.4 % of the picture two are
+# taken for copies.
+LUMA_TOLERANCE = (10.0, 0.2)
+CHROMA_TOLERANCE = (4.0, 0.25)
+
+
+def thumbnail(image_HWC: NDArray[np.uint8]) -> Thumbnail:
+    """The closer look at an RGB image (H x W x 3, uint8)."""
+    image = Image.fromarray(image_HWC).convert("YCbCr")
+    luma_HWC = np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float32)
+    chroma_HWC = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=np.float32)
+    return Thumbnail(luma_HWC[..., 0], chroma_HWC[..., 1:])
+
+
+def same_picture(first: Thumbnail, second: Thumbnail) -> bool:
+    """Whether two thumbnails show the same, up to brightness, contrast and saturation."""
+    return _fits(first.luma_HW, second.luma_HW, LUMA_TOLERANCE) and _fits(
+        first.chroma_HWC, second.chroma_HWC, CHROMA_TOLERANCE
+    )
+
+
+def _fits(first: NDArray[np.float32], second: NDArray[np.float32], tolerance: tuple[float, float]) -> bool:
+    """Whether no cell differs by more than the tolerance once the second is fitted to the first by least squares."""
+    x = second - second.mean(axis=(0, 1))
+    y = first - first.mean(axis=(0, 1))
+    gain = float((x * y).sum()) / max(float((x * x).sum()), 1e-6)
+    levels, share = tolerance
+    spread = float(np.sqrt((y * y).mean()))
+    return bool(np.abs(y - gain * x).max() <= levels + share * spread)
 
 
 def dhash(image_HWC: NDArray[np.uint8]) -> int | None:

@@ -5,6 +5,9 @@ image with a mask, the rest; then by name. So a test set never loses an image to
 source's own lists put into the same one of labelled, val and test are never *near* duplicates of each other: who wrote
 the list wanted both. Exact duplicates always go.
 
+What looks alike by its hash is compared by a closer look (`perceptual_hash.same_picture`) before anything goes.
+`ingest.near_duplicate_bits: null` keeps all near duplicates.
+
 Of images that look alike and have no mask, `ingest.near_duplicate_cap` stay. A near copy of an image with a mask, or of
 a listed one, never does: a model may be scored on that image, now or under another split.
 
@@ -13,7 +16,7 @@ came to this machine first; 100,000 take about a second (benchmarks/ratios/inges
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
@@ -34,10 +37,13 @@ def listed_parts(lists: Mapping[str, Sequence[str] | None]) -> dict[str, str]:
     return {name: part for part in RANKED for name in lists.get(part) or ()}
 
 
-class _Kept(NamedTuple):
-    """What a later image is compared with: its place, its list, and whether a model may be scored on it."""
+Same = Callable[[manifest.Row, manifest.Row], bool]
 
-    key: str
+
+class _Kept(NamedTuple):
+    """What a later image is compared with: itself, its list, and whether a model may be scored on it."""
+
+    row: manifest.Row
     part: str | None
     scored: bool
 
@@ -45,19 +51,22 @@ class _Kept(NamedTuple):
 def deduplicate(
     archives: Sequence[Sequence[manifest.Row]],
     lists: Mapping[str, Sequence[str] | None],
-    bits: int,
+    bits: int | None,
     cap: int = 1,
+    same: Same = lambda first, second: True,
 ) -> tuple[list[manifest.Row], list[QuarantineEntry]]:
     """Rows of every archive in order of arrival -> (rows kept, quarantine entries of the dropped ones).
 
     Args:
         archives: rows per archive; the first is the base archive, to which `lists` belong.
         lists: the source's id lists.
-        bits: largest Hamming distance of two difference hashes that still makes a near duplicate.
+        bits: largest Hamming distance of two difference hashes that still makes a near duplicate; None: there are none.
         cap: at most so many images without a mask stay where each is near the next one.
+        same: the closer look at two images whose hashes are near.
     """
     hashes = (_hash_of(row) for rows in archives for row in rows)
-    deduplicator = Deduplicator(perceptual_hash.neighbours(hashes, bits), bits, cap)
+    near = {} if bits is None else perceptual_hash.neighbours(hashes, bits)
+    deduplicator = Deduplicator(near, bits or 0, cap, same)
     for number, rows in enumerate(archives):
         deduplicator.add_archive(rows, listed_parts(lists) if number == 0 else {})
     return deduplicator.kept, deduplicator.dropped
@@ -66,11 +75,12 @@ def deduplicate(
 class Deduplicator:
     """Takes archives in order of arrival; `kept` and `dropped` grow with each."""
 
-    def __init__(self, near: Mapping[int, Collection[int]], bits: int, cap: int) -> None:
+    def __init__(self, near: Mapping[int, Collection[int]], bits: int, cap: int, same: Same) -> None:
         """`near`: for hashes that have any, those within `bits`, themselves included; the rest as `deduplicate`."""
         self._near = near
         self._bits = bits
         self._cap = cap
+        self._same = same
         self._by_id: dict[str, manifest.Row] = {}
         self._by_hash: dict[int, list[_Kept]] = {}
         self.kept: list[manifest.Row] = []
@@ -91,19 +101,19 @@ class Deduplicator:
         part = part_of.get(row.name)
         scored = part is not None or row.mask_shard is not None
         if value is not None and value in self._near:
-            alike = self._alike(value, part)
+            alike = self._alike(row, value, part)
             most = 1 if scored or any(kept.scored for kept in alike) else self._cap
             if len(alike) >= most:
                 return self._drop(row, "near-duplicate", self._look_alike(alike))
-            self._by_hash.setdefault(value, []).append(_Kept(f"{row.dump}/{row.name}", part, scored))
+            self._by_hash.setdefault(value, []).append(_Kept(row, part, scored))
 
         self._by_id[row.id] = row
         return True
 
-    def _alike(self, value: int, part: str | None) -> list[_Kept]:
-        """What was kept and looks alike, without images that the source lists for the same part."""
+    def _alike(self, row: manifest.Row, value: int, part: str | None) -> list[_Kept]:
+        """What was kept and shows the same, without images that the source lists for the same part."""
         near = [kept for other in self._near[value] for kept in self._by_hash.get(other, ())]
-        return [kept for kept in near if part is None or kept.part != part]
+        return [kept for kept in near if (part is None or kept.part != part) and self._same(row, kept.row)]
 
     def _drop(self, row: manifest.Row, code: str, reason: str) -> bool:
         self.dropped.append(QuarantineEntry(dump=row.dump, name=row.name, code=code, reason=reason))
@@ -113,7 +123,7 @@ class Deduplicator:
         first = next((kept for kept in alike if kept.scored), alike[0])
         more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
         rule = "ingest.near_duplicate_bits" + ("" if first.scored or self._cap == 1 else ", ingest.near_duplicate_cap")
-        return f"looks like {first.key}{more} (difference hash within {self._bits} bits; {rule})"
+        return f"looks like {first.row.dump}/{first.row.name}{more} (difference hash within {self._bits} bits; {rule})"
 
 
 def _rank(row: manifest.Row, part_of: Mapping[str, str]) -> tuple[int, str]:
@@ -128,6 +138,34 @@ def _hash_of(row: manifest.Row) -> int | None:
     return int(row.phash, 16) if row.phash else None
 
 
+class Thumbnails:
+    """The closer look at images of the shards; each is decoded once."""
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
+        self._known: dict[str, perceptual_hash.Thumbnail] = {}
+
+    def same(self, first: manifest.Row, second: manifest.Row) -> bool:
+        """Whether two images show the same, up to brightness and contrast."""
+        return perceptual_hash.same_picture(self._of(first), self._of(second))
+
+    def _of(self, row: manifest.Row) -> perceptual_hash.Thumbnail:
+        if row.id not in self._known:
+            self._known[row.id] = perceptual_hash.thumbnail(manifest.open_image(row, self._max_pixels))
+        return self._known[row.id]
+
+
+def lost_labels(dropped: Sequence[QuarantineEntry], needed: Collection[str]) -> list[str]:
+    """Warnings for near duplicates that had a label or stood in a list. `needed`: their keys."""
+    lost = [entry for entry in dropped if entry.code == "near-duplicate" and entry.key in needed]
+    if not lost:
+        return []
+    return [
+        f"{len(lost)} labelled or listed images are left out as near duplicates, the first: {lost[0].key} {lost[0].reason}; "
+        "if they are different pictures, set ingest.near_duplicate_bits: null"
+    ]
+
+
 def run(params: config.Params) -> Result:
     """The stage: data/ingested/ of every dump, and imported labels -> data/manifest.parquet and data/quarantine.json."""
     names = list(dump_registry.read().dumps)
@@ -138,7 +176,9 @@ def run(params: config.Params) -> Result:
     imported = labels.places(labels.read(), [c["name"] for c in source["classes"]])
 
     settings = params.ingest
-    rows, dropped = deduplicate(archives, source["lists"], settings.near_duplicate_bits, settings.near_duplicate_cap)
+    same = Thumbnails(settings.max_pixels).same
+    bits, cap = settings.near_duplicate_bits, settings.near_duplicate_cap
+    rows, dropped = deduplicate(archives, source["lists"], bits, cap, same)
     rows = labels.attach(rows, imported)
     manifest.write(paths.MANIFEST, rows)
     write_quarantine(paths.QUARANTINE, refused + dropped)
@@ -151,7 +191,14 @@ def run(params: config.Params) -> Result:
         )
     if refused or dropped:
         shown.append(f"{len(refused) + len(dropped)} entries with their reasons: {paths.QUARANTINE}")
-    return Result(shown)
+    listed = {key for part in manifest.NEEDS_MASK for key in source["lists"].get(part) or ()}
+    needed = {
+        f"{row.dump}/{row.name}"
+        for archive in archives
+        for row in archive
+        if row.mask_shard is not None or (row.dump == dump_registry.BASE and row.name in listed)
+    }
+    return Result(shown, warnings=lost_labels(dropped, needed))
 
 
 def _table(

@@ -1,5 +1,6 @@
 """The difference hash against a slow oracle; the banded index against brute force."""
 
+import io
 from itertools import pairwise
 
 import numpy as np
@@ -122,3 +123,17 @@ def test_all_near_pairs_are_those_of_brute_force(seeds: list[tuple[int, list[int
     }
     want = {value: near for value, near in want.items() if len(near) > 1 or values.count(value) > 1}
     assert {value: sorted(near) for value, near in perceptual_hash.neighbours(values, bits).items()} == want
+
+
+def test_the_closer_look_passes_copies_and_stops_at_an_object() -> None:
+    picture = tiny_source.picture(5, 192, 256)
+    first = perceptual_hash.thumbnail(picture)
+    darker = (picture * 0.7 + 20).astype(np.uint8)
+    packed = np.asarray(Image.open(io.BytesIO(tiny_source.encode(picture, "JPEG", quality=40))))
+    for copy in (darker, packed, picture[::2, ::2]):
+        assert perceptual_hash.same_picture(first, perceptual_hash.thumbnail(np.ascontiguousarray(copy)))
+
+    with_object = picture.copy()
+    with_object[80:94, 60:74] = (200, 30, 30)  # 0.4 % of the picture
+    assert perceptual_hash.distance(perceptual_hash.dhash(picture), perceptual_hash.dhash(with_object)) <= 3
+    assert not perceptual_hash.same_picture(first, perceptual_hash.thumbnail(with_object))

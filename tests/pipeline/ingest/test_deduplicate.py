@@ -131,3 +131,32 @@ def test_the_fast_search_keeps_what_a_double_loop_keeps(data: st.DataObject) -> 
     rows = [row(f"{n:02d}", f"{h}", FAR[0] ^ h, dump=f"d{a}", mask=m) for n, (a, h, m) in enumerate(drawn)]
     archives = [[r for r in rows if r.dump == f"d{a}"] for a in range(3)]
     assert sorted(outcome(archives, bits=bits, cap=cap)[0]) == slow(archives, bits, cap)
+
+
+def test_hashes_propose_and_the_closer_look_decides() -> None:
+    rows = [row("a", "1", FAR[0], mask=True), row("b", "2", FAR[0], mask=True), row("c", "3", FAR[0] ^ 1)]
+
+    def look(same: bool) -> list[str]:
+        kept, _ = deduplicate.deduplicate([rows], NO_LISTS, 3, 1, lambda first, second: same)
+        return [r.name for r in kept]
+
+    assert look(same=True) == ["a"]
+    assert look(same=False) == ["a", "b", "c"]
+
+
+def test_near_duplicates_can_be_kept() -> None:
+    rows = [row("a", "1", FAR[0], mask=True), row("b", "2", FAR[0]), row("c", "2", FAR[0])]
+    kept, dropped = deduplicate.deduplicate([rows], NO_LISTS, None)
+    assert [r.name for r in kept] == ["a", "b"]
+    assert [entry.code for entry in dropped] == ["duplicate"]
+
+
+def test_lost_labels_are_told_loudly() -> None:
+    rows = [row("a", "1", FAR[0], mask=True), row("b", "2", FAR[0], mask=True), row("c", "3", FAR[0])]
+    _, dropped = deduplicate.deduplicate([rows], NO_LISTS, 3)
+    assert len(dropped) == 2
+    (warning,) = deduplicate.lost_labels(dropped, {"base/a", "base/b"})
+    assert warning.startswith(
+        "1 labelled or listed images are left out as near duplicates, the first: base/b looks like"
+    )
+    assert deduplicate.lost_labels(dropped, set()) == []
