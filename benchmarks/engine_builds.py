@@ -24,8 +24,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from export import onnx_graph, quantize
-from export.tensorrt import builder
-from export.tensorrt.builder import Profile
+from export.tensorrt import builder, installation
+from export.tensorrt.profile import Profile
 from pipeline import config
 from pipeline.config import presets
 from pipeline.storage import atomic
@@ -52,12 +52,12 @@ def forms(params: config.Params) -> dict[str, bytes]:
 
 
 def build(name: str, precision: str, model: bytes, profile: Profile) -> dict[str, Any]:
-    module, began = builder.load(), time.monotonic()
+    module, began = installation.load(), time.monotonic()
     row = {"network": name, "precision": precision, "onnx_mb": round(len(model) / 1e6, 1), "module": module.__name__}
     try:
         made = builder.build(module, model, precision=precision, profile=profile, name=f"{name} {precision}")
         row |= {"engine_mb": round(len(made.engine) / 1e6, 1), "failure": None}
-    except builder.EngineError as error:
+    except installation.EngineError as error:
         row |= {"engine_mb": None, "failure": str(error)[:400]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return row | {"seconds": round(time.monotonic() - began, 1), "peak_gb_so_far": round(peak, 2)}

@@ -13,7 +13,7 @@ from rich.table import Table
 from export.bundle import bundle
 from export.bundle.manifest import MODEL, Description, InputPolicy, explain
 from export.onnx_graph import ExportError, Graph
-from export.tensorrt import builder
+from export.tensorrt import installation
 from export.variants import Student, Variants, make_variants
 from pipeline import config, console, paths
 from pipeline.stage import Result
@@ -43,7 +43,7 @@ class ExportReport(BaseModel):
     seconds: float
     torch: str
     onnx: str
-    tensorrt: dict[str, Any]
+    tensorrt: installation.Installation
 
 
 def graph_metadata(meta: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, str]:
@@ -98,7 +98,7 @@ def run(params: config.Params) -> Result:
 
     policy = config.Input.model_validate(meta["params"]["input"])
     student = Student(network, policy, graph_metadata(meta, scores))
-    gpu = builder.look()
+    gpu = installation.look()
     with console.status("tracing the network"):
         graph = student.trace()
     with console.status("making its cheaper variants"):
@@ -118,7 +118,7 @@ def run(params: config.Params) -> Result:
         seconds=round(graph.seconds, 2),
         torch=torch.__version__,
         onnx=onnx.__version__,
-        tensorrt=gpu.as_dict(),
+        tensorrt=gpu,
     )
     record = report.model_dump(mode="json")
     atomic.write_json(paths.EXPORT, record)
@@ -133,5 +133,5 @@ def _table(report: ExportReport) -> Table:
     for name, note in report.variants.items():
         table.add_row(name, note)
     table.add_row("tracing took", f"{report.seconds:.1f} s")
-    table.add_row("TensorRT", report.tensorrt["says"])
+    table.add_row("TensorRT", report.tensorrt.says)
     return table

@@ -90,16 +90,16 @@ def bench(
     as_json: Json = False,
 ) -> Result:
     """Latency, images/s and peak memory of every runtime and precision of a bundle that runs here, as one table."""
-    from export.tools import bench
+    from export.tools import bench, bench_rows
     from export.tools.sizes import split_list
     from pipeline.storage import atomic
 
-    measured = bench.bench(
-        bundle, split_list(sizes or []), split_list(batches), rounds=rounds, threads=threads, student=student
-    )
+    options = bench.BenchOptions(split_list(sizes or []), split_list(batches), rounds, threads, student)
+    measured = bench.bench(bundle, options)
+    record = measured.model_dump(mode="json")
     if out is not None:
-        atomic.write_json(out, measured)
-    return Result(bench.shown(measured), record=measured, as_json=as_json)
+        atomic.write_json(out, record)
+    return Result(bench_rows.shown(measured), record=record, as_json=as_json)
 
 
 @command(app)

@@ -18,6 +18,7 @@ from benchmarks.support.timing import alternate
 from export.bundle import bundle
 from export.runtime import cpu, runtime
 from export.tools import bench, bench_worker
+from export.tools.bench_protocol import BundleTask
 from export.tools.sizes import parse_size
 from tests.support import tiny_onnx
 
@@ -29,9 +30,12 @@ def measure(opened: bundle.Bundle, sizes: list[str], images: int, rounds: int, t
     rows = []
     for option in runtime.options(opened):
         for text in sizes:
-            task = {"bundle": str(opened.folder), "provider": option.provider, "precision": option.precision}
-            task |= {"size": parse_size(text, "--sizes"), "batch": 1, "images": images, "threads": threads}
-            works, facts = bench_worker.prepare(task)
+            task = BundleTask(
+                size=parse_size(text, "--sizes"), batch=1, threads=threads, bundle=opened.folder,
+                provider=option.provider, precision=option.precision, images=images,
+            )  # fmt: skip
+            prepared = bench_worker.prepare(task)
+            works, facts = prepared.works, prepared.facts.model_dump(mode="json")
             works["run"]()
             timed = alternate(
                 {"stream": works["stream"], "run": lambda works=works: [works["run"]() for _ in range(images)]}, rounds

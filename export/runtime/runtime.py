@@ -96,10 +96,10 @@ def candidates(manifest: Manifest, provider: Provider, precision: Precision) -> 
 def _lacks(option: Option) -> str | None:
     """Why an option cannot or should not be picked here unless it is named; None when nothing is known against it."""
     if option.device == "cuda":
-        from export.tensorrt import builder
+        from export.tensorrt import installation
 
-        found = builder.look()
-        return None if found.cards and (found.modules or option.runtime != "tensorrt") else found.as_dict()["says"]
+        found = installation.look()
+        return None if found.cards and (found.modules or option.runtime != "tensorrt") else found.says
     if option.runtime == "openvino" and importlib.util.find_spec("openvino") is None:
         return "openvino is not installed"
     if option.precision == "bf16" and not cpu.flags() & {"avx512_bf16", "amx_bf16", "bf16"}:

@@ -164,15 +164,16 @@ def open_session(option: Option, model: bytes, *, threads: int, long_side: int, 
         return OnnxRuntime(model, option.device, threads)
     if option.runtime == "openvino":
         return OpenVino(model, option.precision, threads)
-    from export.tensorrt import builder  # looks for a driver: only when asked for
+    from export.tensorrt import installation  # looks for a driver: only when asked for
+    from export.tensorrt.profile import Profile
     from export.tensorrt.session import EngineSession
 
-    found = builder.look()
+    found = installation.look()
     if not found.usable:
-        raise ProviderError(f"tensorrt: {found.as_dict()['says']}; ask for 'cuda' or 'cpu'")
+        raise ProviderError(f"tensorrt: {found.says}; ask for 'cuda' or 'cpu'")
     try:
-        profile = builder.Profile.of(long_side=long_side, stride=stride)
+        profile = Profile.of(long_side=long_side, stride=stride)
         session: Session = EngineSession(model, precision=option.precision, profile=profile)
-    except (builder.EngineError, OSError) as error:
+    except (installation.EngineError, OSError) as error:
         raise ProviderError(f"tensorrt: {error}; ask for 'cuda' or 'cpu'") from error
     return session

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.tensorrt import builder
-from export.tensorrt.builder import EngineError, Profile
+from export.tensorrt.installation import EngineError
+from export.tensorrt.profile import Profile
 from pipeline import paths
 from pipeline.storage import atomic
 

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from export.bundle import bundle
 from export.runtime import telemetry
-from export.tensorrt import builder, cudart
-from export.tensorrt.builder import EngineError, Profile
+from export.tensorrt import builder, cudart, installation
 from export.tensorrt.cache import Cache, default_folder
+from export.tensorrt.installation import EngineError
+from export.tensorrt.profile import Profile
 from export.tensorrt.session import EngineSession
 from pipeline import paths
 from pipeline.stage import Exit, Result
@@ -65,7 +66,7 @@ def build_all(
     opened: bundle.Bundle, precisions: Sequence[str], profile: Profile, cache: Path, *, rebuild: bool
 ) -> list[dict[str, Any]]:
     """Build, check and time each precision; a failure is its row's `failure` and does not stop the others."""
-    module, rows = builder.load(), []
+    module, rows = installation.load(), []
     for precision in precisions:
         path = opened.folder / FILES[precision]
         model = path.read_bytes()
@@ -124,12 +125,12 @@ def run(
         raise EngineError(f"{opened.folder / FILES[absent[0]]}: not in this bundle; it has {', '.join(present)}")
     policy = opened.manifest.input
     profile = Profile.of(long_side=policy.long_side, stride=policy.stride, max_batch=max_batch)
-    found = builder.look()
+    found = installation.look()
     if not found.usable:
         looked = [f"  {place}: {answer}" for place, answer in found.looked_for.items()]
-        raise EngineError("\n".join([found.as_dict()["says"], *looked]))
+        raise EngineError("\n".join([found.says, *looked]))
 
-    card = builder.card()
+    card = installation.card()
     rows = build_all(opened, precisions or present, profile, cache or default_folder(), rebuild=rebuild)
     said = {
         "bundle": opened.manifest.id, "card": dataclasses.asdict(card), "modules": found.modules,

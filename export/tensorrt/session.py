@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle.manifest import INPUT, OUTPUTS
-from export.tensorrt import builder, cudart
-from export.tensorrt.builder import EngineError, Profile
+from export.tensorrt import builder, cudart, installation
 from export.tensorrt.cache import Cache, Key, default_folder
+from export.tensorrt.installation import EngineError
+from export.tensorrt.profile import Profile
 from pipeline.storage import atomic
 
 SHAPES = 16  # input shapes whose buffers and graphs are kept
@@ -83,8 +84,8 @@ class EngineSession:
         """
         started = time.perf_counter()
         self.profile = profile
-        card = builder.card()
-        self._module = module or builder.load()
+        card = installation.card()
+        self._module = module or installation.load()
         self._log = builder.logger(self._module)
         self._runtime = self._module.Runtime(self._log)
         self.key = Key(

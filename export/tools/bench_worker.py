@@ -2,25 +2,28 @@
 
     python -m export.tools.bench_worker '{"bundle": ..., "provider": ..., "precision": ..., "size": [w, h], ...}'
 
-It prepares, says {"ready": ...} or {"failed": why}, then answers each line {"work": NAME, "calls": n} with the seconds
-of n calls, until its input ends. One line of JSON each way. Whatever libraries print goes to stderr.
+It speaks `bench_protocol` until its input ends. Whatever libraries print goes to stderr.
 """
 
 import io
-import json
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BaseModel
 
+from export.tools.bench_protocol import BundleTask, Facts, Failed, Ready, Seconds, Turn
 from pipeline.imaging import decode
+
+Task = TypeVar("Task", bound=BaseModel)
 
 
 def peak_bytes() -> int:
@@ -53,42 +56,55 @@ def jpeg(image_HWC: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def converse(open_works: Callable[[dict[str, Any]], tuple[Mapping[str, Callable[[], object]], dict[str, Any]]]) -> None:
-    """Be the child: open with the JSON of argv[1], then time what stdin asks for.
+@dataclass(frozen=True)
+class Prepared:
+    """An opened configuration: its works by name, "run" among them, and the facts for its row."""
 
-    `open_works` gives works by name, "run" among them, and facts for the row. Each work is called once, unmeasured,
-    "run" first; the peak after that one is what running alone takes.
+    works: Mapping[str, Callable[[], object]]
+    facts: Facts
+
+
+def converse(task: type[Task], prepare: Callable[[Task], Prepared]) -> None:
+    """Be the child: open with the task in argv[1], then time what stdin asks for.
+
+    Each work is called once, unmeasured, "run" first; the peak after that one is what running alone takes.
     """
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def say(value: dict[str, Any]) -> None:
-        print(json.dumps(value), file=out, flush=True)
+    def send(message: BaseModel) -> None:
+        print(message.model_dump_json(), file=out, flush=True)
 
     try:
-        works, facts = open_works(json.loads(sys.argv[1]))
-        works["run"]()
-        peak = peak_bytes()
-        started = time.perf_counter()
-        works["run"]()
-        once = time.perf_counter() - started
-        for name in works.keys() - {"run"}:
-            works[name]()
+        prepared = prepare(task.model_validate_json(sys.argv[1]))
+        send(_warm_up(prepared))
     except Exception as error:  # whatever a runtime lacks on this machine, the table has a row that says so
-        say({"failed": decode.short(error)})
+        send(Failed(failed=decode.short(error)))
         return
-    say({"ready": facts, "once": once, "peak_bytes": peak})
+
     for line in sys.stdin:
-        asked = json.loads(line)
-        seconds = []
-        for _ in range(asked["calls"]):
-            started = time.perf_counter()
-            works[asked["work"]]()
-            seconds.append(time.perf_counter() - started)
-        say({"seconds": seconds})
+        turn = Turn.model_validate_json(line)
+        work = prepared.works[turn.work]
+        send(Seconds(seconds=tuple(_time(work) for _ in range(turn.calls))))
 
 
-def prepare(task: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+def _warm_up(prepared: Prepared) -> Ready:
+    run = prepared.works["run"]
+    run()
+    peak = peak_bytes()
+    once = _time(run)
+    for name in prepared.works.keys() - {"run"}:
+        prepared.works[name]()
+    return Ready(facts=prepared.facts, once=once, peak_bytes=peak)
+
+
+def _time(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def prepare(task: BundleTask) -> Prepared:
     """Work "run": the opened model on a ready tensor. "stream", at batch 1: `images` JPEGs to PNGs as predict does it."""
     from export.bundle import bundle
     from export.runtime import runtime
@@ -97,33 +113,32 @@ def prepare(task: dict[str, Any]) -> tuple[dict[str, Callable[[], object]], dict
     from pipeline.imaging import label_maps, resize
 
     opened = runtime.Runtime(
-        bundle.open_bundle(Path(task["bundle"])),
-        provider=task["provider"],
-        precision=task["precision"],
-        threads=task["threads"],
+        bundle.open_bundle(task.bundle), provider=task.provider, precision=task.precision, threads=task.threads
     )
-    image_HWC = picture(*task["size"])
+    image_HWC = picture(*task.size)
     plan = opened.bundle.fit(*image_HWC.shape[:2])
-    ready_NHWC = np.ascontiguousarray(np.repeat(resize.apply(image_HWC, plan)[None], task["batch"], axis=0))
+    ready_NHWC = np.ascontiguousarray(np.repeat(resize.apply(image_HWC, plan)[None], task.batch, axis=0))
+    facts = Facts(provider=opened.provider, precision=opened.precision, threads=opened.threads, tensor=ready_NHWC.shape)
     works: dict[str, Callable[[], object]] = {"run": lambda: opened.run(ready_NHWC)}
-    if task["batch"] == 1:
-        data, palette, limit = jpeg(image_HWC), opened.bundle.manifest.palette, inputs.MAX_PIXELS
+    if task.batch > 1:
+        return Prepared(works, facts)
 
-        def stream() -> None:
-            steps: Steps[bytes, bytes, NDArray[np.uint8], NDArray[np.uint8], bytes] = Steps(
-                load=lambda data: data,
-                cost=lambda data: predict.BYTES_PER_PIXEL * image_HWC.shape[0] * image_HWC.shape[1],
-                prepare=lambda data: resize.apply(decode.decode(data, max_pixels=limit), plan),
-                run=lambda input_HWC: opened.run(input_HWC[None])[0][0],
-                finish=lambda label_hw: label_maps.encode_png(resize.restore(label_hw, plan), palette),
-            )
-            for packed in run_overlapped([data] * task["images"], steps, workers=predict.WORKERS):
-                packed.result()
+    palette = opened.bundle.manifest.palette
+    jpegs = [jpeg(image_HWC)] * task.images
+    steps: Steps[bytes, bytes, NDArray[np.uint8], NDArray[np.uint8], bytes] = Steps(
+        load=lambda data: data,
+        cost=lambda data: predict.BYTES_PER_PIXEL * image_HWC.shape[0] * image_HWC.shape[1],
+        prepare=lambda data: resize.apply(decode.decode(data, max_pixels=inputs.MAX_PIXELS), plan),
+        run=lambda input_HWC: opened.run(input_HWC[None])[0][0],
+        finish=lambda label_hw: label_maps.encode_png(resize.restore(label_hw, plan), palette),
+    )
 
-        works["stream"] = stream
-    facts = {"provider": opened.provider, "precision": opened.precision, "threads": opened.threads}
-    return works, facts | {"tensor": list(ready_NHWC.shape)}
+    def stream() -> None:
+        for packed in run_overlapped(jpegs, steps, workers=predict.WORKERS):
+            packed.result()
+
+    return Prepared(works | {"stream": stream}, facts)
 
 
 if __name__ == "__main__":
-    converse(prepare)
+    converse(BundleTask, prepare)

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from export.bundle import bundle
-from export.tensorrt import builder
+from export.tensorrt import installation
 from pipeline.storage import atomic
 from tests.support import tiny_project
 from tests.support.command_line import marginalia
@@ -43,7 +43,7 @@ def test_scores_of_other_weights_are_refused_before_tracing(
 
 
 def test_tensorrt_report_says_what_was_looked_for() -> None:
-    said = builder.look().as_dict()
+    said = installation.look().model_dump(mode="json")
     assert set(said["looked_for"]) == {
         "CUDA driver libcuda.so.1", "nvidia-smi -L", "device files /dev/nvidia0..",
         "Python module tensorrt", "Python module tensorrt_rtx",

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from export.tensorrt import cache as engine_cache
-from export.tensorrt.builder import Built, EngineError, Profile
+from export.tensorrt.builder import Built
 from export.tensorrt.cache import Cache, Key
+from export.tensorrt.installation import EngineError
+from export.tensorrt.profile import Profile
 
 ROOT = Path(__file__).parents[3]
 PROFILE = Profile.of(long_side=64, stride=16)

@@ -1,6 +1,7 @@
 """export.tools.bench: what it computes from raw seconds, and a small real run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 from rich.console import Console
 
 from export.bundle import bundle
-from export.tools import bench, bench_worker
-from export.tools.sizes import SizeError
+from export.tools import bench, bench_process, bench_rows, bench_worker
+from export.tools.bench_protocol import BundleTask, Facts, Failed, Ready
+from export.tools.bench_rows import Case, Measured
+from export.tools.sizes import Size, SizeError
 from pipeline import console
 from pipeline.imaging import decode
 from tests.export.tools.test_predict import run
@@ -22,38 +25,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_onnx.write(tmp_path_factory.mktemp("b") / "bundle").folder
 
 
-def raw(run: list[list[float]], stream: list[list[float]] = (), batch: int = 1, **case: Any) -> dict[str, Any]:
-    facts = {"runtime": "onnxruntime", "device": "cpu", "precision": "fp32", "size": (64, 32)} | case
-    made = bench.Case(**facts, batch=batch, module="export.tools.bench_worker", task={"images": 10})
-    hello = {"ready": {"provider": "cpu", "precision": "fp32", "threads": 1}, "once": 0.1, "peak_bytes": 3 << 20}
-    return {"case": made, "hello": hello, "run": run, "stream": list(stream)}
+FACTS = Facts(provider="cpu", precision="fp32", threads=1, tensor=(1, 32, 64, 3))
+READY = Ready(facts=FACTS, once=0.1, peak_bytes=3 << 20)
+
+
+def raw(run: list[list[float]], stream: list[list[float]] = (), batch: int = 1, **case: Any) -> Measured:
+    facts = {"runtime": "onnxruntime", "device": "cpu", "precision": "fp32"} | case
+    task = BundleTask(
+        size=(64, 32), batch=batch, threads=1, bundle="bundle", provider="cpu", precision="fp32", images=10
+    )
+    made = Case(**facts, module="export.tools.bench_worker", task=task)
+    return Measured(made, READY, [tuple(one) for one in run], [tuple(one) for one in stream])
 
 
 def test_a_row_from_seconds() -> None:
     base = raw([[0.2, 0.2, 0.8], [0.4]])  # medians 0.2, 0.4
     mine = raw([[0.1, 0.1, 0.3], [0.1]], [[2.0], [1.0]])  # medians 0.1, 0.1; 0.2 and 0.1 s an image from JPEG to PNG
-    row = bench.row(mine, base)
-    assert row["p50_ms"] == pytest.approx(100)
-    assert row["p99_ms"] == pytest.approx(1e3 * np.percentile([0.1, 0.1, 0.1, 0.3], 99))
-    assert row["calls"] == 4
-    assert row["images_per_s"] == pytest.approx(10)
-    assert row["stream_images_per_s"] == pytest.approx(1 / 0.15)
-    assert row["r2"] == pytest.approx((0.5 + 1.0) / 2)
-    assert row["speedup"] == pytest.approx((0.2 / 0.1 + 0.4 / 0.1) / 2)
-    assert row["peak_mb"] == 3
-    assert bench.row(base, base)["speedup"] == 1
+    row = bench_rows.row(mine, base)
+    assert row.p50_ms == pytest.approx(100)
+    assert row.p99_ms == pytest.approx(1e3 * np.percentile([0.1, 0.1, 0.1, 0.3], 99))
+    assert row.calls == 4
+    assert row.images_per_s == pytest.approx(10)
+    assert row.stream_images_per_s == pytest.approx(1 / 0.15)
+    assert row.r2 == pytest.approx((0.5 + 1.0) / 2)
+    assert row.speedup == pytest.approx((0.2 / 0.1 + 0.4 / 0.1) / 2)
+    assert row.peak_mb == 3
+    assert bench_rows.row(base, base).speedup == 1
 
 
 def test_a_row_of_a_batch_has_images_a_second_and_no_r2() -> None:
-    row = bench.row(raw([[0.5], [0.5]], batch=4), None)
-    assert row["images_per_s"] == pytest.approx(8)
-    assert (row["r2"], row["speedup"]) == (None, None)
+    row = bench_rows.row(raw([[0.5], [0.5]], batch=4), None)
+    assert row.images_per_s == pytest.approx(8)
+    assert (row.r2, row.speedup) == (None, None)
 
 
 def test_a_failed_configuration_is_a_row_that_says_why() -> None:
-    failed = raw([]) | {"hello": {"failed": "no card"}}
-    assert bench.row(failed, None)["failed"] == "no card"
-    assert bench.row(raw([[1.0]]), failed)["speedup"] is None
+    failed = replace(raw([[1.0]]), hello=Failed(failed="no card"))  # after a round
+    assert bench_rows.row(failed, None).failed == "no card"
+    assert bench_rows.row(raw([[1.0], [1.0]]), failed).speedup is None
 
 
 def test_the_baseline_is_ort_fp32_on_the_same_device() -> None:
@@ -61,10 +70,10 @@ def test_the_baseline_is_ort_fp32_on_the_same_device() -> None:
     int8, vino = raw([[1.0]], precision="int8"), raw([[1.0]], runtime="openvino")
     fast = raw([[1.0]], runtime="tensorrt", device="cuda", precision="fp16")
     group = [vino, int8, cuda, cpu, fast]
-    assert all(bench.baseline(group, one) is cpu for one in (vino, int8, cpu))
-    assert bench.baseline(group, fast) is cuda
-    assert bench.baseline([cpu, fast], fast) is cpu
-    assert bench.baseline([vino], vino) is None
+    assert all(bench_rows.baseline(group, one) is cpu for one in (vino, int8, cpu))
+    assert bench_rows.baseline(group, fast) is cuda
+    assert bench_rows.baseline([cpu, fast], fast) is cpu
+    assert bench_rows.baseline([vino], vino) is None
 
 
 def test_sizes_and_batches_are_checked(folder: Path) -> None:
@@ -74,10 +83,10 @@ def test_sizes_and_batches_are_checked(folder: Path) -> None:
         ([], ["x"], "--batches"),
     ):
         with pytest.raises(SizeError, match=named):
-            bench.bench(folder, sizes, batches)
+            bench.bench(folder, bench.BenchOptions(sizes, batches))
     for no_file in (folder / "none", folder):
         with pytest.raises(bench.BenchError, match="--student"):
-            bench.bench(folder, student=no_file)
+            bench.bench(folder, bench.BenchOptions(student=no_file))
 
 
 @pytest.mark.slow
@@ -107,14 +116,14 @@ def test_the_command_line(folder: Path, tmp_path: Path) -> None:
 
 def test_children_that_fail_or_die_do_not_stop_the_others(folder: Path) -> None:
     opened = bundle.open_bundle(folder)
-    good = next(c for c in bench.cases(opened, (32, 32), 1, 1) if c.runtime == "onnxruntime")
-    refused = bench.Case("x", "cpu", "int8", (32, 32), 1, good.module, good.task | {"precision": "int8"})
-    dead = bench.Case("y", "cpu", "fp32", (32, 32), 1, "export.no_such_module", {})
+    good = next(c for c in bench.cases(opened, Size(32, 32), 1, 1) if c.runtime == "onnxruntime")
+    refused = Case("x", "cpu", "int8", good.module, good.task.model_copy(update={"precision": "int8"}))
+    dead = Case("y", "cpu", "fp32", "export.no_such_module", good.task)
     with console.bar("bench", 3, Console(quiet=True)) as bar:
-        found = bench.measure([refused, dead, good], 1, bar)
-    assert "int8" in found[0]["hello"]["failed"]
-    assert "no_such_module" in found[1]["hello"]["failed"]
-    assert len(found[2]["run"]) == len(found[2]["stream"]) == 1
+        found = bench_process.measure([refused, dead, good], 1, bar)
+    assert "int8" in found[0].hello.failed
+    assert "no_such_module" in found[1].hello.failed
+    assert len(found[2].run) == len(found[2].stream) == 1
 
 
 @pytest.mark.slow
@@ -125,13 +134,15 @@ def test_torch_gives_rows_of_its_own(folder: Path, tmp_path: Path) -> None:
     model = tiny_settings.model(encoder="mobilenetv3_small_050", weights=None, architecture="FPN")
     meta = {"params": {"model": model.model_dump(mode="json")}, "classes": ["a", "b"]}
     segmenter.save(student, segmenter.build(model, 2).state_dict(), meta)
-    group = [c for c in bench.cases(bundle.open_bundle(folder), (64, 64), 2, 1, student) if "torch" in c.runtime]
+    group = [c for c in bench.cases(bundle.open_bundle(folder), Size(64, 64), 2, 1, student) if "torch" in c.runtime]
     assert [c.runtime for c in group] == ["torch eager", "torch channels_last", "torch compile"]
     with console.bar("bench", 1, Console(quiet=True)) as bar:
-        row = bench.row(bench.measure(group[1:2], 1, bar)[0], None)  # one stands for all: torch takes long to start
-    assert "failed" not in row
-    assert row["tensor"] == [2, 64, 64, 3]
-    assert row["device"] in ("cpu", "cuda")
+        row = bench_rows.row(
+            bench_process.measure(group[1:2], 1, bar)[0], None
+        )  # one stands for all: torch takes long to start
+    assert isinstance(row, bench_rows.Row)
+    assert row.tensor == (2, 64, 64, 3)
+    assert row.device in ("cpu", "cuda")
 
 
 def test_the_picture_is_the_same_every_time_and_packs_like_a_photograph() -> None:
