@@ -32,7 +32,7 @@ EXTRAS = {
     ),
     "demo": ("vizdoom",),
     "cpu": ("onnxruntime",),
-    "gpu": ("tensorrt",),
+    "gpu": ("tensorrt", "cuda"),
     "openvino": ("openvino",),
     "trtcheck": ("tensorrt_rtx",),
     "geotiff": ("rasterio",),

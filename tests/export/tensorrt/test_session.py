@@ -35,7 +35,7 @@ def test_engines_import_neither_torch_nor_tensorrt() -> None:
 
 
 class StandIn:
-    """CUDA's calls on host memory, and an engine that answers `tiny_onnx.expected`.
+    """CUDA's calls, as `cuda.bindings.runtime` has them, on host memory, and an engine that answers `tiny_onnx.expected`.
 
     For the session's own book-keeping: which buffer goes where, what is given back, what happens when a capture fails.
     It says nothing about a card.
@@ -47,40 +47,43 @@ class StandIn:
         self.launches = self.plain = self.last_error = 0
         self.fail: dict[str, int] = {}
         self.device_memory_size_v2 = 1024
+        self.cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+        self.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cuda"):
             raise AttributeError(name)
 
-        def answer(*arguments: Any) -> int:
+        def answer(*arguments: Any) -> tuple[Any, ...]:
             if code := self.fail.get(name):
                 self.last_error = code
-                return code
-            return getattr(self, f"_{name}", lambda *_: 0)(*arguments) or 0
+                return (code, None)
+            value = getattr(self, f"_{name}", lambda *_: None)(*arguments)
+            return (0,) if value is None else (0, value)
 
         return answer
 
-    def cudaGetErrorString(self, code: int) -> bytes:
-        return {2: b"out of memory", 900: b"operation not permitted when stream is capturing"}[code]
+    def cudaGetErrorString(self, code: int) -> tuple[int, bytes]:
+        return 0, {2: b"out of memory", 900: b"operation not permitted when stream is capturing"}[code]
 
     def _cudaGetLastError(self) -> None:
         self.last_error = 0
 
-    def _new(self, pointer: Any, thing: Any) -> None:
-        pointer._obj.value = ctypes.addressof(thing)
+    def _new(self, thing: Any) -> int:
         self.held[ctypes.addressof(thing)] = thing
+        return ctypes.addressof(thing)
 
     def _drop(self, handle: int) -> None:
         del self.held[handle]
 
-    def _cudaMalloc(self, pointer: Any, size: int, *_: Any) -> None:
-        self._new(pointer, ctypes.create_string_buffer(size))
+    def _cudaMalloc(self, size: int, *_: Any) -> int:
+        return self._new(ctypes.create_string_buffer(size))
 
     _cudaHostAlloc = _cudaMalloc
     _cudaFree = _cudaFreeHost = _cudaStreamDestroy = _cudaGraphDestroy = _cudaGraphExecDestroy = _drop
 
-    def _cudaStreamCreateWithFlags(self, pointer: Any, flags: int) -> None:
-        self._new(pointer, ctypes.c_long())
+    def _cudaStreamCreateWithFlags(self, flags: int) -> int:
+        return self._new(ctypes.c_long())
 
     def do(self, work: Any) -> None:
         work() if self.recording is None else self.recording.append(work)
@@ -91,14 +94,14 @@ class StandIn:
     def _cudaStreamBeginCapture(self, stream: int, mode: int) -> None:
         self.recording = []
 
-    def _cudaStreamEndCapture(self, stream: int, pointer: Any) -> None:
-        self._new(pointer, ctypes.c_long())
+    def _cudaStreamEndCapture(self, stream: int) -> int:
         self.captured, self.recording = self.recording, None
+        return self._new(ctypes.c_long())
 
-    def _cudaGraphInstantiateWithFlags(self, pointer: Any, graph: Any, flags: int) -> None:
+    def _cudaGraphInstantiateWithFlags(self, graph: int, flags: int) -> int:
         ready = ctypes.c_long()
-        self._new(pointer, ready)
         self.held[ctypes.addressof(ready)] = (ready, self.captured)
+        return ctypes.addressof(ready)
 
     def _cudaGraphLaunch(self, handle: int, stream: int) -> None:
         self.launches += 1
@@ -195,9 +198,9 @@ def test_session_goes_on_plainly_when_a_capture_fails(stand_in: StandIn, tmp_pat
                     begin(*arguments)
                     stand_in.fail[function] = 900
 
-                def end_and_heal(*arguments: Any) -> None:
-                    StandIn._cudaStreamEndCapture(stand_in, *arguments)
+                def end_and_heal(*arguments: Any) -> int:
                     stand_in.fail.pop("cudaMemcpyAsync", None)
+                    return StandIn._cudaStreamEndCapture(stand_in, *arguments)
 
                 stand_in._cudaStreamBeginCapture, stand_in._cudaStreamEndCapture = begin_and_fail, end_and_heal
             np.testing.assert_array_equal(session.run(images)[0], tiny_onnx.expected(images)[0])
