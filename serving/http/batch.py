@@ -58,7 +58,7 @@ class BatchHandler:
             sent = await batch_body.open_body(request, body_kind, body, self.settings)
             held = stack.pop_all()
         write = _zip if kind.media_type == "application/zip" else _lines
-        return _Stream(write(self, sent, kind, query), held, kind.media_type, self.settings.many_timeout_s)
+        return _BatchStream(write(self, sent, kind, query), held, kind.media_type, self.settings.many_timeout_s)
 
     def _check_room(self) -> None:
         if self._calls >= self.settings.many_calls:
@@ -128,7 +128,7 @@ class BatchHandler:
         return runtime.bundle.manifest.id if runtime else None
 
 
-class _Stream(StreamingResponse):
+class _BatchStream(StreamingResponse):
     """Lets go of what the call holds when it ends, however it ends: also when the client left before the first answer.
 
     After `timeout_s` the answer is cut off where it is, and the connection closed.

@@ -50,7 +50,7 @@ class WindowModel:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _LargeImage:
     """One image and what is asked of it: the answer has `height` x `width` pixels. `count` is filled as bands are made."""
 
     picture: large_image.Picture
@@ -87,13 +87,13 @@ def segment(
     """
     picture = large_image.open_picture(file, image_limits(settings))
     with _turn_of(picture, settings):
-        task = _task(picture, kind, query, model)
-        _check_view(task, settings.large_pixels)
+        image = _large_image(picture, kind, query, model)
+        _check_view(image, settings.large_pixels)
 
-        body = _from_windows(task) if query.resolution == "full" else _from_model_size(task)
+        body = _from_windows(image) if query.resolution == "full" else _from_model_size(image)
 
-        observed = responses.summarise(task.count, model.bundle.manifest, None)
-        return responses.Rendered(body, observed, _asked(task)), task.timer.timings()
+        observed = responses.summarise(image.count, model.bundle.manifest, None)
+        return responses.Rendered(body, observed, _asked(image)), image.timer.timings()
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ def _turn_of(picture: large_image.Picture, settings: Settings) -> Iterator[None]
         _one.release()
 
 
-def _task(picture: large_image.Picture, kind: Kind, query: Query, model: WindowModel) -> _Task:
+def _large_image(picture: large_image.Picture, kind: Kind, query: Query, model: WindowModel) -> _LargeImage:
     native = picture.height, picture.width
     fit = model.bundle.fit(*native)
     at_model = native if query.resolution == "full" else (fit.scaled_height, fit.scaled_width)
@@ -119,80 +119,80 @@ def _task(picture: large_image.Picture, kind: Kind, query: Query, model: WindowM
     if bands := picture.bands:
         picture = replace(picture, bands=lambda: _checked(bands(), model))
     ids, floor = query.class_ids(model.bundle.manifest), lowest_byte(query.min_confidence)
-    return _Task(picture, kind, query, model, height, width, ids, floor, PhaseTimer())
+    return _LargeImage(picture, kind, query, model, height, width, ids, floor, PhaseTimer())
 
 
-def _check_view(task: _Task, most_pixels: int) -> None:
+def _check_view(image: _LargeImage, most_pixels: int) -> None:
     """Raises Problem(422), or decode.Refused where native resolution needs the whole image."""
-    if task.query.resolution == "full":
-        task.picture.check_rows()
-    in_bands = _ROWS if task.query.resolution == "full" else (*_ROWS, "json")
-    if task.height * task.width > most_pixels and task.kind.view not in in_bands:
+    if image.query.resolution == "full":
+        image.picture.check_rows()
+    in_bands = _ROWS if image.query.resolution == "full" else (*_ROWS, "json")
+    if image.height * image.width > most_pixels and image.kind.view not in in_bands:
         raise Problem(
             422,
             "too-large-for-view",
-            f"{task.width} x {task.height} pixels are too many for view={task.kind.view}, which goes up to "
+            f"{image.width} x {image.height} pixels are too many for view={image.kind.view}, which goes up to "
             f"{most_pixels}; ask for a smaller size, or for view={' or '.join(in_bands)}",
         )
 
 
-def _from_model_size(task: _Task) -> bytes:
+def _from_model_size(image: _LargeImage) -> bytes:
     """As trained: the image at the model's size; its answer restored to the image's size, and from there sampled."""
-    fit = task.model.bundle.fit(task.picture.height, task.picture.width)
-    with task.timer.phase("decode"):
-        shrunk_HWC = task.picture.shrunk(fit.scaled_height, fit.scaled_width)
-    label_hw, confidence_hw = _run_padded(task, shrunk_HWC)
-    label_hw = _selected(task, label_hw, confidence_hw)
+    fit = image.model.bundle.fit(image.picture.height, image.picture.width)
+    with image.timer.phase("decode"):
+        shrunk_HWC = image.picture.shrunk(fit.scaled_height, fit.scaled_width)
+    label_hw, confidence_hw = _run_padded(image, shrunk_HWC)
+    label_hw = _selected(image, label_hw, confidence_hw)
 
-    rows = _places(task, fit.scaled_height, fit.height, task.height)
-    columns = _places(task, fit.scaled_width, fit.width, task.width)
-    if task.kind.view == "json":
-        return _encode_json(task, label_hw, rows, columns)
-    return _encode(task, _enlarged(label_hw, confidence_hw, rows, columns), highest=int(label_hw.max()))
+    rows = _places(image, fit.scaled_height, fit.height, image.height)
+    columns = _places(image, fit.scaled_width, fit.width, image.width)
+    if image.kind.view == "json":
+        return _encode_json(image, label_hw, rows, columns)
+    return _encode(image, _enlarged(label_hw, confidence_hw, rows, columns), highest=int(label_hw.max()))
 
 
-def _from_windows(task: _Task) -> bytes:
+def _from_windows(image: _LargeImage) -> bytes:
     """Native resolution: windows as large as the model's long side, blended, row of windows by row of windows."""
-    picture, manifest = task.picture, task.model.bundle.manifest
+    picture, manifest = image.picture, image.model.bundle.manifest
     policy = manifest.input
     window = max(policy.stride, policy.long_side // policy.stride * policy.stride)
     overlap = window // _OVERLAP
     grid = sliding_window.grid(picture.height, picture.width, window=window, overlap=overlap)
 
-    pixels = task.timer.pulled("decode", picture.rows())
-    bands = sliding_window.blend(pixels, grid, lambda image_HWC: _run_padded(task, image_HWC), overlap=overlap)
-    selected = ((_selected(task, label_HW, confidence_HW), confidence_HW) for label_HW, confidence_HW in bands)
-    sampled = _sampled(selected, picture.height, task.height, task.width)
+    pixels = image.timer.pulled("decode", picture.rows())
+    bands = sliding_window.blend(pixels, grid, lambda image_HWC: _run_padded(image, image_HWC), overlap=overlap)
+    selected = ((_selected(image, label_HW, confidence_HW), confidence_HW) for label_HW, confidence_HW in bands)
+    sampled = _sampled(selected, picture.height, image.height, image.width)
 
-    filtered = task.ids is not None or task.floor > 0
-    return _encode(task, sampled, highest=IGNORE if filtered else manifest.classes[-1].id)
+    filtered = image.ids is not None or image.floor > 0
+    return _encode(image, sampled, highest=IGNORE if filtered else manifest.classes[-1].id)
 
 
-def _run_padded(task: _Task, image_HWC: NDArray[np.uint8]) -> tuple[Labels, Labels]:
+def _run_padded(image: _LargeImage, image_HWC: NDArray[np.uint8]) -> tuple[Labels, Labels]:
     """The model on an image no larger than it takes: padded to the stride by `pipeline.imaging.resize`, cropped again."""
-    task.model.check()
+    image.model.check()
     height, width = image_HWC.shape[:2]
-    stride = task.model.bundle.manifest.input.stride
+    stride = image.model.bundle.manifest.input.stride
     plan = resize.plan(height, width, long_side=max(height, width), stride=stride)
-    with task.timer.phase("run"):
-        label_HW, confidence_HW = task.model.run(resize.apply(image_HWC, plan))
+    with image.timer.phase("run"):
+        label_HW, confidence_HW = image.model.run(resize.apply(image_HWC, plan))
     return label_HW[:height, :width], confidence_HW[:height, :width]
 
 
-def _selected(task: _Task, label_HW: Labels, confidence_HW: Labels) -> Labels:
+def _selected(image: _LargeImage, label_HW: Labels, confidence_HW: Labels) -> Labels:
     """What is asked for of a part of the label map, after counting all of it."""
-    task.count[...] += responses.tally(label_HW, confidence_HW)
-    ignore = task.model.bundle.manifest.ignore
-    return select(label_HW, confidence_HW, task.ids, task.query.min_confidence, ignore)
+    image.count[...] += responses.tally(label_HW, confidence_HW)
+    ignore = image.model.bundle.manifest.ignore
+    return select(label_HW, confidence_HW, image.ids, image.query.min_confidence, ignore)
 
 
-def _asked(task: _Task) -> responses.Summary:
-    return responses.summarise(task.count, task.model.bundle.manifest, task.ids, task.floor)
+def _asked(image: _LargeImage) -> responses.Summary:
+    return responses.summarise(image.count, image.model.bundle.manifest, image.ids, image.floor)
 
 
-def _places(task: _Task, scaled: int, native: int, wanted: int) -> Places:
+def _places(image: _LargeImage, scaled: int, native: int, wanted: int) -> Places:
     """Where on an axis of the model's size each pixel of the answer looks."""
-    if task.query.size == "model":
+    if image.query.size == "model":
         return np.arange(scaled)
     return resize.places(scaled, native)[resize.places(native, wanted)]
 
@@ -218,21 +218,23 @@ def _sampled(bands: Bands, height: int, to_height: int, to_width: int) -> Bands:
         top = bottom
 
 
-def _encode(task: _Task, bands: Bands, *, highest: int) -> bytes:
+def _encode(image: _LargeImage, bands: Bands, *, highest: int) -> bytes:
     """The answer in its view, from the bands of its maps; `highest` is the largest class id that they may have."""
-    manifest = task.model.bundle.manifest
-    if task.kind.view == "mask":
+    manifest = image.model.bundle.manifest
+    if image.kind.view == "mask":
         labels = (label_HW for label_HW, _ in bands)
-        pieces = encode_bands(labels, task.height, task.width, highest=highest, palette=manifest.palette)
-        return _written(pieces, task.model)
-    if task.kind.view == "confidence":
+        pieces = encode_bands(labels, image.height, image.width, highest=highest, palette=manifest.palette)
+        return _written(pieces, image.model)
+    if image.kind.view == "confidence":
         confidences = (confidence_HW for _, confidence_HW in bands)
-        pieces = encode_bands(confidences, task.height, task.width, highest=255)
-        return _written(pieces, task.model)
+        pieces = encode_bands(confidences, image.height, image.width, highest=255)
+        return _written(pieces, image.model)
 
     label_HW, confidence_HW = (np.concatenate(part) for part in zip(*bands, strict=True))
-    image_HWC = _image_below(task) if task.kind.view == "overlay" else np.empty((0, 0, 3), np.uint8)
-    return responses.encode(task.kind, image_HWC, label_HW, confidence_HW, _asked(task), manifest, task.query.tolerance)
+    image_HWC = _image_below(image) if image.kind.view == "overlay" else np.empty((0, 0, 3), np.uint8)
+    return responses.encode(
+        image.kind, image_HWC, label_HW, confidence_HW, _asked(image), manifest, image.query.tolerance
+    )
 
 
 def _written(pieces: Iterator[bytes], model: WindowModel) -> bytes:
@@ -242,14 +244,14 @@ def _written(pieces: Iterator[bytes], model: WindowModel) -> bytes:
     return body.getvalue()
 
 
-def _image_below(task: _Task) -> NDArray[np.uint8]:
+def _image_below(image: _LargeImage) -> NDArray[np.uint8]:
     """The image to lay colours over, no larger than the answer."""
-    height, width = min(task.height, task.picture.height), min(task.width, task.picture.width)
-    with task.timer.phase("decode"):
-        return task.picture.shrunk(height, width)
+    height, width = min(image.height, image.picture.height), min(image.width, image.picture.width)
+    with image.timer.phase("decode"):
+        return image.picture.shrunk(height, width)
 
 
-def _encode_json(task: _Task, label_hw: Labels, rows: Places, columns: Places) -> bytes:
+def _encode_json(image: _LargeImage, label_hw: Labels, rows: Places, columns: Places) -> bytes:
     """Run lengths go down the columns, so the label map is made in bands of columns. Raises Problem(422)."""
     runs = int(((label_hw[1:] != label_hw[:-1]).sum(axis=0) + 1)[columns].sum())
     if runs > _MOST_RUNS:
@@ -259,11 +261,11 @@ def _encode_json(task: _Task, label_hw: Labels, rows: Places, columns: Places) -
             f"the answer would have {runs} run lengths, more than {_MOST_RUNS}; ask for a smaller size or view=mask",
         )
 
-    step = max(1, _BAND_PIXELS // task.height)
-    bands = (label_hw[np.ix_(rows, columns[left : left + step])] for left in range(0, task.width, step))
-    checked = _checked(bands, task.model)
-    lengths = label_maps.column_rles(checked, task.height, task.width, compressed=False)
-    return responses.encode_runs(lengths, task.height, task.width, _asked(task), task.model.bundle.manifest)
+    step = max(1, _BAND_PIXELS // image.height)
+    bands = (label_hw[np.ix_(rows, columns[left : left + step])] for left in range(0, image.width, step))
+    checked = _checked(bands, image.model)
+    lengths = label_maps.column_rles(checked, image.height, image.width, compressed=False)
+    return responses.encode_runs(lengths, image.height, image.width, _asked(image), image.model.bundle.manifest)
 
 
 def _checked(items: Iterator[Item], model: WindowModel) -> Iterator[Item]:

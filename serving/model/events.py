@@ -30,7 +30,7 @@ class Candidate(BaseModel):
     since: float = Field(default_factory=_now)
 
 
-class Event(BaseModel):
+class BaseEvent(BaseModel):
     """Something that happened to the models at `time` (unix seconds)."""
 
     model_config = ConfigDict(frozen=True)
@@ -39,7 +39,7 @@ class Event(BaseModel):
     event: str
 
 
-class BundleLoaded(Event):
+class BundleLoaded(BaseEvent):
     """A bundle was put in the place of the one `before` it. `passed_over` has the reasons why faster options do not run."""
 
     event: Literal["bundle-loaded"] = "bundle-loaded"
@@ -52,7 +52,7 @@ class BundleLoaded(Event):
     threads: int
 
 
-class BundleSame(Event):
+class BundleSame(BaseEvent):
     """A bundle is served already."""
 
     event: Literal["bundle-same"] = "bundle-same"
@@ -60,7 +60,7 @@ class BundleSame(Event):
     source: Source
 
 
-class BundleRefused(Event):
+class BundleRefused(BaseEvent):
     """A candidate was not put in place; `cause` is one of `metrics.CAUSES`."""
 
     event: Literal["bundle-refused"] = "bundle-refused"
@@ -89,7 +89,7 @@ class ChampionRefused(BundleRefused):
     retry_s: float | None
 
 
-class RolledBack(Event):
+class RolledBack(BaseEvent):
     """The previous bundle is served again, in the place of the one `before`."""
 
     event: Literal["rolled-back"] = "rolled-back"
@@ -97,21 +97,21 @@ class RolledBack(Event):
     before: str
 
 
-class ShadowStarted(Event):
+class ShadowStarted(BaseEvent):
     """A bundle is compared with the one that is served."""
 
     event: Literal["shadow-started"] = "shadow-started"
     bundle: str
 
 
-class ShadowEnded(Event):
+class ShadowEnded(BaseEvent):
     """A bundle is no longer compared."""
 
     event: Literal["shadow-ended"] = "shadow-ended"
     bundle: str
 
 
-class ShadowRefused(Event):
+class ShadowRefused(BaseEvent):
     """MARGINALIA_SHADOW names no bundle."""
 
     event: Literal["shadow-refused"] = "shadow-refused"
