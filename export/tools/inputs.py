@@ -108,36 +108,54 @@ def survey(inputs: Sequence[Path], targets: Callable[[str], Sequence[Path]]) -> 
     for given in inputs:
         if not given.exists():
             raise SourceError(f"{given}: no such file or folder")
+
+    found, skip = _look_through(inputs)
+    if not found and not skip:
+        raise SourceError(f"no image in {', '.join(map(str, inputs))}; name image files, folders or archives of them")
+
+    read = {item.path.resolve() for item in found if item.path is not None}
+    folders = [given.resolve() for given in inputs if given.is_dir()]
+    for item in found:
+        for target in targets(item.name):
+            _check_target(target, read, folders)
+    return len(found), skip
+
+
+class _Image(NamedTuple):
+    """What is kept of an image that was found: not its bytes."""
+
+    name: str
+    path: Path | None
+
+
+def _look_through(inputs: Sequence[Path]) -> tuple[list[_Image], dict[Path, Quarantined]]:
+    """The images to predict, and the archives that are refused, by path."""
+    by_name = {_shown(given): given for given in inputs}
     skip: dict[Path, Quarantined] = {}
     while True:
-        names, read = [], set()
-        refused = dict[Path, Quarantined]()
-        by_name = {_shown(given): given for given in inputs}
+        found: list[_Image] = []
+        refused: dict[Path, Quarantined] = {}
         for item in walk(inputs, skip):
             if isinstance(item, Quarantined):
                 refused[by_name[item.file]] = item
-                continue
-            names.append(item.name)
-            if item.path is not None:
-                read.add(item.path.resolve())
+            else:
+                found.append(_Image(item.name, item.path))
         if refused.keys() <= skip.keys():
-            break
+            return found, skip
         skip |= refused  # and once more: their members must not keep a name from others
-    if not names and not skip:
-        raise SourceError(f"no image in {', '.join(map(str, inputs))}; name image files, folders or archives of them")
-    folders = [given.resolve() for given in inputs if given.is_dir()]
-    for name in names:
-        for target in targets(name):
-            target = target.parent.resolve() / target.name  # a folder below the output may be a link
-            if target in read:
-                raise SourceError(f"{target}: the answer would overwrite an input; choose another output folder")
-            for folder in folders:
-                if target.is_relative_to(folder) and not _hidden(target.relative_to(folder).as_posix()):
-                    raise SourceError(
-                        f"{target}: the answers would lie in the input folder {folder} and be read as images the next "
-                        "time; choose an output folder outside"
-                    )
-    return len(names), skip
+
+
+def _check_target(target: Path, read: set[Path], folders: Sequence[Path]) -> None:
+    """Raises SourceError where a written file would replace an input, or be read as one the next time."""
+    target = target.parent.resolve() / target.name  # a folder below the output may be a link
+    if target in read:
+        raise SourceError(f"{target}: the answer would overwrite an input; choose another output folder")
+    for folder in folders:
+        if target.is_relative_to(folder) and not _hidden(target.relative_to(folder).as_posix()):
+            raise SourceError(
+                f"{target}: the answers would lie in the input folder {folder} and be read as images the next "
+                "time; choose an output folder outside"
+            )
 
 
 def _of_file(path: Path, name: str) -> Found:

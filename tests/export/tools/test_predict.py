@@ -20,7 +20,7 @@ from export.runtime import runtime
 from export.tools import inputs as sources
 from export.tools import predict
 from pipeline.imaging import decode
-from pipeline.ingest import add_dump
+from pipeline.storage import archives
 from tests.support import image_files, tiny_onnx
 
 ROOT = Path(__file__).parents[3]
@@ -249,7 +249,7 @@ def test_names_never_meet() -> None:
 
 
 def test_the_same_extensions_as_a_dump() -> None:
-    assert sources.EXTENSIONS == add_dump.EXTENSIONS
+    assert sources.EXTENSIONS == archives.EXTENSIONS
 
 
 def test_exit_codes(opened: runtime.Runtime, tmp_path: Path) -> None:
