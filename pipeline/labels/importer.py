@@ -125,7 +125,7 @@ class Collector:
                 f"{image} is in {row.split}, which must not change under the gate; correct it in the source itself",
             )
         if row.split not in OPEN:
-            raise decode.Refused("unused", f"{image} takes no part: data/split/summary.json says why")
+            raise decode.Refused("unused", f"{image} takes no part: {paths.SPLIT_SUMMARY} says why")
 
 
 def add(
