@@ -17,7 +17,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 # (runtime, file) -> the devices and precisions in which it can be run. OpenVINO computes in bf16 from the fp32 file.
-FORMS = {
+COMBINATIONS = {
     ("onnxruntime", MODEL): (("cpu", "fp32"), ("cuda", "fp32")),
     ("onnxruntime", "model.fp16.onnx"): (("cuda", "fp16"),),
     ("onnxruntime", "model.int8.onnx"): (("cpu", "int8"),),
@@ -70,7 +70,7 @@ class Option(_Part):
 
     @model_validator(mode="after")
     def _exists(self) -> "Option":
-        if (self.device, self.precision) not in FORMS.get((self.runtime, self.file), ()):
+        if (self.device, self.precision) not in COMBINATIONS.get((self.runtime, self.file), ()):
             raise ValueError(f"{self} from {self.file}: unsupported combination of runtime, device, precision and file")
         return self
 

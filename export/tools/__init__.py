@@ -1,1 +1,1 @@
-"""Commands on a bundle: predict, bench, and other programs' forms of it."""
+"""Commands on a bundle: predict, bench, and other programs' formats of it."""

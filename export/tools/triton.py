@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from export.bundle.bundle import Bundle, open_bundle
-from export.bundle.manifest import FORMS, INPUT, OUTPUTS, Manifest, Precision
+from export.bundle.manifest import COMBINATIONS, INPUT, OUTPUTS, Manifest, Precision
 from export.runtime.batches import BATCH_SIZES, most_images
 from pipeline.storage import atomic
 
@@ -37,17 +37,17 @@ def model_file(bundle: Bundle, device: Device, precision: Precision) -> str:
         TritonError: the bundle has no such model, or parity found it wrong.
     """
     wanted = "fp32" if precision == "auto" else precision
-    forms = {
-        (where, form): file
-        for (runtime, file), ways in FORMS.items()
-        for where, form in ways
+    models = {
+        (where, variant): file
+        for (runtime, file), ways in COMBINATIONS.items()
+        for where, variant in ways
         if runtime == "onnxruntime" and file in bundle.models
-        if f"onnxruntime {where} {form}" not in bundle.manifest.rejected
+        if f"onnxruntime {where} {variant}" not in bundle.manifest.rejected
     }
-    if (device, wanted) not in forms:
-        have = ", ".join(sorted(form for where, form in forms if where == device)) or "nothing"
+    if (device, wanted) not in models:
+        have = ", ".join(sorted(variant for where, variant in models if where == device)) or "nothing"
         raise TritonError(f"{bundle.folder}: has no {wanted} model for ONNX Runtime on {device}; it has {have}")
-    return forms[device, wanted]
+    return models[device, wanted]
 
 
 def labels(manifest: Manifest) -> str:

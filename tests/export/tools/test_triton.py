@@ -10,7 +10,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from typer.testing import CliRunner
 
 from export.bundle import bundle
-from export.bundle.manifest import FORMS, Option
+from export.bundle.manifest import COMBINATIONS, Option
 from export.tools import triton
 from marginalia import cli
 from pipeline.storage import atomic
@@ -141,7 +141,7 @@ def test_the_model_of_the_asked_precision(tmp_path: Path) -> None:
     others = {"model.int8.onnx": tiny_onnx.model(150.0), "model.fp16.onnx": tiny_onnx.model(200.0)}
     options = [
         Option(runtime=runtime, device=device, precision=precision, file=file, speedup=1.5)
-        for (runtime, file), ways in FORMS.items()
+        for (runtime, file), ways in COMBINATIONS.items()
         for device, precision in ways
         if file in others and runtime == "onnxruntime"
     ]
