@@ -28,10 +28,10 @@ def test_importing_training_and_its_modules_registers_no_operator_and_imports_no
 def test_a_network_can_be_built_in_a_fresh_process_and_twice():
     program = (
         "import torch\n"
-        "from pipeline.config import Model\n"
+        "from tests.support import tiny_settings\n"
         "from training.models import segmenter, torchvision_operators\n"
         "for _ in range(2):\n"
-        "    model = segmenter.build(Model(encoder='resnet10t', weights=None), 3).eval()\n"
+        "    model = segmenter.build(tiny_settings.model(encoder='resnet10t', weights=None), 3).eval()\n"
         f"print(tuple(model(torch.zeros(1, 3, 64, 96)).shape), {REGISTERED})\n"
         "import torchvision\n"
     )
