@@ -39,6 +39,7 @@ from pipeline.formats.common.annotations import (
 from pipeline.formats.common.regions import regions
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.formats.common.task import Item
+from pipeline.formats.common.tool_source import ToolExport
 from pipeline.formats.names import layout
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
@@ -58,7 +59,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     for picture in found:
         if part := layout.split_word(picture.subset):
             parts.setdefault(part, []).append(picture.name)
-    return tool_source.source(root, data, found, names, colours, max_pixels, parts)
+    return tool_source.export_source(root, data, ToolExport(found, names, colours, parts), max_pixels)
 
 
 def load(path: Path) -> tuple[list[dict[str, Any]], list[Picture]]:

@@ -40,6 +40,7 @@ from pipeline.formats.common.annotations import (
 from pipeline.formats.common.regions import regions
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.formats.common.task import Item
+from pipeline.formats.common.tool_source import ToolExport
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
 from pipeline.storage import atomic
@@ -56,7 +57,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         raise SourceError(f"{root}: {len(beside)} .json files in it; name the export in data.annotations")
     found = load(beside[0])
     names = sorted({shape.label for picture in found for shape in picture.shapes})
-    return tool_source.source(root, data, found, names, {}, max_pixels)
+    return tool_source.export_source(root, data, ToolExport(found, names), max_pixels)
 
 
 def load(path: Path) -> list[Picture]:

@@ -29,21 +29,31 @@ class Labelled:
     notes: list[str] = field(default_factory=list)
 
 
-def source(
-    root: Path,
-    data: config.Data,
-    found: Sequence[Picture],
-    names: Sequence[str],
-    colours: Mapping[str, Colour],
-    max_pixels: int,
-    parts: Mapping[str, Sequence[str]] | None = None,
-) -> Source:
-    """Images lie in `root`/images; which of them a picture means is found by `pipeline.formats.names.matching`.
+@dataclass(frozen=True)
+class ToolExport:
+    """What a label tool's export says.
 
-    Args:
-        names: the tool's labels; one that stands for ignored pixels becomes 255.
-        colours: of some labels.
-        parts: train, val, test -> pictures' names, where the tool says so; else by the images' folders.
+    `labels`: the tool's own; one that stands for ignored pixels becomes 255. `colours`: of some labels. `parts`: train, val,
+    test -> pictures' names, where the tool says so; else the images' folders do.
+    """
+
+    pictures: Sequence[Picture]
+    labels: Sequence[str]
+    colours: Mapping[str, Colour] = field(default_factory=dict)
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Painting:
+    """How shapes become a mask: label -> class id, the id of what no shape covers, and the budget of pixels."""
+
+    ids: Mapping[str, int]
+    empty: int
+    max_pixels: int
+
+
+def export_source(root: Path, data: config.Data, export: ToolExport, max_pixels: int) -> Source:
+    """Images lie in `root`/images; which of them a picture means is found by `pipeline.formats.names.matching`.
 
     Raises:
         SourceError: no image, or what class and id lists raise.
@@ -51,17 +61,19 @@ def source(
     images = image_files.images_among(walk_all(root / "images"))
     if not images.images:
         raise SourceError(f"{root}: no files under images/; export the task with its images, or put them there")
-    given = class_lists.read(root, data)
-    ignored = annotations.ignore_label(names, [c["name"] for c in given[0]] if given else ())
-    classes, ids, notes = class_lists.named(root, data, [n for n in names if n != ignored], colours)
-    ids = ids | ({ignored: label_maps.IGNORE} if ignored else {})
-    empty = class_lists.empty_id(data, ids)
 
-    labelled = _labelled(found, list(images.images))
-    makers = _makers(labelled, images.images, data, ids, empty, max_pixels)
+    given = class_lists.read(root, data)
+    ignored = annotations.ignore_label(export.labels, [c["name"] for c in given[0]] if given else ())
+    names = [name for name in export.labels if name != ignored]
+    classes, ids, notes = class_lists.named(root, data, names, export.colours)
+    ids = ids | ({ignored: label_maps.IGNORE} if ignored else {})
+    painting = Painting(ids, class_lists.empty_id(data, ids), max_pixels)
+
+    labelled = _labelled(export.pictures, list(images.images))
+    makers = _makers(labelled, images.images, data, painting)
     keys = [name_id(name) for name in images.images]
     masked = {name_id(name) for name in makers}
-    stated = _stated(parts, labelled) or layout.parts(list(images.images))
+    stated = _stated(export.parts, labelled) or layout.parts(list(images.images))
     splits = split_lists.decide(root, data.lists, set(keys), {f"images/{key}": key for key in keys}, stated, masked)
     return Source(
         files=[
@@ -103,14 +115,7 @@ def _own_name(picture: Picture, index: matching.Index) -> str:
     return next((name for name in (picture.name, *picture.names) if index.find(name).image), picture.name)
 
 
-def _makers(
-    labelled: Labelled,
-    images: Mapping[str, Path],
-    data: config.Data,
-    ids: Mapping[str, int],
-    empty: int,
-    max_pixels: int,
-) -> dict[str, Maker]:
+def _makers(labelled: Labelled, images: Mapping[str, Path], data: config.Data, painting: Painting) -> dict[str, Maker]:
     """Image -> who renders its mask. Where what cannot be painted would become background, the mask is refused."""
     makers: dict[str, Maker] = {}
     for image, picture in labelled.pictures.items():
@@ -122,19 +127,20 @@ def _makers(
             continue
         labelled.skipped += [(kind, f"{which} of {picture.name}") for kind, which in picture.lost]
         if picture.shapes:
-            makers[image] = partial(_render, picture, ids, empty, max_pixels)
+            makers[image] = partial(_render, picture, painting)
         elif data.no_shapes == "background" and picture.annotated and not picture.lost:
-            makers[image] = partial(annotations.render_background, images[image], empty, max_pixels)
+            makers[image] = partial(annotations.render_background, images[image], painting.empty, painting.max_pixels)
     return makers
 
 
-def _render(picture: Picture, ids: Mapping[str, int], empty: int, max_pixels: int) -> bytes:
+def _render(picture: Picture, painting: Painting) -> bytes:
     if not picture.height or not picture.width:
         raise Refused("bad-shape", "its labels state no image size; export it again")
-    return label_maps.encode_png(annotations.paint(picture, ids, max_pixels=max_pixels, unannotated=empty))
+    label_HW = annotations.paint(picture, painting.ids, max_pixels=painting.max_pixels, unannotated=painting.empty)
+    return label_maps.encode_png(label_HW)
 
 
-def _stated(parts: Mapping[str, Sequence[str]] | None, labelled: Labelled) -> dict[str, list[str]]:
+def _stated(parts: Mapping[str, Sequence[str]], labelled: Labelled) -> dict[str, list[str]]:
     """The tool's own splits, by name id of the images that its pictures mean."""
     keys = {picture.name: name_id(image) for image, picture in labelled.pictures.items()}
-    return {part: [keys[name] for name in names if name in keys] for part, names in (parts or {}).items()}
+    return {part: [keys[name] for name in names if name in keys] for part, names in parts.items()}
