@@ -8,18 +8,23 @@ labelmap.txt                    `name:r,g,b:parts:actions` a line: other classes
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipeline import config
 from pipeline.formats.common import class_list as class_lists
 from pipeline.formats.common import mask_encoding, split_lists
 from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk_all
+from pipeline.formats.common.task import Item
 from pipeline.formats.names import layout, matching
 from pipeline.formats.names.image_files import images_among
+from pipeline.imaging import label_maps
+from pipeline.storage import atomic
 
 LABEL_MAP = "labelmap.txt"
+SETS = {"labelled": "train", "unlabelled": "unlabelled", "val": "val", "test": "test"}  # split -> file, as written
 NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -146,3 +151,42 @@ def _sets(root: Path, ids: set[str]) -> dict[str, list[str]]:
         if part := layout.split_word(path.stem):
             found[part] = split_lists.resolve(list(filter(None, class_lists.read_lines(path, ""))), path, ids, {})
     return found
+
+
+def write(
+    folder: Path, items: Iterable[Item], classes: Sequence[dict[str, Any]], splits: Mapping[str, str] | None = None
+) -> int:
+    """Write a VOC tree in place of `folder`; returns how many images.
+
+    Masks are palette PNGs of class ids, 255 where ignored. Images keep their bytes and their own extension: other programs
+    look for .jpg alone, but a picture that is packed again is another picture.
+
+    Args:
+        splits: image id -> split; an image in none of `SETS` is in no set.
+    """
+    colours = [tuple(c["color"]) for c in classes]
+    if len({*colours, label_maps.IGNORE_COLOUR}) <= len(colours):
+        colours = label_maps.palette(len(classes))  # readers that go by colour must tell the classes apart
+
+    sets: dict[str, list[str]] = {}
+    count = 0
+    with atomic.replacing_folder(folder) as fresh:
+        for item in items:
+            count += 1
+            stem = name_id(item.name)
+            atomic.write_bytes(fresh / "JPEGImages" / item.name, item.image)
+            if item.label_HW is not None:
+                png = label_maps.encode_png(item.label_HW, colours)
+                atomic.write_bytes(fresh / "SegmentationClass" / f"{stem}.png", png)
+            if part := SETS.get((splits or {}).get(item.id, "")):
+                sets.setdefault(part, []).append(stem)
+
+        for part, names in sets.items():
+            atomic.write_text(fresh / "ImageSets/Segmentation" / f"{part}.txt", "".join(f"{n}\n" for n in names))
+        lines = [f"{c['name']}:{','.join(map(str, v))}::\n" for c, v in zip(classes, colours, strict=True)]
+        if class_lists.IGNORE not in {
+            c["name"] for c in classes
+        }:  # Datumaro refuses colours that the map does not name
+            lines.append(f"{class_lists.IGNORE}:{','.join(map(str, label_maps.IGNORE_COLOUR))}::\n")
+        atomic.write_text(fresh / "labelmap.txt", "# label:color_rgb:parts:actions\n" + "".join(lines))
+    return count

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config, paths
-from pipeline.formats import coco_write, cvat, labelstudio, voc_write
+from pipeline.formats import coco, cvat, labelstudio, voc
 from pipeline.formats.common.task import Item, id_prefix, task_name
 from pipeline.imaging import decode, label_maps
 from pipeline.stage import Result
@@ -89,9 +89,9 @@ def write(
     if form == "cvat":
         return cvat.write(path, found, classes)
     if form == "coco":
-        return coco_write.write(path, found, classes)
+        return coco.write(path, found, classes)
     if form == "voc":
-        return voc_write.write(path, found, classes, splits)
+        return voc.write(path, found, classes, splits)
     with atomic.replacing_folder(path) as fresh:
 
         def stored() -> Iterator[Item]:

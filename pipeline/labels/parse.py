@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import config
-from pipeline.formats import coco_masks, cvat, labelstudio, voc
+from pipeline.formats import cvat, labelstudio, voc
+from pipeline.formats.coco import masks
 from pipeline.formats.common import annotations, parsing, unpack
 from pipeline.formats.common import class_list as class_files
 from pipeline.formats.common.annotations import Picture
@@ -114,7 +115,7 @@ def _drawn(found: Sequence[Picture], ids: Mapping[str, int], empty: int, max_pix
 
 
 def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> Iterator[Record]:
-    """One label file, painted as `coco_masks.render` does: the largest annotation first."""
+    """One label file, painted as `masks.render` does: the largest annotation first."""
     document = parsing.read_json(path)
     try:
         listed_pictures = {record["id"]: record for record in parsing.field(document, "images", list)}
@@ -128,16 +129,16 @@ def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> It
         if number not in drawn:
             continue
         name, height, width = str(record.get("file_name")), record.get("height"), record.get("width")
-        size = coco_masks.Size(height, width)
+        size = masks.Size(height, width)
 
         def draw(
-            row: manifest.Row, size: coco_masks.Size = size, mine: list[tuple[str | None, Any]] = drawn[number]
+            row: manifest.Row, size: masks.Size = size, mine: list[tuple[str | None, Any]] = drawn[number]
         ) -> NDArray[np.uint8]:
             check_size(size.height, size.width, row)
             if unknown := sorted({str(what) for what, _ in mine} - ids.keys()):
                 listed = ", ".join(annotations.nearest(what, list(ids)) for what in unknown[:5])
                 raise decode.Refused("unknown-class", f"unknown classes: {listed}; rename them in the tool")
-            png = coco_masks.render(size, mine, ids, empty, max_pixels)
+            png = masks.render(size, mine, ids, empty, max_pixels)
             return label_maps.decode_mask(png, max_pixels=max_pixels).astype(np.uint8)
 
         yield Record(name, "", draw)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.formats import coco, coco_masks, labelme
+from pipeline.formats import coco, labelme
+from pipeline.formats.coco import masks
 from pipeline.formats.common import parsing, rasterize
 from pipeline.formats.common.source import SourceError
 from pipeline.imaging import decode
@@ -77,7 +78,7 @@ def test_a_zigzag_is_refused_before_it_fills_the_memory() -> None:
 
 
 def test_annotations_beyond_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco_masks, "MAX_HELD", 5 * 30 * 20)
+    monkeypatch.setattr(masks, "MAX_HELD", 5 * 30 * 20)
     root = tree(tmp_path, [GOOD | {"image_id": n} for n in (1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2)])
     assert tiny_labels.refusals(tiny_labels.read(coco.read, root, "coco")) == {"masks/bad.png": "label-file"}
 

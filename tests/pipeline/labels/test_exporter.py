@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from pipeline import paths
-from pipeline.formats import coco, coco_write, cvat, labelstudio, voc, voc_write
+from pipeline.formats import coco, cvat, labelstudio, voc
+from pipeline.formats.coco import writer
 from pipeline.formats.common import annotations
 from pipeline.formats.common.task import Item
 from pipeline.imaging import label_maps
@@ -50,7 +51,7 @@ def same(source: object) -> None:
 
 
 def test_coco_comes_back_as_it_was(tmp_path: Path) -> None:
-    assert coco_write.write(tmp_path / "c", ITEMS, CLASSES) == 3
+    assert coco.write(tmp_path / "c", ITEMS, CLASSES) == 3
     same(coco.read(tmp_path / "c", tiny_settings.data(source="coco"), max_pixels=10**6))
     whole = json.loads((tmp_path / "c/annotations/instances_default.json").read_text())
     assert [c["id"] for c in whole["categories"]] == [1, 2, 3, 4]
@@ -65,13 +66,13 @@ def test_coco_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_cocos_run_lengths_are_pycocotools_own() -> None:
     """Column by column: TRUTH is no square, so by rows nothing would fit."""
     counts = json.loads((GOLDEN / "coco/counts.json").read_text())
-    for one in coco_write.annotations(TRUTH, 1, 1):
+    for one in writer.annotations(TRUTH, 1, 1):
         assert one["segmentation"] == {"size": [24, 33], "counts": counts[CLASSES[one["category_id"] - 1]["name"]]}
 
 
 def test_voc_comes_back_as_it_was(tmp_path: Path) -> None:
     splits = {"0a": "labelled", "1b": "test", "2c": "unlabelled"}
-    assert voc_write.write(tmp_path / "v", ITEMS, CLASSES, splits) == 3
+    assert voc.write(tmp_path / "v", ITEMS, CLASSES, splits) == 3
     source = voc.read(tmp_path / "v", tiny_settings.data(source="voc"), max_pixels=10**6)
     same(source)
     assert source.classes == CLASSES
@@ -85,7 +86,7 @@ def test_voc_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_voc_gives_classes_of_one_colour_different_ones(tmp_path: Path) -> None:
     grey = [{**c, "color": [7, 7, 7]} for c in CLASSES]
-    voc_write.write(tmp_path / "v", ITEMS, grey)
+    voc.write(tmp_path / "v", ITEMS, grey)
     same(voc.read(tmp_path / "v", tiny_settings.data(source="voc"), max_pixels=10**6))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import config
-from pipeline.formats import coco_masks, coco_panoptic
+from pipeline.formats.coco import masks, panoptic
 from pipeline.formats.common import annotations as annotations_
 from pipeline.formats.common import class_list as class_lists
 from pipeline.formats.common import parsing, split_lists
@@ -41,7 +41,7 @@ class Picture(NamedTuple):
     key: str
     path: Path
     name: str
-    size: coco_masks.Size
+    size: masks.Size
     part: str
 
 
@@ -114,10 +114,10 @@ def _makers(found: Found, data: config.Data, ids: Mapping[str, int], empty: int,
     made: dict[str, Maker] = {}
     for key, annotations in found.drawn.items():
         picture = found.pictures[key]
-        made[key] = partial(coco_masks.render, picture.size, annotations, ids, empty, max_pixels)
+        made[key] = partial(masks.render, picture.size, annotations, ids, empty, max_pixels)
     for key, (png, annotation, names) in found.panoptic.items():
         numbers = {category: ids[name] for category, name in names.items()}
-        made[key] = partial(coco_panoptic.render, png, annotation, numbers, empty, max_pixels)
+        made[key] = partial(panoptic.render, png, annotation, numbers, empty, max_pixels)
 
     for key, where in found.no_area.items():
         if data.unannotated == "background":
@@ -233,11 +233,11 @@ def _collect(images: Images, path: Path, found: Found, *, named: bool) -> bool:
             reason = f"image_id {annotation['image_id']!r:.40} is no image here" if known else "it has no image_id"
             found.refused.append((where, "label-without-image", reason))
         elif "segments_info" in annotation:
-            png = coco_panoptic.find(images.root, path, annotation)
+            png = panoptic.find(images.root, path, annotation)
             if key in found.panoptic:
                 raise SourceError(f"{path}: annotations[{number}]: image {key} has panoptic labels already; keep one")
             found.panoptic[key] = (png, annotation, names)
-        elif not coco_masks.has_area(annotation.get("segmentation")):
+        elif not masks.has_area(annotation.get("segmentation")):
             found.no_area.setdefault(key, f"annotation {annotation.get('id')} ({where})")
         else:
             category: Any = parsing.hashable(annotation, "category_id")
@@ -282,7 +282,7 @@ def _add_picture(images: Images, record: Any, by_id: Mapping[Any, str], found: F
         return None
 
     key = name_id(path.relative_to(images.root).as_posix().removeprefix("images/"))
-    size = coco_masks.Size(record.get("height"), record.get("width"))
+    size = masks.Size(record.get("height"), record.get("width"))
     known = found.pictures.setdefault(key, Picture(key, path, name, size, _part(images.root, file, name)))
     if known.path != path:
         found.refused.append((f"images/{name}", "duplicate-name", f"same name id as {known.path.name}; rename one"))
