@@ -29,7 +29,7 @@ from pipeline import config, paths
 from pipeline.ingest import split
 from pipeline.labels import ranking
 from pipeline.storage import atomic, manifest
-from pipeline.storage.predictions import Pool
+from pipeline.storage.predictions import PredictionPool
 from training import inference, predict
 from training.engine.data import Images
 from training.models import segmenter
@@ -40,23 +40,23 @@ Rows = Sequence[manifest.Row]
 SHORT = 16  # hex digits of an id kept in the file
 
 
-def chosen(seen: Pool, frequency_K: Any, count: int, seed: int) -> list[int]:
+def chosen(seen: PredictionPool, frequency_K: Any, count: int, seed: int) -> list[int]:
     return [choice.index for choice in ranking.choose(seen, frequency_K, count)]
 
 
-def doubtful(seen: Pool, frequency_K: Any, count: int, seed: int) -> list[int]:
+def doubtful(seen: PredictionPool, frequency_K: Any, count: int, seed: int) -> list[int]:
     """The most doubtful ones, however alike."""
     return ranking.shortlist(seen, frequency_K, count)[:count]
 
 
-def random(seen: Pool, frequency_K: Any, count: int, seed: int) -> list[int]:
+def random(seen: PredictionPool, frequency_K: Any, count: int, seed: int) -> list[int]:
     free = np.flatnonzero(seen.split == "unlabelled")
     order = sorted(free, key=lambda i: str(seen.id[i]))
     draw = np.random.default_rng([seed, int((seen.split == "labelled").sum())])
     return [int(i) for i in draw.choice(order, min(count, len(order)), replace=False)]
 
 
-STRATEGIES: dict[str, Callable[[Pool, Any, int, int], list[int]]] = {
+STRATEGIES: dict[str, Callable[[PredictionPool, Any, int, int], list[int]]] = {
     "chosen": chosen, "random": random, "doubtful": doubtful,
 }  # fmt: skip
 
@@ -88,12 +88,12 @@ class Loop:
         following = {s: [str(seen.id[i]) for i in STRATEGIES[s](seen, share_K, self.add, seed)] for s in strategies}
         return found | {"labelled": list(labelled), "next": following}
 
-    def survey(self, model: segmenter.Segmenter, known: Rows) -> Pool:
+    def survey(self, model: segmenter.Segmenter, known: Rows) -> PredictionPool:
         policy, ids = self.params.input, {row.id for row in known}
         rest = [replace(row, split="unlabelled") for id, row in self.free.items() if id not in ids]
         batches = inference.plan_batches([*known, *rest], policy, self.params.evaluate.batch)
         columns = predict.survey(model, batches, policy, self.params.ingest.max_pixels)
-        return Pool(**columns, classes=np.array([c["name"] for c in self.summary["classes"]]))
+        return PredictionPool(**columns, classes=np.array([c["name"] for c in self.summary["classes"]]))
 
 
 def play(

@@ -166,7 +166,7 @@ def run(params: config.Params) -> Result:
     columns["classes"] = np.array([c["name"] for c in meta["classes"]])
     with atomic.replacing(predictions.FILE) as file:
         np.savez_compressed(file, allow_pickle=False, **columns)
-    seen = predictions.read()
+    seen = predictions.read_pool()
     frequency = ranking.label_frequency(summary, list(map(str, seen.classes)))
     listed = ranking.shortlist(seen, frequency, params.pool.label_next)
     by_id = {row.id: row for row in rows}

@@ -18,7 +18,7 @@ def champion(known: Path = dump_registry.FILE) -> Path | None:
     Raises:
         RegistryError: the registry is unusable. ConfigError: it names a champion whose weights are not there.
     """
-    name = dump_registry.read(known).warm_start if known.exists() else None
+    name = dump_registry.read_dumps(known).warm_start if known.exists() else None
     if name is None:
         return None
     path = paths.CHAMPIONS / name / "student.safetensors"

@@ -97,8 +97,8 @@ def fabricate(count: int, dump: str, hashes: np.ndarray, rng: np.random.Generato
 
 
 def seconds_to_index(dumps: Sequence[str]) -> float:
-    entries = {name: dump_registry.Entry(archive=f"data/dumps/{name}.tar") for name in dumps}
-    dump_registry.write(dump_registry.Registry(dumps=entries))
+    entries = {name: dump_registry.DumpEntry(archive=f"data/dumps/{name}.tar") for name in dumps}
+    dump_registry.write_dumps(dump_registry.DumpRegistry(dumps=entries))
     began = spent()
     with redirect_stdout(io.StringIO()):
         assert stage.run("index", deduplicate.run) == 0

@@ -17,7 +17,7 @@ from pipeline.storage import archives
 
 EXTENSIONS = archives.EXTENSIONS
 # A bundle runs without a project: the caps of an ingested dump, as the repository's params.yaml has them.
-LIMITS = archives.Limits(total_bytes=64 << 30, file_bytes=256 << 20, files=1_000_000, ratio=200)
+LIMITS = archives.ArchiveLimits(total_bytes=64 << 30, file_bytes=256 << 20, files=1_000_000, ratio=200)
 MAX_PIXELS = 178_956_970
 RESERVED = ("overlays", "confidence")  # folders that predict writes beside the masks
 _ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
@@ -198,7 +198,7 @@ def _head(path: Path) -> bytes:
         return b""
 
 
-def _beginning(member: archives.Member) -> bytes:
+def _beginning(member: archives.ArchiveMember) -> bytes:
     return (member.data or b"")[:_HEAD]
 
 
@@ -213,7 +213,7 @@ def _load(path: Path) -> bytes:
         raise decode.Refused("unreadable", f"{error.strerror or error}; check the file and its permissions") from error
 
 
-def _unpacked(member: archives.Member) -> bytes:
+def _unpacked(member: archives.ArchiveMember) -> bytes:
     if member.data is None:
         raise _too_large(member.size)
     return member.data

@@ -52,7 +52,7 @@ def _student(z: float, freedom: int) -> float:
     return math.sqrt(freedom * math.expm1(scaled**2 / freedom))
 
 
-class Comparison(BaseModel):
+class GateComparison(BaseModel):
     """One line of comparisons.jsonl; lines of older versions may lack what followed from it."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -71,13 +71,13 @@ class Comparison(BaseModel):
         return json.dumps(self.model_dump(mode="json", exclude_unset=True), sort_keys=True) + "\n"
 
 
-def read_comparisons(home: Path) -> list[Comparison]:
+def read_comparisons(home: Path) -> list[GateComparison]:
     """Oldest first. Raises ChampionError that names a damaged line."""
     file = home / FILE
     comparisons = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 1):
         try:
-            comparisons.append(Comparison.model_validate(json.loads(line)))
+            comparisons.append(GateComparison.model_validate(json.loads(line)))
         except ValueError as error:  # no JSON, or no such record
             wrong = store.first_problem(error) if isinstance(error, ValidationError) else error
             raise store.ChampionError(
@@ -87,13 +87,13 @@ def read_comparisons(home: Path) -> list[Comparison]:
     return comparisons
 
 
-def comparison_number(comparisons: Sequence[Comparison], pair: Pair) -> int:
+def comparison_number(comparisons: Sequence[GateComparison], pair: Pair) -> int:
     """Which comparison on its test set this pair is, from 1; one that was made already keeps its number."""
     known = list(dict.fromkeys(made.pair for made in comparisons if made.test_hash == pair[0]))
     return known.index(pair) + 1 if pair in known else len(known) + 1
 
 
-def add_comparison(home: Path, comparisons: Sequence[Comparison], comparison: Comparison) -> None:
+def add_comparison(home: Path, comparisons: Sequence[GateComparison], comparison: GateComparison) -> None:
     """Write one more line, unless the pair has one. Before the pointer moves: what was looked at is never forgotten."""
     if comparison.pair not in [made.pair for made in comparisons]:
         atomic.write_text(home / FILE, "".join(made.to_line() for made in [*comparisons, comparison]))

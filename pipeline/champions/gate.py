@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pipeline import config, paths
 from pipeline.champions import alpha_spending, history, store
-from pipeline.champions.alpha_spending import Comparison
+from pipeline.champions.alpha_spending import GateComparison
 from pipeline.champions.challenger import Challenger, added_variants, read_challenger
 from pipeline.champions.champion import Champion, origin
 from pipeline.champions.decision import VERDICTS, Verdict, judge
@@ -102,7 +102,7 @@ class Trial:
         verdict = judge(challenger.scored, rival, self.gate, experiment=self.experiment, comparison=count)
 
         if verdict.comparison is not None and self.experiment is None:
-            line = Comparison(
+            line = GateComparison(
                 test_hash=pair[0],
                 challenger=pair[1],
                 champion=pair[2],

@@ -98,8 +98,8 @@ def _start_from(root: Path, id: str) -> bool:
         return False
     home.mkdir(parents=True, exist_ok=True)
     with atomic.locked(home / ".lock"):  # the lock of add-dump
-        known = dump_registry.read(file)
+        known = dump_registry.read_dumps(file)
         if known.warm_start in (None, id):
             return False
-        dump_registry.write(known.model_copy(update={"warm_start": id}), file)
+        dump_registry.write_dumps(known.model_copy(update={"warm_start": id}), file)
         return True

@@ -11,10 +11,10 @@ from pipeline import config
 from pipeline.drift import energy_distance, two_sample
 from pipeline.drift.records import AnswerShifts, AreaShift, MarginHistograms, MeanShift
 from pipeline.drift.two_sample import Cloud
-from pipeline.storage.predictions import Floats, Names, Pool
+from pipeline.storage.predictions import Floats, Names, PredictionPool
 
 
-def answers(pool: Pool) -> Cloud:
+def answers(pool: PredictionPool) -> Cloud:
     """The points of the module's docstring."""
     parts = [np.sqrt(pool.area), np.sqrt(pool.margins), pool.confidence[:, None]]
     return Cloud(np.concatenate(parts, axis=1), pool.dump, pool.group, pool.split)
@@ -37,7 +37,7 @@ def areas(points: Cloud, area_NK: Floats, classes: Names, dump: str, settings: c
     }
 
 
-def describe(pool: Pool, dump: str, settings: config.Pool) -> AnswerShifts:
+def describe(pool: PredictionPool, dump: str, settings: config.Pool) -> AnswerShifts:
     """How the answers on a dump differ from those on the reference."""
     points = answers(pool)
     reference = points.reference

@@ -23,7 +23,7 @@ from pipeline.drift.two_sample import Cloud
 from pipeline.stage import Exit, Result
 from pipeline.storage import atomic, predictions
 from pipeline.storage.predictions import FILE as POOL
-from pipeline.storage.predictions import Floats, Pool, PoolError
+from pipeline.storage.predictions import Floats, PoolError, PredictionPool
 from pipeline.storage.served_statistics import ServedStatistics
 
 SERVED = "served"
@@ -99,7 +99,7 @@ def answers(statistics: ServedStatistics, champion: str | None) -> Answers:
     return Answers(chosen.bundle, chosen.classes, area_NK, confidence, windows)
 
 
-def compare(pool: Pool, served: Answers, settings: config.Pool) -> tuple[Finding, dict[str, AreaShift]]:
+def compare(pool: PredictionPool, served: Answers, settings: config.Pool) -> tuple[Finding, dict[str, AreaShift]]:
     """Verdict on areas and confidence together, and which classes moved.
 
     Raises:
@@ -146,7 +146,7 @@ def run(params: config.Params, where: str) -> Result:
     """`marginalia drift`: writes reports/served.json; exit code 3 when `pool.policy` is hold and the answers have drifted."""
     champion = str(atomic.read_json(paths.CHAMPION)["id"]) if paths.CHAMPION.exists() else None
     served = answers(read_statistics(where), champion)
-    finding, areas = compare(predictions.read(), served, params.pool)
+    finding, areas = compare(predictions.read_pool(), served, params.pool)
     warning = other_model(champion)
     report = ServedReport(
         **dict(finding), source=where.split("?")[0], bundle=served.bundle, warning=warning, area=areas

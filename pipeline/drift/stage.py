@@ -41,7 +41,7 @@ class Look(NamedTuple):
 
     points: Cloud
     rows: list[manifest.Row]
-    seen: pool.Pool | None
+    seen: pool.PredictionPool | None
 
 
 def before(rows: Sequence[manifest.Row], max_pixels: int) -> Look:
@@ -64,7 +64,7 @@ def before(rows: Sequence[manifest.Row], max_pixels: int) -> Look:
     return Look(Cloud(feature_ND, *(c[kept] for c in columns)), [rows[i] for i in kept], None)
 
 
-def after(seen: pool.Pool, rows: Sequence[manifest.Row]) -> Look:
+def after(seen: pool.PredictionPool, rows: Sequence[manifest.Row]) -> Look:
     """The student's features of the whole pool.
 
     Raises:
@@ -149,7 +149,7 @@ def screen(params: config.Params) -> Result:
 
 def drift(params: config.Params) -> Result:
     """The stage after predict: features and answers of the pool -> reports/drift.*."""
-    seen = pool.read()
+    seen = pool.read_pool()
     look = after(seen, manifest.read(paths.SPLIT_MANIFEST))
     found = verdicts(look, params.pool)
     return _result(_write(look, found, params, "drift"), found, "drift")

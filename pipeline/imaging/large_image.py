@@ -37,7 +37,7 @@ _HEADER_BYTES = 32 << 20  # of a JPEG before its scan: a camera's previews fit, 
 
 
 @dataclass(frozen=True)
-class Limits:
+class LargeImageLimits:
     """Of one image: pixels, pixels and bytes where it must be decoded whole, longer side over shorter."""
 
     pixels: int
@@ -47,7 +47,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Picture:
+class LargeImage:
     """An image whose header was read. `height`, `width` are upright pixels, `orientation` is what stored rows need.
 
     `bands` reads stored rows from the top, None where the kind needs the whole image; `scan` says that the decoder of a
@@ -59,7 +59,7 @@ class Picture:
     width: int
     orientation: int
     file: BinaryIO
-    limits: Limits
+    limits: LargeImageLimits
     bands: Callable[[], Iterator[Image_HWC]] | None
     scan: bool = False
 
@@ -128,7 +128,7 @@ def size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def open_picture(file: BinaryIO, limits: Limits) -> Picture:
+def open_picture(file: BinaryIO, limits: LargeImageLimits) -> LargeImage:
     """Read the header of an image on disk or in memory (a seekable binary file); nothing is decoded.
 
     Raises:
@@ -166,7 +166,7 @@ def open_picture(file: BinaryIO, limits: Limits) -> Picture:
         raise Refused("animated", "several frames or pages have no single image to segment; send one")
     if orientation >= 5:
         height, width = width, height
-    return Picture(kind, height, width, orientation, file, limits, bands, scan)
+    return LargeImage(kind, height, width, orientation, file, limits, bands, scan)
 
 
 def _resize(image_HWC: Image_HWC, height: int, width: int) -> Image_HWC:

@@ -33,7 +33,7 @@ _KEPT = (b"PLTE", b"tRNS", b"eXIf")
 
 
 @dataclass(frozen=True)
-class Layout:
+class PngLayout:
     """What a PNG's chunks say: sizes in pixels, bits per sample, colour type, Adam7 or not, EXIF orientation, and the
     chunks that its colours need."""
 
@@ -94,7 +94,7 @@ def _body(file: BinaryIO, kind: bytes, length: int) -> Iterator[bytes]:
         raise Refused("corrupt", f"PNG chunk {kind!r} at byte {at} has a wrong checksum; send the original file again")
 
 
-def layout(file: BinaryIO) -> Layout:
+def layout(file: BinaryIO) -> PngLayout:
     """Walk the chunk heads; no pixel is read. Raises Refused("truncated" | "corrupt")."""
     kept: dict[bytes, bytes] = {}
     head, animated = b"", False
@@ -113,10 +113,10 @@ def layout(file: BinaryIO) -> Layout:
         raise Refused("corrupt", f"a PNG of {width} x {height} pixels, {depth} bits and colour type {colour} is none")
     colours = tuple((kind, kept[kind]) for kind in _KEPT[:2] if kind in kept)
     orientation = exif_orientation(kept.get(b"eXIf", b""))
-    return Layout(height, width, depth, colour, interlace != 0, animated, orientation, colours)
+    return PngLayout(height, width, depth, colour, interlace != 0, animated, orientation, colours)
 
 
-def bands(file: BinaryIO, found: Layout) -> Iterator[Image_HWC]:
+def bands(file: BinaryIO, found: PngLayout) -> Iterator[Image_HWC]:
     """RGB bands, n x width x 3, from the top, as stored (before the EXIF orientation).
 
     Raises:
@@ -132,7 +132,7 @@ def bands(file: BinaryIO, found: Layout) -> Iterator[Image_HWC]:
         yield _coloured(raw, found)
 
 
-def _inflated(file: BinaryIO, found: Layout, rows: int) -> Iterator[NDArray[np.uint8]]:
+def _inflated(file: BinaryIO, found: PngLayout, rows: int) -> Iterator[NDArray[np.uint8]]:
     """Filter byte and filtered bytes of `rows` rows at a time (the last time fewer); then the rest of the file."""
     inflate, done, line = zlib.decompressobj(), 0, found.row_bytes + 1
     held = bytearray()
@@ -168,7 +168,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
 
 
-def _unfiltered(filtered: NDArray[np.uint8], above: NDArray[np.uint8], found: Layout) -> NDArray[np.uint8]:
+def _unfiltered(filtered: NDArray[np.uint8], above: NDArray[np.uint8], found: PngLayout) -> NDArray[np.uint8]:
     """n x (1 + row bytes) -> n x row bytes: the band read as pixels of single bytes, below the row above it."""
     if int(filtered[:, 0].max()) > 4:
         raise Refused("corrupt", f"the PNG has a row filter {filtered[:, 0].max()}; send the original file again")
@@ -179,7 +179,7 @@ def _unfiltered(filtered: NDArray[np.uint8], above: NDArray[np.uint8], found: La
     return np.asarray(image).reshape(len(lines), found.row_bytes)[1:]
 
 
-def _coloured(raw: NDArray[np.uint8], found: Layout) -> Image_HWC:
+def _coloured(raw: NDArray[np.uint8], found: PngLayout) -> Image_HWC:
     if (found.depth, found.colour) == (8, 2) and not any(kind == b"tRNS" for kind, _ in found.colours):
         return raw.reshape(len(raw), found.width, 3)
     lines = np.pad(raw, ((0, 0), (1, 0)))

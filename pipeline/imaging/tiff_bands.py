@@ -31,7 +31,7 @@ _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 
 
 @dataclass(frozen=True)
-class Layout:
+class TiffLayout:
     """Sizes of the image and of its pieces (strips or tiles) in pixels as stored, orientation, and what `bands` needs."""
 
     height: int
@@ -72,7 +72,7 @@ def check_directory(file: BinaryIO) -> None:
         raise Refused("corrupt", f"the TIFF's directory holds {total} bytes of values; save it with larger strips")
 
 
-def layout(file: BinaryIO) -> Layout:
+def layout(file: BinaryIO) -> TiffLayout:
     """Read the first directory; no pixel is read. Raises Refused("truncated" | "corrupt")."""
     check_directory(file)
     file.seek(0)
@@ -105,7 +105,7 @@ def layout(file: BinaryIO) -> Layout:
     known = len(offsets) == len(counts) == pieces and max(counts) <= 8 * sides[0] * sides[1] + (1 << 16)
     by_rows = small and known and planes == 1 and compression != _OLD_JPEG
     orientation = orientation if 1 <= orientation <= 8 else 1
-    return Layout(height, width, *sides, orientation, tags.next != 0, by_rows, offsets, counts, tags)
+    return TiffLayout(height, width, *sides, orientation, tags.next != 0, by_rows, offsets, counts, tags)
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ def _row_bytes(width: int, tags: ImageFileDirectory_v2) -> int:
     return (width * (sum(bits) if len(bits) == samples else bits[0] * samples) + 7) // 8
 
 
-def bands(file: BinaryIO, found: Layout) -> Iterator[Image_HWC]:
+def bands(file: BinaryIO, found: TiffLayout) -> Iterator[Image_HWC]:
     """RGB bands, n x width x 3, from the top, as stored (before the orientation): a row of strips or tiles each.
 
     Raises:
@@ -138,7 +138,7 @@ def bands(file: BinaryIO, found: Layout) -> Iterator[Image_HWC]:
         yield band_HWC
 
 
-def _piece(file: BinaryIO, found: Layout, number: int, height: int) -> Image_HWC:
+def _piece(file: BinaryIO, found: TiffLayout, number: int, height: int) -> Image_HWC:
     file.seek(found.offsets[number])
     body = file.read(min(found.counts[number], 1 << 31))
     if len(body) < found.counts[number]:

@@ -69,7 +69,7 @@ def add(
         registry.RegistryError: dumps.yaml is unusable, or `name` is malformed or taken by other content, be it in
             dumps.yaml or as a file in data/dumps that the registry does not know (any more).
     """
-    dump_registry.read(root / dump_registry.FILE)  # a broken registry stops the work before it begins
+    dump_registry.read_dumps(root / dump_registry.FILE)  # a broken registry stops the work before it begins
     if name is not None and not dump_registry.NAME.fullmatch(name):
         raise dump_registry.RegistryError(f"dump name {name!r}: use a-z, 0-9, '_' and '-', at most 64 characters")
     home = root / paths.DUMPS
@@ -77,7 +77,7 @@ def add(
     copies = 2 + remote.is_url(str(path))  # the spool, the sorted archive, and what is fetched exist side by side
     free = max(0, shutil.disk_usage(home).free - RESERVE) // copies
     total = min(int(params.ingest.dump_max_gb * 2**30), free)
-    limits = archives.Limits(
+    limits = archives.ArchiveLimits(
         total, params.ingest.max_file_mb << 20, params.ingest.dump_max_files, params.ingest.dump_max_ratio
     )
     atomic.sweep(home, ".adding-*")
@@ -109,7 +109,7 @@ class Spooled(NamedTuple):
 
 
 def _spool(
-    members: Iterator[archives.Member], spool: Path, tile: int | None, skipped: list[tuple[str, str]]
+    members: Iterator[archives.ArchiveMember], spool: Path, tile: int | None, skipped: list[tuple[str, str]]
 ) -> list[Spooled]:
     """Copy the images among the members to a tar, in order of arrival. `tile`: the side that GeoTIFFs are cut to."""
     found: list[Spooled] = []
@@ -156,7 +156,7 @@ def _arranged(spooled: list[Spooled], skipped: list[tuple[str, str]]) -> dict[st
     return dict(zip(names, kept, strict=True))
 
 
-def _not_ours(member: archives.Member) -> str | None:
+def _not_ours(member: archives.ArchiveMember) -> str | None:
     if reason := webdataset.unread(member.name):
         return reason
     if member.data is None:
@@ -175,7 +175,7 @@ def _register(
     ready: Path,
     skipped: list[tuple[str, str]],
 ) -> Added:
-    known = dump_registry.read(root / dump_registry.FILE)
+    known = dump_registry.read_dumps(root / dump_registry.FILE)
     for other, entry in known.dumps.items():
         if entry.sha256 == content:
             place = root / entry.archive
@@ -194,11 +194,11 @@ def _register(
     _move(ready, root / archive)
     champion = root / paths.CHAMPION
     warm = str(atomic.read_json(champion)["id"]) if champion.exists() else known.warm_start
-    entry = dump_registry.Entry(
+    entry = dump_registry.DumpEntry(
         archive=archive.as_posix(), sha256=content, images=count, added=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     )
-    dump_registry.write(
-        dump_registry.Registry(warm_start=warm, dumps={**known.dumps, chosen: entry}), root / dump_registry.FILE
+    dump_registry.write_dumps(
+        dump_registry.DumpRegistry(warm_start=warm, dumps={**known.dumps, chosen: entry}), root / dump_registry.FILE
     )
     return Added(chosen, count, content, archive, skipped, None, warm)
 
@@ -220,7 +220,7 @@ def _available(archive: Path, content: str) -> bool:
         return False
 
 
-def _free_name(path: str | Path, known: dump_registry.Registry, root: Path, content: str) -> str:
+def _free_name(path: str | Path, known: dump_registry.DumpRegistry, root: Path, content: str) -> str:
     own = remote.name(str(path)) if remote.is_url(str(path)) else Path(path).resolve().name
     stem = re.sub(r"[^a-z0-9_]+", "-", _SUFFIX.sub("", own).lower()).strip("-_")[:56] or "dump"
     number = 1
@@ -248,7 +248,7 @@ def run(params: config.Params, path: str, name: str | None = None) -> Result:
 
 def _version() -> list[str]:
     """`dvc add` what is registered and not tracked yet; a warning where that cannot be done."""
-    known = dump_registry.read()
+    known = dump_registry.read_dumps()
     keep = [Path(entry.archive) for name, entry in known.dumps.items() if name != dump_registry.BASE]
     if known.warm_start:
         keep.append(paths.CHAMPIONS / known.warm_start)

@@ -102,7 +102,7 @@ def plan(
     return tasks, sorted(contents.refused, key=lambda entry: entry.name)
 
 
-def verify(archive: Path, dump: str, entry: dump_registry.Entry) -> None:
+def verify(archive: Path, dump: str, entry: dump_registry.DumpEntry) -> None:
     """Raises ValueError where the archive does not hold the files that were registered; base has no hash to compare."""
     if entry.sha256 is None or (found := manifest.content_hash(archive)) == entry.sha256:
         return
@@ -209,7 +209,7 @@ def _surviving(results: Iterator[tuple[CheckTask, Checked]], archive: Path) -> I
 
 def run(params: config.Params, dump: str) -> Result:
     """The stage: the archive of one dump of dumps.yaml -> data/ingested/DUMP/."""
-    entry = dump_registry.find(dump_registry.read(), dump)
+    entry = dump_registry.find(dump_registry.read_dumps(), dump)
     archive = Path(entry.archive)
     verify(archive, dump, entry)
     counts = ingest(archive, dump, atomic.read_json(paths.SOURCE), params.ingest, params.scale)

@@ -168,12 +168,12 @@ def lost_labels(dropped: Sequence[QuarantineEntry], needed: Collection[str]) -> 
 
 def run(params: config.Params) -> Result:
     """The stage: data/ingested/ of every dump, and imported labels -> data/manifest.parquet and data/quarantine.json."""
-    names = list(dump_registry.read().dumps)
+    names = list(dump_registry.read_dumps().dumps)
     homes = [paths.INGESTED / name for name in names]
     archives = [manifest.read(home / paths.ROWS_NAME) for home in homes]
     refused = [entry for home in homes for entry in read_quarantine(home / paths.QUARANTINE_NAME)]
     source = atomic.read_json(paths.SOURCE)
-    imported = labels.places(labels.read(), [c["name"] for c in source["classes"]])
+    imported = labels.places(labels.read_labels(), [c["name"] for c in source["classes"]])
 
     settings = params.ingest
     same = Thumbnails(settings.max_pixels).same

@@ -22,7 +22,7 @@ class RegistryError(ValueError):
     """dumps.yaml cannot be used as it is; the message says why and what to do."""
 
 
-class Entry(BaseModel):
+class DumpEntry(BaseModel):
     """One archive. `sha256` is the content hash over its images, not the archive file's own; null for base."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,16 +32,16 @@ class Entry(BaseModel):
     added: str | None = None
 
 
-class Registry(BaseModel):
+class DumpRegistry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     warm_start: str | None = None
-    dumps: dict[str, Entry] = Field(min_length=1)
+    dumps: dict[str, DumpEntry] = Field(min_length=1)
 
 
-def parse(text: str, file: Path = FILE) -> Registry:
+def parse(text: str, file: Path = FILE) -> DumpRegistry:
     """Raises RegistryError that names the file and the field."""
     try:
-        registry = Registry.model_validate(yaml.safe_load(text))
+        registry = DumpRegistry.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise RegistryError(f"{file}: not valid YAML: {error}") from error
     except ValidationError as error:
@@ -52,7 +52,7 @@ def parse(text: str, file: Path = FILE) -> Registry:
     return registry
 
 
-def read(file: Path = FILE) -> Registry:
+def read_dumps(file: Path = FILE) -> DumpRegistry:
     """Raises RegistryError when the file is missing or wrong."""
     try:
         return parse(file.read_text(encoding="utf-8"), file)
@@ -60,13 +60,13 @@ def read(file: Path = FILE) -> Registry:
         raise RegistryError(f"{file}: not found; run from the project's folder") from error
 
 
-def write(registry: Registry, file: Path = FILE) -> None:
+def write_dumps(registry: DumpRegistry, file: Path = FILE) -> None:
     """Replace dumps.yaml atomically."""
     body = yaml.safe_dump(registry.model_dump(), sort_keys=False, allow_unicode=True)
     atomic.write_text(file, _HEAD + body)
 
 
-def find(registry: Registry, name: str) -> Entry:
+def find(registry: DumpRegistry, name: str) -> DumpEntry:
     """Raises RegistryError for an unknown name and lists the known ones."""
     if name not in registry.dumps:
         raise RegistryError(f"no dump {name!r} in {FILE}; known: {', '.join(registry.dumps)}")

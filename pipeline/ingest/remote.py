@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import unquote
 
 from pipeline.storage import archives
-from pipeline.storage.archives import DumpRefused, Limits, Member
+from pipeline.storage.archives import ArchiveLimits, ArchiveMember, DumpRefused
 
 CHUNK = 1 << 20
 # Scheme -> the package with its driver; None: part of fsspec. Wrappers of other schemes are left out on purpose.
@@ -56,7 +56,7 @@ def _options(scheme: str) -> dict[str, Any]:
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
 
 
-class Place:
+class RemotePlace:
     """A file or folder behind a URL.
 
     Raises:
@@ -84,7 +84,7 @@ class Place:
             return self.shown.endswith("/")
         return bool(self._asked(lambda: self.system.info(self.path)["type"] == "directory"))
 
-    def listing(self, limits: Limits) -> list[Listed]:
+    def listing(self, limits: ArchiveLimits) -> list[Listed]:
         """All files below the folder, by name."""
         found = self._asked(lambda: self.system.find(self.path, detail=True))
         if len(found) > limits.files:
@@ -102,20 +102,22 @@ class Place:
             listed.append(Listed(relative, path, about.get("size")))
         return listed
 
-    def members(self, listed: list[Listed], limits: Limits, seen: Callable[[float], None]) -> Iterator[Member]:
+    def members(
+        self, listed: list[Listed], limits: ArchiveLimits, seen: Callable[[float], None]
+    ) -> Iterator[ArchiveMember]:
         """The listed files, each read fully before the next; one larger than the cap is cut off there and left out."""
         for number, item in enumerate(listed, 1):
             name = archives.safe_name(item.name, self.shown)
             if item.size is not None and item.size > limits.file_bytes:
-                yield Member(name, item.size, None)
+                yield ArchiveMember(name, item.size, None)
             else:
                 data = b"".join(self._pieces(item.path, limits.file_bytes + 1))
                 if item.size not in (None, len(data)):
                     raise DumpRefused(f"{self.shown}: {name!a} has {len(data)} of {item.size} bytes; deliver it again")
-                yield Member(name, len(data), data if len(data) <= limits.file_bytes else None)
+                yield ArchiveMember(name, len(data), data if len(data) <= limits.file_bytes else None)
             seen(number / len(listed))
 
-    def fetch(self, folder: Path, limits: Limits, path: str | None = None) -> Path:
+    def fetch(self, folder: Path, limits: ArchiveLimits, path: str | None = None) -> Path:
         """The file in `folder`, under its own name; `path`: another file of the same store.
 
         Raises:

@@ -14,9 +14,9 @@ from pathlib import Path
 from pipeline.formats.names import image_files
 from pipeline.ingest import remote
 from pipeline.storage import archives
-from pipeline.storage.archives import DumpRefused, Limits, Member
+from pipeline.storage.archives import ArchiveLimits, ArchiveMember, DumpRefused
 
-Step = Callable[[Callable[[float], None]], Iterator[Member]]  # seen -> the members of one archive or folder
+Step = Callable[[Callable[[float], None]], Iterator[ArchiveMember]]  # seen -> the members of one archive or folder
 MAX_SHARDS = 100_000
 _SHARD = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
 # What data sets keep beside KEY.jpg, as KEY.cls or KEY.seg.png: labels, captions, masks; not read in later dumps.
@@ -37,8 +37,8 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def members(
-    where: str | Path, limits: Limits, spool: Path, seen: Callable[[float], None] = lambda share: None
-) -> Iterator[Member]:
+    where: str | Path, limits: ArchiveLimits, spool: Path, seen: Callable[[float], None] = lambda share: None
+) -> Iterator[ArchiveMember]:
     """Regular files of the delivery.
 
     Args:
@@ -57,7 +57,7 @@ def members(
     return archives.counted(_joined(steps, seen), remote.shown(text), limits)
 
 
-def _joined(steps: Sequence[Step], seen: Callable[[float], None]) -> Iterator[Member]:
+def _joined(steps: Sequence[Step], seen: Callable[[float], None]) -> Iterator[ArchiveMember]:
     for number, step in enumerate(steps):
         yield from step(lambda share, number=number: seen((number + share) / len(steps)))  # type: ignore[misc]
 
@@ -73,8 +73,8 @@ def _local(text: str) -> list[Path]:
     return paths
 
 
-def _remote(url: str, limits: Limits, spool: Path) -> list[Step]:
-    place = remote.Place(url)
+def _remote(url: str, limits: ArchiveLimits, spool: Path) -> list[Step]:
+    place = remote.RemotePlace(url)
     if not place.is_folder():
         return [partial(_fetched, place, None, limits, spool)]
     listed = place.listing(limits)
@@ -85,8 +85,8 @@ def _remote(url: str, limits: Limits, spool: Path) -> list[Step]:
 
 
 def _fetched(
-    place: remote.Place, path: str | None, limits: Limits, spool: Path, seen: Callable[[float], None]
-) -> Iterator[Member]:
+    place: remote.RemotePlace, path: str | None, limits: ArchiveLimits, spool: Path, seen: Callable[[float], None]
+) -> Iterator[ArchiveMember]:
     file = place.fetch(spool, limits, path)
     try:
         yield from archives.read(file, limits, seen)

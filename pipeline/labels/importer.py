@@ -153,7 +153,7 @@ def add(
     classes = atomic.read_json(root / paths.SOURCE)["classes"]
     names = [entry["name"] for entry in classes]
     palette = [tuple(entry["color"]) for entry in classes]
-    registry.places(registry.read(root / registry.FILE), names, root)  # a broken registry stops the work at once
+    registry.places(registry.read_labels(root / registry.FILE), names, root)  # a broken registry stops the work at once
     max_pixels = params.ingest.max_pixels
 
     home = root / registry.HOME
@@ -203,7 +203,7 @@ def _register(
 
     `own`: digests of the source's own masks that training sees.
     """
-    known = registry.read(root / registry.FILE)
+    known = registry.read_labels(root / registry.FILE)
     imported = {image: place.digest for image, place in registry.places(known, classes, root).items()}
     in_force = {**own, **imported}
     new = {image: label for image, label in sorted(delivery.labels.items()) if in_force.get(image) != label.digest}
@@ -214,7 +214,7 @@ def _register(
     added = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     archive = registry.HOME / f"{name}.tar"
     _write_archive(root / archive, delivery, classes, new, added)
-    entry = registry.Entry(
+    entry = registry.LabelEntry(
         archive=archive.as_posix(),
         sha256=registry.content_hash({image: label.digest for image, label in new.items()}),
         images=len(new),
@@ -222,7 +222,7 @@ def _register(
         tool=delivery.tool,
         by=delivery.by,
     )
-    registry.write(registry.Registry(labels={**known.labels, name: entry}), root / registry.FILE)
+    registry.write_labels(registry.LabelRegistry(labels={**known.labels, name: entry}), root / registry.FILE)
     return name, len(new)
 
 
@@ -241,7 +241,7 @@ def _write_archive(
             put(member.name, shards.read(delivery.spool, member.offset, member.length))
 
 
-def _free_name(path: Path, known: registry.Registry, root: Path) -> str:
+def _free_name(path: Path, known: registry.LabelRegistry, root: Path) -> str:
     """The file's own name in a safe form, numbered if it is taken, be it only by an archive that no registry names."""
     stem = re.sub(r"[^a-z0-9_-]+", "-", path.resolve().stem.lower()).strip("-_")[:56] or "labels"
     number = 1
@@ -265,7 +265,7 @@ def run(
 
 def _version() -> list[str]:
     """`dvc add` what is registered and not tracked yet; a warning where that cannot be done."""
-    problem = dvc.track([Path(entry.archive) for entry in registry.read().labels.values()])
+    problem = dvc.track([Path(entry.archive) for entry in registry.read_labels().labels.values()])
     return [f"not versioned by DVC: {problem}"] if problem else []
 
 

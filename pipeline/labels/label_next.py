@@ -25,7 +25,7 @@ from pipeline.labels import exporter, ranking
 from pipeline.labels.ranking import Choice
 from pipeline.stage import Result
 from pipeline.storage import atomic, manifest, predictions
-from pipeline.storage.predictions import Pool, PoolError
+from pipeline.storage.predictions import PoolError, PredictionPool
 
 HOWTO = """\
 Correct the pre-labels in the tool you like, then, in the project: marginalia import-labels WHAT-CAME-BACK; dvc repro
@@ -50,7 +50,7 @@ def export_names(names: Sequence[str], dumps: Sequence[str]) -> list[str]:
 def write_folder(
     folder: Path,
     choices: Sequence[Choice],
-    pool: Pool,
+    pool: PredictionPool,
     rows: Mapping[str, manifest.Row],
     classes: Sequence[dict[str, Any]],
     max_pixels: int,
@@ -95,7 +95,7 @@ def write_folder(
     exporter.hand_out(handed)
 
 
-def table_csv(choices: Sequence[Choice], pool: Pool) -> str:
+def table_csv(choices: Sequence[Choice], pool: PredictionPool) -> str:
     """rank.csv: place, id, name, dump, group, doubt, distance, mean refined margin and the most doubted class."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
@@ -109,7 +109,7 @@ def table_csv(choices: Sequence[Choice], pool: Pool) -> str:
 
 def run(params: config.Params) -> Result:
     """The stage: data/pool and data/split -> reports/rank.csv and reports/label_next/. Raises PoolError."""
-    pool = predictions.read()
+    pool = predictions.read_pool()
     summary = atomic.read_json(paths.SPLIT_SUMMARY)
     frequency_K = ranking.label_frequency(summary, list(map(str, pool.classes)))
     choices = ranking.choose(pool, frequency_K, params.pool.label_next)

@@ -129,10 +129,10 @@ def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> It
         if number not in drawn:
             continue
         name, height, width = str(record.get("file_name")), record.get("height"), record.get("width")
-        size = masks.Size(height, width)
+        size = masks.CocoSize(height, width)
 
         def draw(
-            row: manifest.Row, size: masks.Size = size, mine: list[tuple[str | None, Any]] = drawn[number]
+            row: manifest.Row, size: masks.CocoSize = size, mine: list[tuple[str | None, Any]] = drawn[number]
         ) -> NDArray[np.uint8]:
             check_size(size.height, size.width, row)
             if unknown := sorted({str(what) for what, _ in mine} - ids.keys()):

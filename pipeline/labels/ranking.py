@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.storage.predictions import Floats, Pool
+from pipeline.storage.predictions import Floats, PredictionPool
 
 SHORTLIST = 4  # candidates per image asked for
 RARITY_CAP = 4.0
@@ -51,25 +51,25 @@ def rarity(frequency_K: Floats) -> Floats:
     return weight
 
 
-def doubt(pool: Pool, frequency_K: Floats) -> Floats:
+def doubt(pool: PredictionPool, frequency_K: Floats) -> Floats:
     """Rarity-weighted mean of 1 - refined margin per image: N, >= 0."""
     weighted: Floats = pool.doubt @ rarity(frequency_K)
     return weighted
 
 
-def _by_doubt(pool: Pool, doubt_N: Floats) -> list[int]:
+def _by_doubt(pool: PredictionPool, doubt_N: Floats) -> list[int]:
     """Unlabelled rows, most doubtful first; ties by id, so that the order of files decides nothing."""
     rows = np.flatnonzero(pool.split == "unlabelled")
     return [int(i) for i in sorted(rows, key=lambda i: (-doubt_N[i], str(pool.id[i])))]
 
 
-def _cap(pool: Pool, rows: Sequence[int], count: int) -> int:
+def _cap(pool: PredictionPool, rows: Sequence[int], count: int) -> int:
     """Most images one group may give: twice an even share; no limit where there are fewer than two groups."""
     groups = {str(pool.group[i]) for i in rows} - {""}
     return max(1, math.ceil(2 * count / len(groups))) if len(groups) > 1 else count
 
 
-def shortlist(pool: Pool, frequency_K: Floats, count: int) -> list[int]:
+def shortlist(pool: PredictionPool, frequency_K: Floats, count: int) -> list[int]:
     """The 4 x `count` most doubtful unlabelled rows, at most 4 x the group cap from one group (filled up if that is
     too few).
     """
@@ -85,7 +85,7 @@ def shortlist(pool: Pool, frequency_K: Floats, count: int) -> list[int]:
     return (within + beyond)[: SHORTLIST * count]
 
 
-def choose(pool: Pool, frequency_K: Floats, count: int) -> list[Choice]:
+def choose(pool: PredictionPool, frequency_K: Floats, count: int) -> list[Choice]:
     """Up to `count` rows to label, in the order they were taken. Deterministic.
 
     Distances are Euclidean between embeddings scaled to unit variance per dimension over the pool. The group cap is

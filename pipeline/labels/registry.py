@@ -27,7 +27,7 @@ class LabelsError(ValueError):
     """labels.yaml or an archive of labels cannot be used; the message names it and says what to do."""
 
 
-class Entry(BaseModel):
+class LabelEntry(BaseModel):
     """One import. `sha256` is the content hash over its pairs of image id and mask digest; `by` who gave it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,12 +39,12 @@ class Entry(BaseModel):
     by: str
 
 
-class Registry(BaseModel):
+class LabelRegistry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    labels: dict[str, Entry] = {}
+    labels: dict[str, LabelEntry] = {}
 
 
-class Place(NamedTuple):
+class MaskPlace(NamedTuple):
     """Where the mask that counts for an image lies, the digest of its ids, and which import brought it."""
 
     archive: str
@@ -54,12 +54,12 @@ class Place(NamedTuple):
     name: str
 
 
-def read(file: Path = FILE) -> Registry:
+def read_labels(file: Path = FILE) -> LabelRegistry:
     """An absent file has no entries. Raises LabelsError that names the file and the field."""
     try:
-        return Registry.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+        return LabelRegistry.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
     except FileNotFoundError:
-        return Registry()
+        return LabelRegistry()
     except yaml.YAMLError as error:
         raise LabelsError(f"{file}: not valid YAML: {error}") from error
     except ValidationError as error:
@@ -67,7 +67,7 @@ def read(file: Path = FILE) -> Registry:
         raise LabelsError(f"{file}: {'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}") from error
 
 
-def write(registry: Registry, file: Path = FILE) -> None:
+def write_labels(registry: LabelRegistry, file: Path = FILE) -> None:
     """Replace labels.yaml atomically."""
     atomic.write_text(file, _HEAD + yaml.safe_dump(registry.model_dump(), sort_keys=False, allow_unicode=True))
 
@@ -77,7 +77,7 @@ def content_hash(digests: Mapping[str, str]) -> str:
     return manifest.set_hash(f"{id_} {digest}" for id_, digest in digests.items())
 
 
-def places(registry: Registry, classes: Sequence[str], root: Path = Path()) -> dict[str, Place]:
+def places(registry: LabelRegistry, classes: Sequence[str], root: Path = Path()) -> dict[str, MaskPlace]:
     """Image id -> the mask that counts. Only headers and provenance are read: `manifest.open_mask` checks the pixels.
 
     Args:
@@ -87,7 +87,7 @@ def places(registry: Registry, classes: Sequence[str], root: Path = Path()) -> d
     Raises:
         LabelsError: an archive is absent, damaged, not the one that was registered, or of other classes.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, MaskPlace] = {}
     for name, entry in registry.labels.items():
         path = root / entry.archive
         if not path.exists():
@@ -108,11 +108,11 @@ def places(registry: Registry, classes: Sequence[str], root: Path = Path()) -> d
                 f"{path}: its masks hold ids of the classes {', '.join(about['classes'])}, but the source now has "
                 f"{', '.join(classes)}; add new classes at the end, or take {name!r} out of {FILE} and import again"
             )
-        found |= {id_: Place(entry.archive, m.offset, m.length, digests[id_], name) for id_, m in lie.items()}
+        found |= {id_: MaskPlace(entry.archive, m.offset, m.length, digests[id_], name) for id_, m in lie.items()}
     return found
 
 
-def attach(rows: Sequence[manifest.Row], found: Mapping[str, Place]) -> list[manifest.Row]:
+def attach(rows: Sequence[manifest.Row], found: Mapping[str, MaskPlace]) -> list[manifest.Row]:
     """Rows whose image has imported labels get that mask in place of their own, and the import's name."""
     out = []
     for row in rows:

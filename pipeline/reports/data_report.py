@@ -13,7 +13,7 @@ from pipeline import config, paths
 from pipeline.ingest import dump_registry, split
 from pipeline.ingest.quarantine import QuarantineEntry, read_quarantine
 from pipeline.reports import page, sections
-from pipeline.reports.pictures import Pictures
+from pipeline.reports.pictures import ReportPictures
 from pipeline.stage import Result
 from pipeline.storage import atomic, manifest
 
@@ -59,7 +59,7 @@ def read_project(root: Path) -> Project:
     summary = _read_json(root / paths.SPLIT_SUMMARY)
     if summary is None:
         raise ReportError(f"{root / paths.SPLIT_SUMMARY}: not found; run `dvc repro split`")
-    registry = dump_registry.read(root / dump_registry.FILE)
+    registry = dump_registry.read_dumps(root / dump_registry.FILE)
     return Project(
         root=root,
         summary=summary,
@@ -93,7 +93,7 @@ def build(root: Path = Path()) -> str:
     """
     project = read_project(root)
     summary = project.summary
-    pictures = Pictures(
+    pictures = ReportPictures(
         root,
         budget=BUDGET,
         palette=[entry["color"] for entry in summary["classes"]],

@@ -9,7 +9,7 @@ from pipeline.reports.thumbnails import STRIP, Album, originals
 from pipeline.storage import manifest
 
 
-class Pictures:
+class ReportPictures:
     """Data URIs by "dump/name", "" where there is no such picture, it cannot be decoded, or the budget is used up."""
 
     def __init__(self, root: Path, *, budget: int, palette: Sequence[Any], archives: Mapping[str, Path]) -> None:

@@ -17,7 +17,7 @@ Picture = Callable[[str], str]  # a name to a data URI or ""
 _LIKE = re.compile(r"(?:looks like|same pixels as) (.+?)(?: and \d+ more)?(?: \(difference hash within .*)?", re.DOTALL)
 
 
-class Card(NamedTuple):
+class PictureCard(NamedTuple):
     """A picture ("" where there is none), its words for those who do not see it, and the text below, `lead` in bold."""
 
     source: str
@@ -29,7 +29,7 @@ class Card(NamedTuple):
 class Gallery(NamedTuple):
     """The first `most` of `total` things as cards."""
 
-    cards: list[Card]
+    cards: list[PictureCard]
     total: int
     most: int
 
@@ -195,7 +195,7 @@ class RefusedFile(NamedTuple):
 
 class Quarantine(NamedTuple):
     reasons: list[Reason]
-    cards: list[Card]
+    cards: list[PictureCard]
     files: list[RefusedFile]
     total: int
 
@@ -206,7 +206,7 @@ def quarantine(dropped: Sequence[QuarantineEntry], picture: Picture, most: int) 
     files = [RefusedFile(item.key, item.code, item.reason) for item in items]
     counts = Counter((item.code, item.kept) for item in items)
     cards = [
-        Card(picture(file.name), f"refused image {item.name}", f"{file.name}: {file.reason}", lead=file.code)
+        PictureCard(picture(file.name), f"refused image {item.name}", f"{file.name}: {file.reason}", lead=file.code)
         for item, file in zip(items[:most], files[:most], strict=True)
     ]
     reasons = [Reason(code, n, kept) for (code, kept), n in counts.most_common()]
@@ -220,8 +220,8 @@ def like(reason: str) -> str | None:
 
 
 class Pair(NamedTuple):
-    removed: Card
-    kept: Card
+    removed: PictureCard
+    kept: PictureCard
     reason: str
 
 
@@ -237,8 +237,8 @@ def duplicates(dropped: Sequence[QuarantineEntry], picture: Picture, most: int) 
     for item in items[:most]:
         name = item.key
         other = like(item.reason) or ""
-        removed = Card(picture(name), f"removed image {name}", f"removed: {name}")
-        kept = Card(picture(other), f"kept image {other}", f"kept: {other or '-'}")
+        removed = PictureCard(picture(name), f"removed image {name}", f"removed: {name}")
+        kept = PictureCard(picture(other), f"kept image {other}", f"kept: {other or '-'}")
         pairs.append(Pair(removed, kept, f"{item.code}: {item.reason}"))
     return Duplicates(pairs, len(items))
 
@@ -251,7 +251,9 @@ def label_next(ranked: Sequence[Mapping[str, str]] | None, picture: Picture, mos
     for row in ranked[:most]:
         name = f"{row['dump']}/{row['name']}"
         words = f"{name}; doubt {float(row['doubt']):.3f}, most about {row['most_doubted']}"
-        cards.append(Card(picture(name), f"image {row['name']} with its pre-labels", words, lead=f"{row['place']}."))
+        cards.append(
+            PictureCard(picture(name), f"image {row['name']} with its pre-labels", words, lead=f"{row['place']}.")
+        )
     return Gallery(cards, len(ranked), most)
 
 
@@ -268,5 +270,5 @@ def suspects(found: Sequence[Mapping[str, str]] | None, picture: Picture, most: 
             f"(score {float(row['score']):.3f}). Image, mask, prediction, contradiction"
         )
         alt = f"{row['name']}: image, mask, prediction, contradiction"
-        cards.append(Card(picture(row["picture"]), alt, words, lead=f"{row['split']} {row['place']}."))
+        cards.append(PictureCard(picture(row["picture"]), alt, words, lead=f"{row['split']} {row['place']}."))
     return Gallery(cards, len(found), most)

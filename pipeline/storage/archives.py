@@ -42,7 +42,7 @@ class DumpRefused(ValueError):
     """The whole archive is refused; the message names the archive, the member and what to do."""
 
 
-class Limits(NamedTuple):
+class ArchiveLimits(NamedTuple):
     """Caps on the sum of unpacked bytes, on one file's bytes, on the number of members, and unpacked / packed."""
 
     total_bytes: int
@@ -51,8 +51,8 @@ class Limits(NamedTuple):
     ratio: int
 
 
-class Member(NamedTuple):
-    """A regular file. `data` is None when it is larger than `Limits.file_bytes`; `size` is its unpacked length."""
+class ArchiveMember(NamedTuple):
+    """A regular file. `data` is None when it is larger than `ArchiveLimits.file_bytes`; `size` is its unpacked length."""
 
     name: str
     size: int
@@ -79,7 +79,9 @@ def safe_name(name: str, archive: Path | str) -> str:
     return "/".join(parts).encode("utf-8", "replace").decode("utf-8")
 
 
-def read(path: Path, limits: Limits, seen: Callable[[float], None] = lambda share: None) -> Iterator[Member]:
+def read(
+    path: Path, limits: ArchiveLimits, seen: Callable[[float], None] = lambda share: None
+) -> Iterator[ArchiveMember]:
     """Regular files of a folder, zip or tar (plain, gzip, bzip2, xz, zstd), each read fully before the next.
 
     Args:
@@ -97,7 +99,7 @@ def read(path: Path, limits: Limits, seen: Callable[[float], None] = lambda shar
     return counted(source, path, limits)
 
 
-def counted(source: Iterator[Member], path: Path | str, limits: Limits) -> Iterator[Member]:
+def counted(source: Iterator[ArchiveMember], path: Path | str, limits: ArchiveLimits) -> Iterator[ArchiveMember]:
     """The same members, of one delivery, until their number or the sum of their sizes passes a cap: then DumpRefused."""
     total = 0
     for count, member in enumerate(source, 1):
@@ -109,14 +111,14 @@ def counted(source: Iterator[Member], path: Path | str, limits: Limits) -> Itera
         yield member
 
 
-def too_big(path: Path | str, limits: Limits) -> DumpRefused:
+def too_big(path: Path | str, limits: ArchiveLimits) -> DumpRefused:
     return DumpRefused(
         f"{path}: unpacks to more than {limits.total_bytes / 2**30:.3g} GiB (ingest.dump_max_gb, or what the disk "
         "has room for); split the dump or raise the cap"
     )
 
 
-def _too_dense(path: Path, limits: Limits) -> DumpRefused:
+def _too_dense(path: Path, limits: ArchiveLimits) -> DumpRefused:
     return DumpRefused(
         f"{path}: unpacks to more than {limits.ratio} times its size (ingest.dump_max_ratio): this looks like a "
         "decompression bomb"
@@ -138,7 +140,7 @@ def _kind(path: Path) -> str:
         raise DumpRefused(f"{path}: not a folder, zip or tar; pack the images as one of them") from None
 
 
-def _folder(path: Path, limits: Limits) -> Iterator[Member]:
+def _folder(path: Path, limits: ArchiveLimits) -> Iterator[ArchiveMember]:
     for item in sorted(path.rglob("*")):
         mode = item.lstat().st_mode
         name = safe_name(item.relative_to(path).as_posix(), path)
@@ -147,10 +149,10 @@ def _folder(path: Path, limits: Limits) -> Iterator[Member]:
         if not stat.S_ISREG(mode):
             raise DumpRefused(f"{path}: {name!a} is a link or a device, not a file; copy the file itself")
         size = item.stat().st_size
-        yield Member(name, size, item.read_bytes() if size <= limits.file_bytes else None)
+        yield ArchiveMember(name, size, item.read_bytes() if size <= limits.file_bytes else None)
 
 
-def _zip(path: Path, limits: Limits, seen: Callable[[float], None]) -> Iterator[Member]:
+def _zip(path: Path, limits: ArchiveLimits, seen: Callable[[float], None]) -> Iterator[ArchiveMember]:
     try:
         with zipfile.ZipFile(path) as archive:
             items = archive.infolist()
@@ -171,7 +173,7 @@ def _zip(path: Path, limits: Limits, seen: Callable[[float], None]) -> Iterator[
                         f"{path}: member {name!a} is packed with method {item.compress_type}; use deflate"
                     )
                 if not item.is_dir():
-                    yield Member(
+                    yield ArchiveMember(
                         name, item.file_size, unzip(archive, item) if item.file_size <= limits.file_bytes else None
                     )
                 seen(number / len(items))
@@ -200,7 +202,7 @@ class _Info(tarfile.TarInfo):
 class _Metered(io.RawIOBase):
     """Unpacked stream that stops at the caps and remembers its last block."""
 
-    def __init__(self, inner: IO[bytes], raw: IO[bytes], path: Path, limits: Limits) -> None:
+    def __init__(self, inner: IO[bytes], raw: IO[bytes], path: Path, limits: ArchiveLimits) -> None:
         self.inner, self.raw, self.path, self.limits = inner, raw, path, limits
         self.packed, self.total, self.tail = path.stat().st_size, 0, b""
 
@@ -234,7 +236,7 @@ def _unpacked(raw: IO[bytes], path: Path, kind: str) -> Any:
     return raw
 
 
-def _tar(path: Path, kind: str, limits: Limits, seen: Callable[[float], None]) -> Iterator[Member]:
+def _tar(path: Path, kind: str, limits: ArchiveLimits, seen: Callable[[float], None]) -> Iterator[ArchiveMember]:
     try:
         with path.open("rb") as raw:
             stream = _Metered(_unpacked(raw, path, kind), raw, path, limits)
@@ -253,7 +255,9 @@ def _tar(path: Path, kind: str, limits: Limits, seen: Callable[[float], None]) -
         raise DumpRefused(f"{path}: damaged or truncated archive ({error}); deliver it again") from error
 
 
-def _tar_member(tar: tarfile.TarFile, item: tarfile.TarInfo, path: Path, limits: Limits) -> Iterator[Member]:
+def _tar_member(
+    tar: tarfile.TarFile, item: tarfile.TarInfo, path: Path, limits: ArchiveLimits
+) -> Iterator[ArchiveMember]:
     name = safe_name(item.name, path)
     if item.isdir():
         return
@@ -263,10 +267,10 @@ def _tar_member(tar: tarfile.TarFile, item: tarfile.TarInfo, path: Path, limits:
     if item.size > limits.total_bytes:
         raise too_big(path, limits)
     if item.size > limits.file_bytes:
-        yield Member(name, item.size, None)
+        yield ArchiveMember(name, item.size, None)
         return
     file = tar.extractfile(item)
     data = file.read() if file else b""
     if len(data) != item.size:
         raise DumpRefused(f"{path}: member {name!a} is cut short; deliver the archive again")
-    yield Member(name, item.size, data)
+    yield ArchiveMember(name, item.size, data)

@@ -42,7 +42,7 @@ class PoolError(ValueError):
 
 
 @dataclass(frozen=True)
-class Pool:
+class PredictionPool:
     """The arrays of the module's docstring."""
 
     id: Names
@@ -60,7 +60,7 @@ class Pool:
     margins: Floats
 
 
-def read(path: Path = FILE) -> Pool:
+def read_pool(path: Path = FILE) -> PredictionPool:
     """Raises PoolError when the file is missing or lacks an array."""
     if not path.exists():
         raise PoolError(f"{path}: not found; run the predict stage")
@@ -71,7 +71,7 @@ def read(path: Path = FILE) -> Pool:
         values = {key: arrays[key] for key in _KEYS}
     for key in ("embedding", "confidence", "margin", "entropy", "area", "doubt", "margins"):
         values[key] = values[key].astype(np.float64)
-    return Pool(**values)
+    return PredictionPool(**values)
 
 
 def descriptor(image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:

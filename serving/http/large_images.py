@@ -53,7 +53,7 @@ class WindowModel:
 class _LargeImage:
     """One image and what is asked of it: the answer has `height` x `width` pixels. `count` is filled as bands are made."""
 
-    picture: large_image.Picture
+    picture: large_image.LargeImage
     kind: Kind
     query: Query
     model: WindowModel
@@ -71,9 +71,11 @@ def is_large(pixels: int, query: Query, settings: Settings) -> bool:
     return max(pixels, height * width) > settings.large_pixels or query.resolution == "full"
 
 
-def image_limits(settings: Settings) -> large_image.Limits:
+def image_limits(settings: Settings) -> large_image.LargeImageLimits:
     """Of an image that is read in bands."""
-    return large_image.Limits(settings.max_pixels, settings.max_whole_pixels, settings.max_body, settings.max_aspect)
+    return large_image.LargeImageLimits(
+        settings.max_pixels, settings.max_whole_pixels, settings.max_body, settings.max_aspect
+    )
 
 
 def segment(
@@ -97,7 +99,7 @@ def segment(
 
 
 @contextlib.contextmanager
-def _turn_of(picture: large_image.Picture, settings: Settings) -> Iterator[None]:
+def _turn_of(picture: large_image.LargeImage, settings: Settings) -> Iterator[None]:
     """One huge image at a time; others need no turn. Raises Problem(503)."""
     if picture.pixels <= settings.large_pixels:
         yield
@@ -110,7 +112,7 @@ def _turn_of(picture: large_image.Picture, settings: Settings) -> Iterator[None]
         _one.release()
 
 
-def _large_image(picture: large_image.Picture, kind: Kind, query: Query, model: WindowModel) -> _LargeImage:
+def _large_image(picture: large_image.LargeImage, kind: Kind, query: Query, model: WindowModel) -> _LargeImage:
     native = picture.height, picture.width
     fit = model.bundle.fit(*native)
     at_model = native if query.resolution == "full" else (fit.scaled_height, fit.scaled_width)

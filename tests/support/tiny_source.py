@@ -82,8 +82,8 @@ def write_project(root: Path, source: Path, data: dict[str, Any] | None = None, 
     root.mkdir(parents=True, exist_ok=True)
     section = {"source": "folder", "path": str(source), **(data or {})}
     tiny_settings.write(root / "params.yaml", data=section, **sections)
-    base = dump_registry.Entry(archive="data/pulled/base.tar")
-    dump_registry.write(dump_registry.Registry(dumps={"base": base}), root / dump_registry.FILE)
+    base = dump_registry.DumpEntry(archive="data/pulled/base.tar")
+    dump_registry.write_dumps(dump_registry.DumpRegistry(dumps={"base": base}), root / dump_registry.FILE)
 
 
 def run(root: Path, *, dumps: tuple[str, ...] = ("base",), upto: str = "split") -> int:

@@ -80,7 +80,7 @@ def test_features_come_from_the_same_forward_pass() -> None:
 
 def test_stage_writes_the_pool_and_pre_labels(project: config.Params) -> None:
     assert marginalia("stage", "predict") == 0
-    seen = predictions.read()
+    seen = predictions.read_pool()
     assert sorted(set(zip(seen.split, seen.group, strict=True))) == [("labelled", "a"), ("unlabelled", "b")]
     assert len(seen.id) == 14
     assert list(seen.classes) == tiny_project.NAMES

@@ -11,7 +11,7 @@ from pipeline.imaging import decode, label_maps
 MAX_HELD = 1 << 30  # bytes of one image's annotations, each cut to its box
 
 
-class Size(NamedTuple):
+class CocoSize(NamedTuple):
     """An image's size as its label file states it: unchecked."""
 
     height: Any
@@ -41,7 +41,7 @@ def _too_short(ring: Any) -> bool:
 
 
 def render(
-    size: Size, annotations: Sequence[tuple[Any, Any]], ids: Mapping[str, int], empty: int, max_pixels: int
+    size: CocoSize, annotations: Sequence[tuple[Any, Any]], ids: Mapping[str, int], empty: int, max_pixels: int
 ) -> bytes:
     """Annotations of one image -> PNG of class ids.
 

@@ -10,7 +10,7 @@ An image without an annotation is unlabelled, or all background where `data.no_s
 refuses its image's mask; one without area (a box alone, a ring of two points) is left out and counted, unless its pixels
 would become background.
 
-Images are looked for by file_name in the source, its images/, the folder of the JSON file, and the folder that the JSON
+CocoImages are looked for by file_name in the source, its images/, the folder of the JSON file, and the folder that the JSON
 file's name ends in (instances_train2017.json -> train2017/), then by `pipeline.formats.names.matching` among all images.
 That end also says which images are val or test. Each image is a group of its own, or belongs to the folder in its file_name.
 """
@@ -34,22 +34,22 @@ from pipeline.storage import archives
 _OTHERS = ("captions_", "person_keypoints_", "image_info_")
 
 
-class Picture(NamedTuple):
+class CocoImage(NamedTuple):
     """One image of the label files. `key` is its name id, `name` its file_name; `part` is val, test or train, as the label
     file's name or the folders say."""
 
     key: str
     path: Path
     name: str
-    size: masks.Size
+    size: masks.CocoSize
     part: str
 
 
 @dataclass
-class Found:
+class CocoLabels:
     """All label files together: the images by name id, and for each its annotations with their class names."""
 
-    pictures: dict[str, Picture] = field(default_factory=dict)
+    pictures: dict[str, CocoImage] = field(default_factory=dict)
     # name id -> (class name or None where the category is unknown, annotation)
     drawn: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
     # name id -> PNG, its annotation, category id -> name
@@ -65,8 +65,8 @@ class Found:
 
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     """Read a COCO tree. Raises SourceError: no label file, one that is no COCO, bad lists; names the file."""
-    found = Found()
-    images = Images(root)
+    found = CocoLabels()
+    images = CocoImages(root)
     used = []
     for path in label_files(root, data):
         if _collect(images, path, found, named=data.annotations is not None):
@@ -109,7 +109,9 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     )
 
 
-def _makers(found: Found, data: config.Data, ids: Mapping[str, int], empty: int, max_pixels: int) -> dict[str, Maker]:
+def _makers(
+    found: CocoLabels, data: config.Data, ids: Mapping[str, int], empty: int, max_pixels: int
+) -> dict[str, Maker]:
     """Who renders each image's mask. Images whose labels would lose pixels to the background are refused instead."""
     made: dict[str, Maker] = {}
     for key, annotations in found.drawn.items():
@@ -132,7 +134,7 @@ def _makers(found: Found, data: config.Data, ids: Mapping[str, int], empty: int,
     return made
 
 
-class Images:
+class CocoImages:
     """The images of a source, found by what label files call them."""
 
     def __init__(self, root: Path) -> None:
@@ -200,7 +202,7 @@ def label_files(root: Path, data: config.Data) -> list[Path]:
     return found
 
 
-def _collect(images: Images, path: Path, found: Found, *, named: bool) -> bool:
+def _collect(images: CocoImages, path: Path, found: CocoLabels, *, named: bool) -> bool:
     """Add one label file's images and annotations to `found`; False where it is no COCO file and nobody named it."""
     try:
         document = parsing.read_json(path)
@@ -247,7 +249,7 @@ def _collect(images: Images, path: Path, found: Found, *, named: bool) -> bool:
     return True
 
 
-def _demand_one_version(found: Found, key: str, what: Any, path: Path) -> None:
+def _demand_one_version(found: CocoLabels, key: str, what: Any, path: Path) -> None:
     """Raises SourceError where two files label one image with the same category: an old and a new version of its labels."""
     other = found.labelled_by.setdefault((key, what), path.name)
     if other != path.name:
@@ -265,7 +267,9 @@ def _part(root: Path, path: Path, name: str) -> str:
     return own or around or layout.split_in_path(name) or "train"
 
 
-def _add_picture(images: Images, record: Any, by_id: Mapping[Any, str], found: Found, file: Path) -> str | None:
+def _add_picture(
+    images: CocoImages, record: Any, by_id: Mapping[Any, str], found: CocoLabels, file: Path
+) -> str | None:
     """Name id of one entry of `images`, None (and a refusal) where it cannot be used."""
     try:
         number, name = parsing.hashable(record, "id"), parsing.field(record, "file_name", str)
@@ -282,8 +286,8 @@ def _add_picture(images: Images, record: Any, by_id: Mapping[Any, str], found: F
         return None
 
     key = name_id(path.relative_to(images.root).as_posix().removeprefix("images/"))
-    size = masks.Size(record.get("height"), record.get("width"))
-    known = found.pictures.setdefault(key, Picture(key, path, name, size, _part(images.root, file, name)))
+    size = masks.CocoSize(record.get("height"), record.get("width"))
+    known = found.pictures.setdefault(key, CocoImage(key, path, name, size, _part(images.root, file, name)))
     if known.path != path:
         found.refused.append((f"images/{name}", "duplicate-name", f"same name id as {known.path.name}; rename one"))
         return None

@@ -36,7 +36,7 @@ def opened(
         return
     if not path.is_file():
         raise SourceError(f"{path}: no such folder or archive; data.path must name the labelled data")
-    limits = archives.Limits(
+    limits = archives.ArchiveLimits(
         int(params.dump_max_gb * 2**30), params.max_file_mb << 20, params.dump_max_files, params.dump_max_ratio
     )
     temporary.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def opened(
         yield _descend(Path(name))
 
 
-def _write(target: Path, member: archives.Member, archive: Path, params: config.Ingest) -> None:
+def _write(target: Path, member: archives.ArchiveMember, archive: Path, params: config.Ingest) -> None:
     if member.data is None:
         raise SourceError(
             f"{archive}: member {member.name!a} has {member.size} bytes, over ingest.max_file_mb: {params.max_file_mb}; "

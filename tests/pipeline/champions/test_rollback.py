@@ -31,8 +31,10 @@ def line_of_champions(root: Path) -> list[str]:
 
 
 def dumps_yaml(root: Path, warm_start: str | None) -> None:
-    base = dump_registry.Entry(archive="data/pulled/base.tar")
-    dump_registry.write(dump_registry.Registry(warm_start=warm_start, dumps={"base": base}), root / "dumps.yaml")
+    base = dump_registry.DumpEntry(archive="data/pulled/base.tar")
+    dump_registry.write_dumps(
+        dump_registry.DumpRegistry(warm_start=warm_start, dumps={"base": base}), root / "dumps.yaml"
+    )
 
 
 def ids_in_history(root: Path) -> list[tuple[str, str | None]]:
@@ -154,7 +156,7 @@ def test_a_kill_at_any_point_leaves_a_champion_and_the_second_try_ends_at_the_sa
         again = rollback.run(root) if killed else None
         assert store.read_champion(root / "champions").id == two, points
         assert again is None or again[:2] == (two, three)
-        assert dump_registry.read(root / "dumps.yaml").warm_start == two
+        assert dump_registry.read_dumps(root / "dumps.yaml").warm_start == two
         assert ids_in_history(root) == [(one, None), (two, None), (three, None), (two, three)]
         shutil.rmtree(root)
         if not killed:

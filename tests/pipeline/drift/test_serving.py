@@ -119,7 +119,7 @@ def test_what_cannot_be_compared_is_named(root: Path) -> None:
         serving.answers(value.model_copy(update={"bundles": []}), None)
     found = serving.answers(value, None)
     with pytest.raises(predictions.PoolError, match="different classes"):
-        serving.compare(predictions.read(), found._replace(classes=["road", "tree", "sea"]), settings)
+        serving.compare(predictions.read_pool(), found._replace(classes=["road", "tree", "sea"]), settings)
     plain = json.loads(statistics())
     sample = plain["bundles"][1]["windows"][0]["sample"]
     sample["area"].pop()

@@ -12,7 +12,7 @@ from pipeline.imaging.large_image import _resize
 from tests.support.image_files import exif, save
 
 RNG = np.random.default_rng(13)
-LIMITS = large_image.Limits(pixels=10**7, whole_pixels=10**5, whole_bytes=10**6, aspect=50)
+LIMITS = large_image.LargeImageLimits(pixels=10**7, whole_pixels=10**5, whole_bytes=10**6, aspect=50)
 
 
 def smooth(height: int, width: int) -> Image.Image:
@@ -20,11 +20,11 @@ def smooth(height: int, width: int) -> Image.Image:
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def opened(data: bytes, limits: large_image.Limits = LIMITS) -> large_image.Picture:
+def opened(data: bytes, limits: large_image.LargeImageLimits = LIMITS) -> large_image.LargeImage:
     return large_image.open_picture(io.BytesIO(data), limits)
 
 
-def code(data: bytes, limits: large_image.Limits = LIMITS) -> str:
+def code(data: bytes, limits: large_image.LargeImageLimits = LIMITS) -> str:
     with pytest.raises(Refused) as caught:
         opened(data, limits).check_rows()
     return caught.value.code
@@ -68,7 +68,7 @@ def test_turned_images_are_reduced_upright(kind: str, turned: int) -> None:
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     data = save(smooth(800, 1201), "JPEG", quality=95)
-    picture = opened(data, large_image.Limits(10**7, 1, 1))  # nothing may be decoded whole
+    picture = opened(data, large_image.LargeImageLimits(10**7, 1, 1))  # nothing may be decoded whole
     whole = decode.decode(data, max_pixels=10**7)
     for spare in (4, 2):
         monkeypatch.setattr(large_image, "_SPARE", (spare,))
@@ -96,7 +96,7 @@ def test_a_jpeg_in_several_scans_counts_as_whole() -> None:
         opened(progressive).shrunk(40, 60)
     assert caught.value.code == "too-many-pixels"
     with pytest.raises(Refused) as caught:
-        opened(progressive, large_image.Limits(10**7, 10**7, 10)).shrunk(40, 60)
+        opened(progressive, large_image.LargeImageLimits(10**7, 10**7, 10)).shrunk(40, 60)
     assert caught.value.code == "body-too-large"
 
 
@@ -106,8 +106,8 @@ def test_limits_by_kind() -> None:
     assert code(save(large, "WEBP")) == "too-many-pixels"
     assert code(save(large, "PNG", exif=exif(6))) == "too-many-pixels"
     opened(save(large, "PNG")).check_rows()
-    assert code(save(large, "PNG"), large_image.Limits(10**5, 10**5, 10**6)) == "too-many-pixels"
-    assert code(save(large, "BMP"), large_image.Limits(10**7, 10**7, 10**5)) == "body-too-large"
+    assert code(save(large, "PNG"), large_image.LargeImageLimits(10**5, 10**5, 10**6)) == "too-many-pixels"
+    assert code(save(large, "BMP"), large_image.LargeImageLimits(10**7, 10**7, 10**5)) == "body-too-large"
     assert code(save(smooth(3, 600), "PNG")) == "bad-aspect"
     assert code(save(smooth(9, 9), "PNG", save_all=True, append_images=[smooth(9, 9)])) == "animated"
 

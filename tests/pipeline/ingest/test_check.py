@@ -93,10 +93,10 @@ def test_another_dump_leaves_the_first_ones_files_untouched(tmp_path: Path) -> N
     assert tiny_source.run(root) == 0
     before = digests(root / "data/ingested/base")
     archive(root / "data/dumps/more.tar", range(50, 55), masked=False)
-    known = dump_registry.read(root / "dumps.yaml")
+    known = dump_registry.read_dumps(root / "dumps.yaml")
     content = manifest.content_hash(root / "data/dumps/more.tar")
-    entry = dump_registry.Entry(archive="data/dumps/more.tar", sha256=content, images=5)
-    dump_registry.write(dump_registry.Registry(dumps={**known.dumps, "more": entry}), root / "dumps.yaml")
+    entry = dump_registry.DumpEntry(archive="data/dumps/more.tar", sha256=content, images=5)
+    dump_registry.write_dumps(dump_registry.DumpRegistry(dumps={**known.dumps, "more": entry}), root / "dumps.yaml")
     with chdir(root):
         assert marginalia("stage", "ingest", "more") == 0
     assert digests(root / "data/ingested/base") == before

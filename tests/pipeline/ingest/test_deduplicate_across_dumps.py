@@ -31,9 +31,9 @@ def deliver(root: Path, name: str, pictures: dict[str, bytes]) -> None:
 
 def settings(root: Path, *arguments: Any, **sections: Any) -> None:
     """Another params.yaml over the same registry."""
-    known = dump_registry.read(root / dump_registry.FILE)
+    known = dump_registry.read_dumps(root / dump_registry.FILE)
     tiny_source.write_project(root, *arguments, **sections)
-    dump_registry.write(known, root / dump_registry.FILE)
+    dump_registry.write_dumps(known, root / dump_registry.FILE)
 
 
 @pytest.mark.parametrize("cap", [1, 5])

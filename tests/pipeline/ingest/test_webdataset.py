@@ -18,7 +18,7 @@ from tests.support.tiny_source import tar
 
 GOLDEN = Path(__file__).parents[2] / "golden/webdataset"
 PICTURES = {f"{n:06d}.png": tiny_source.encode(tiny_source.picture(n)) for n in range(8)}
-LIMITS = archives.Limits(1 << 30, 1 << 20, 100, 200)
+LIMITS = archives.ArchiveLimits(1 << 30, 1 << 20, 100, 200)
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_over_http_with_a_signed_link_and_redirects(root: Path, web: str) -> Non
     added = add(root, f"{web}/to/{web.replace('://', '~')}/night.tar?signature=secret")  # http to http is followed
     assert (added.name, added.images) == ("night", 8)
     assert "secret" not in (root / "dumps.yaml").read_text()
-    assert list(dump_registry.read(root / "dumps.yaml").dumps) == ["base", "night"]
+    assert list(dump_registry.read_dumps(root / "dumps.yaml").dumps) == ["base", "night"]
 
 
 def test_links_that_sort_a_web_servers_listing_are_no_files(root: Path, web: str) -> None:
@@ -267,7 +267,7 @@ def test_links_that_sort_a_web_servers_listing_are_no_files(root: Path, web: str
 
 
 def test_a_redirect_to_another_web_scheme_is_refused(web: str) -> None:
-    place = remote.Place(f"{web}/night.tar")
+    place = remote.RemotePlace(f"{web}/night.tar")
     place.scheme = "https"  # as if it had been asked for so and answered by a redirect to http
     with pytest.raises(archives.DumpRefused, match="redirects from https:// to another scheme"):
         list(place._pieces(place.path, 100))

@@ -205,7 +205,7 @@ def test_two_imports_at_once_leave_both(root: Path) -> None:
     ]
     with ThreadPoolExecutor(4) as threads:
         assert sorted(r.name for r in threads.map(add, paths)) == ["p0", "p1", "p2", "p3"]
-    assert len(labels.places(labels.read(), tiny_source.CLASSES)) == 4
+    assert len(labels.places(labels.read_labels(), tiny_source.CLASSES)) == 4
 
 
 def test_a_run_that_dies_before_the_registry_is_written_leaves_it_as_it_was(
@@ -220,7 +220,7 @@ def test_a_run_that_dies_before_the_registry_is_written_leaves_it_as_it_was(
         patch.setattr(labels, "write", die)
         with pytest.raises(KeyboardInterrupt):
             add(path)
-    assert not labels.read().labels
+    assert not labels.read_labels().labels
     assert not list(Path("data/labels").glob(".*"))
     assert add(path).taken == 1
     assert rebuilt()["base/u/00"].split == "labelled"

@@ -101,4 +101,4 @@ def test_a_pool_without_an_array_is_named(project: config.Params) -> None:
     with atomic.replacing(predictions.FILE) as file:
         np.savez(file, **kept)
     with pytest.raises(predictions.PoolError, match="'doubt'"):
-        predictions.read()
+        predictions.read_pool()

@@ -10,13 +10,13 @@ from tests.support import tiny_project
 
 def made(
     doubt_NK: list[list[float]], place: list[list[float]], groups: str = "", labelled: int = 0
-) -> predictions.Pool:
+) -> predictions.PredictionPool:
     """A pool with these doubts and embeddings; the first `labelled` rows are labelled, groups one letter a row."""
     n, k = len(doubt_NK), len(doubt_NK[0])
     names = np.array([f"i{j:02d}" for j in range(n)])
     split = np.array(["labelled"] * labelled + ["unlabelled"] * (n - labelled))
     ones = np.ones(n)
-    return predictions.Pool(
+    return predictions.PredictionPool(
         names, names, np.array(["base"] * n), np.array(list(groups) or [""] * n), split, np.array(place, float),
         ones, ones, ones, np.full((n, k), 1 / k), np.array(doubt_NK, float), np.array([f"c{j}" for j in range(k)]),
         np.full((n, predictions.MARGIN_BINS), 1 / predictions.MARGIN_BINS),
@@ -77,13 +77,13 @@ def test_the_order_of_files_decides_nothing() -> None:
     rng = np.random.default_rng(1)
     seen = made(rng.uniform(0, 1, (30, 3)).tolist(), rng.normal(size=(30, 4)).tolist(), "ab" * 15, labelled=4)
     order = rng.permutation(30)
-    shuffled = predictions.Pool(**{k: v if k == "classes" else v[order] for k, v in seen.__dict__.items()})
+    shuffled = predictions.PredictionPool(**{k: v if k == "classes" else v[order] for k, v in seen.__dict__.items()})
     frequency = np.array([0.5, 0.3, 0.2])
     first = [str(seen.id[c.index]) for c in ranking.choose(seen, frequency, 6)]
     assert first == [str(shuffled.id[c.index]) for c in ranking.choose(shuffled, frequency, 6)]
 
 
-def slow_choice(pool: predictions.Pool, frequency: np.ndarray, count: int) -> list[ranking.Choice]:
+def slow_choice(pool: predictions.PredictionPool, frequency: np.ndarray, count: int) -> list[ranking.Choice]:
     """The definition: every distance computed anew from the difference, in the order given."""
     doubts = ranking.doubt(pool, frequency)
     rows = ranking.shortlist(pool, frequency, count)

@@ -73,9 +73,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     image, mask = tiny_project.scene(np.random.default_rng(0), 64, 96)
     delivered = [("images/small.png", tiny_project.png(image)), (f"images/{EVIL}.png", b"no image")]
     shards.write_tar(Path("data/pulled/base.tar"), delivered)
-    base = dump_registry.Entry(archive="data/pulled/base.tar")
-    night = dump_registry.Entry(archive="data/dumps/night.tar", added="2026-01-02T03:04:05Z", images=2)
-    dump_registry.write(dump_registry.Registry(dumps={"base": base, "night": night}), Path("dumps.yaml"))
+    base = dump_registry.DumpEntry(archive="data/pulled/base.tar")
+    night = dump_registry.DumpEntry(archive="data/dumps/night.tar", added="2026-01-02T03:04:05Z", images=2)
+    dump_registry.write_dumps(dump_registry.DumpRegistry(dumps={"base": base, "night": night}), Path("dumps.yaml"))
     refused = [
         {"dump": "base", "name": "small", "code": "rgb-mask", "reason": f"mask {EVIL}", "kept": True},
         {"dump": "base", "name": EVIL, "code": "corrupt", "reason": "no image", "kept": False},

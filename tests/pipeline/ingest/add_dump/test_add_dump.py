@@ -92,7 +92,7 @@ def test_every_form_becomes_the_same_archive(tmp_path: Path, root: Path, form: s
     source = {f"images/{name}": data for name, data in FILES.items()}
     assert all(shards.read(archive, m.offset, m.length) == source[m.name] for m in found)
     assert atomic.sha256(archive) == CANONICAL
-    entry = dump_registry.read(root / "dumps.yaml").dumps["night"]
+    entry = dump_registry.read_dumps(root / "dumps.yaml").dumps["night"]
     assert (entry.archive, entry.sha256, entry.images) == ("data/dumps/night.tar", added.sha256, 6)
     assert sorted(p.name for p in (root / "data/dumps").iterdir()) == [".lock", "night.tar"]
     assert dict(added.skipped) == {
@@ -134,7 +134,7 @@ def test_names_are_made_safe_and_free(tmp_path: Path, root: Path) -> None:
         shards.write_tar(path, [("a.png", tiny_source.encode(tiny_source.picture(100 + n)))])
         names.append(add_dump.add(path, root=root, params=PARAMS).name)
     assert names == ["t-2026-1", "base-2", "base-3", "dump"]
-    assert list(dump_registry.read(root / "dumps.yaml").dumps) == ["base", *names]
+    assert list(dump_registry.read_dumps(root / "dumps.yaml").dumps) == ["base", *names]
     for bad in ("../x", "A", "", "a.b", "x" * 65):
         with pytest.raises(dump_registry.RegistryError, match="dump name"):
             add_dump.add(path, name=bad, root=root, params=PARAMS)
@@ -145,7 +145,7 @@ def test_names_are_made_safe_and_free(tmp_path: Path, root: Path) -> None:
 def test_the_champion_becomes_the_warm_start(tmp_path: Path, root: Path) -> None:
     atomic.write_json(root / "champions/champion.json", {"id": "0123abcd"})
     added = add_dump.add(as_zip(tmp_path / "n.zip"), root=root, params=PARAMS)
-    assert added.warm_start == dump_registry.read(root / "dumps.yaml").warm_start == "0123abcd"
+    assert added.warm_start == dump_registry.read_dumps(root / "dumps.yaml").warm_start == "0123abcd"
 
 
 def test_simultaneous_deliveries_are_all_registered(tmp_path: Path, root: Path) -> None:
@@ -160,7 +160,7 @@ def test_simultaneous_deliveries_are_all_registered(tmp_path: Path, root: Path) 
         shards.write_tar(path, [("a.png", tiny_source.encode(tiny_source.picture(n)))])
         running.append(subprocess.Popen([sys.executable, "-c", code, str(path), str(root)]))
     assert [process.wait() for process in running] == [0] * 4
-    assert sorted(dump_registry.read(root / "dumps.yaml").dumps) == ["base", *(f"d{n}" for n in range(4))]
+    assert sorted(dump_registry.read_dumps(root / "dumps.yaml").dumps) == ["base", *(f"d{n}" for n in range(4))]
 
 
 def test_a_work_folder_that_ends_while_it_is_looked_at_disturbs_nobody(tmp_path: Path, root: Path) -> None:

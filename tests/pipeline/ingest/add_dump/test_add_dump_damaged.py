@@ -159,4 +159,4 @@ def test_only_the_new_images_enter(tmp_path: Path) -> None:
     assert now["d/new"].split == "unlabelled"
     codes = [item["code"] for item in tiny_source.quarantine(root).values()]
     assert sorted(codes) == ["duplicate"] * 15 + ["near-duplicate"] * 4
-    assert list(dump_registry.read(root / "dumps.yaml").dumps) == ["base", "d"]
+    assert list(dump_registry.read_dumps(root / "dumps.yaml").dumps) == ["base", "d"]

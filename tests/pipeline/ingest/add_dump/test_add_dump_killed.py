@@ -63,7 +63,7 @@ def whole(root: Path, before: bytes) -> bool:
     """True when the dump is registered, and then complete; False when the registry is untouched."""
     if (root / "dumps.yaml").read_bytes() == before:
         return False
-    entry = dump_registry.read(root / "dumps.yaml").dumps["d"]
+    entry = dump_registry.read_dumps(root / "dumps.yaml").dumps["d"]
     assert manifest.content_hash(root / entry.archive) == entry.sha256
     return True
 
