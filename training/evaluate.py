@@ -40,17 +40,18 @@ def commit(folder: Path = Path()) -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def score(
-    model: nn.Module,
-    batches: Sequence[list[manifest.Row]],
-    *,
-    policy: config.Input,
-    classes: int,
-    ignore: int,
-    distance: int,
-    max_pixels: int,
-    what: str = "evaluate",
-) -> Result:
+@dataclass(frozen=True)
+class Counting:
+    """How images are read and their pixels counted. distance: width of the boundary region, in pixels."""
+
+    policy: config.Input
+    classes: int
+    ignore: int
+    distance: int
+    max_pixels: int
+
+
+def score(model: nn.Module, batches: Sequence[list[manifest.Row]], how: Counting, what: str = "evaluate") -> Result:
     """Run and count every image of `batches` once, at its original resolution. Errors as `read` and
     `metrics.confusion`.
     """
@@ -58,13 +59,15 @@ def score(
     rows: list[manifest.Row] = []
     tallies: list[metrics.Tally] = []
     with progress.bar(what, sum(map(len, batches))) as bar:
-        for samples in inference.stream(batches, policy, max_pixels, mask=True):
+        for samples in inference.stream(batches, how.policy, how.max_pixels, mask=True):
             labels, confidences = inference.segment(model, samples, where)
             for sample, label, confidence in zip(samples, labels, confidences, strict=True):
                 assert sample.truth_HW is not None
                 sized = resize.restore(label, sample.fit), resize.restore(confidence, sample.fit)
                 try:
-                    counted = metrics.tally(sample.truth_HW, *sized, k=classes, ignore=ignore, distance=distance)
+                    counted = metrics.tally(
+                        sample.truth_HW, *sized, k=how.classes, ignore=how.ignore, distance=how.distance
+                    )
                 except metrics.LabelError as error:
                     raise EvaluateError(f"image {sample.row.name!r}: {error}") from error
                 rows.append(sample.row)
@@ -156,16 +159,14 @@ def score_split(
     """Count one split ("test" or "val") with a loaded network; an empty split gives an empty result."""
     policy = config.Input.model_validate(meta["params"]["input"])
     rows = [row for row in manifest.read(split / "manifest.parquet") if row.split == name]
-    return score(
-        model,
-        inference.plan_batches(rows, policy, params.evaluate.batch),
-        policy=policy,
+    how = Counting(
+        policy,
         classes=len(meta["classes"]),
         ignore=meta["ignore"],
         distance=params.evaluate.boundary_px,
         max_pixels=params.ingest.max_pixels,
-        what=f"score {name}",
     )
+    return score(model, inference.plan_batches(rows, policy, params.evaluate.batch), how, f"score {name}")
 
 
 def write_confusions(path: Path, scoring: Scoring) -> None:

@@ -25,8 +25,8 @@ def part(root: str, rank: int, world: int, size: int) -> list[tuple[str, metrics
     model, _ = segmenter.load(Path("models/student/student.safetensors"))
     rows = [r for r in manifest.read(Path("data/split/manifest.parquet")) if r.split == "test"]
     batches = inference.shard(inference.plan_batches(rows, tiny_project.INPUT, size), rank, world)
-    how = {"policy": tiny_project.INPUT, "classes": 4, "ignore": 255, "distance": 2, "max_pixels": 10**6}
-    result = evaluate.score(model, batches, **how)
+    how = evaluate.Counting(tiny_project.INPUT, classes=4, ignore=255, distance=2, max_pixels=10**6)
+    result = evaluate.score(model, batches, how)
     return [(row.id, tally) for row, tally in zip(result.rows, result.tallies, strict=True)]
 
 

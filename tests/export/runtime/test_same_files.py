@@ -94,9 +94,8 @@ def test_the_same_files_get_the_same_answers_and_the_same_score(project: Path) -
         by_name = {row.name: row for row in rows}
         assert len(by_name) == len(KINDS) * len(SIZES)
         batches = inference.plan_batches(rows, tiny_project.INPUT, 4)
-        scored = evaluate.score(
-            model, batches, policy=tiny_project.INPUT, classes=4, ignore=255, distance=2, max_pixels=10**6
-        )
+        how = evaluate.Counting(tiny_project.INPUT, classes=4, ignore=255, distance=2, max_pixels=10**6)
+        scored = evaluate.score(model, batches, how)
         ours = np.sum([tally.confusion_KK for tally in scored.tallies], 0)
         for batch in inference.stream(batches, tiny_project.INPUT, 10**6, mask=True):
             labels, _ = inference.segment(model, batch, inference.device())
