@@ -217,7 +217,7 @@ def test_a_run_that_dies_before_the_registry_is_written_leaves_it_as_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(labels, "write", die)
+        patch.setattr(labels, "write_labels", die)
         with pytest.raises(KeyboardInterrupt):
             add(path)
     assert not labels.read_labels().labels
