@@ -7,6 +7,7 @@ ImageSets/Segmentation/*.txt    train, val and test; used where data.lists names
 labelmap.txt                    `name:r,g,b:parts:actions` a line: other classes than VOC's 21, and their colours
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -30,6 +31,8 @@ NAMES = (
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
+# A class's name may hold colons, so the colour and what follows it are found from the end.
+_LABELMAP = re.compile(r"^(?P<name>[^:].*?):(?:(?P<colour>\s*\d+\s*,\s*\d+\s*,\s*\d+\s*)(?::[^:]*){0,2}|:[^:]*:[^:]*)$")
 ASSUMED = "Pascal VOC's own 21 classes, which count where no labelmap.txt, class_names.txt or classes.txt names others"
 
 
@@ -133,13 +136,12 @@ def label_map(path: Path) -> class_lists.Classes:
     for number, line in enumerate(class_lists.read_lines(path, "write it"), 1):
         if not line or line.startswith("#"):
             continue
-        name, _, rest = line.partition(":")
-        stated = rest.partition(":")[0] or ",".join(
-            map(str, colour(len(lines)))
-        )  # Datumaro may leave it to VOC's palette
-        numbers = stated.split(",")
-        if not name or len(numbers) != 3 or not all(n.strip().isdigit() for n in numbers):
+        match = _LABELMAP.match(line if ":" in line else f"{line}:::")
+        if match is None:
             raise SourceError(f"{path}: line {number}: {line!r} is not `name:r,g,b:parts:actions`")
+        name = match["name"]
+        # Datumaro may leave the colour to VOC's palette.
+        numbers = match["colour"].split(",") if match["colour"] else list(map(str, colour(len(lines))))
         lines.append(f"{name} {' '.join(n.strip() for n in numbers)}")
     return class_lists.parse(lines, path)[0]
 

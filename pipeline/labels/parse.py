@@ -4,6 +4,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,22 +13,25 @@ from numpy.typing import NDArray
 
 from pipeline import config
 from pipeline.formats import cvat, labelstudio, voc
-from pipeline.formats.coco import masks
-from pipeline.formats.common import annotations, parsing, unpack
+from pipeline.formats.coco import masks as coco_masks
+from pipeline.formats.common import annotations, mask_encoding, parsing, unpack
 from pipeline.formats.common import class_list as class_files
 from pipeline.formats.common.annotations import Picture
 from pipeline.formats.common.source import SourceError, name_id, walk
 from pipeline.formats.common.task import PREFIX, id_prefix
+from pipeline.formats.names import image_files
 from pipeline.imaging import decode, label_maps
 from pipeline.storage import manifest
 
 TOOLS = ("cvat", "labelstudio", "coco", "folder")
 NAMES = "names.json"  # in an exported folder: name id -> image id
+MASK_ROOMS = ("masks", "SegmentationClass")
 MASKS = (".png", ".bmp", ".tif", ".tiff")
 
 
 class Record(NamedTuple):
-    """`name` as the tool has it, `id` the image id where it was carried along. `draw(row)` -> ids H x W, 255 = ignore.
+    """`name` as the tool has it, `names` what else the image may be called, `id` the image id where it was carried along.
+    `draw(row)` -> ids H x W, 255 = ignore.
 
     `draw` raises images.Refused where the labels cannot be used.
     """
@@ -35,12 +39,16 @@ class Record(NamedTuple):
     name: str
     id: str
     draw: Callable[[manifest.Row], NDArray[np.uint8]]
+    names: Sequence[str] = ()
 
 
 def detect(path: Path) -> str:
     """Which tool wrote it. Raises SourceError where that cannot be told."""
     if path.is_dir():
-        return "cvat" if (path / cvat.NAME).exists() else "folder"
+        if (path / cvat.NAME).exists():
+            return "cvat"
+        has_masks = any((path / room).is_dir() for room in MASK_ROOMS)
+        return "coco" if not has_masks and _label_files(path) else "folder"
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     if path.suffix.lower() == ".xml" or zipfile.is_zipfile(path):
@@ -50,6 +58,15 @@ def detect(path: Path) -> str:
     if head in (b"[", b"{"):
         return "labelstudio" if head == b"[" else "coco"
     raise SourceError(f"{path}: neither CVAT's xml or zip, nor Label Studio's or COCO's json, nor a folder of masks")
+
+
+def _label_files(folder: Path) -> list[Path]:
+    """JSON files of a folder that may be COCO's; ours and the system's apart."""
+    return [
+        path
+        for name, path in walk(folder).items()
+        if path.suffix.lower() == ".json" and path.name != NAMES and not image_files.is_system_file(name)
+    ]
 
 
 @contextmanager
@@ -96,22 +113,47 @@ def read(
     ids = annotations.class_ids([c["name"] for c in classes])
     empty = class_files.empty_id(data, ids)
     if tool == "cvat":
-        return _drawn(cvat.load(path / cvat.NAME if path.is_dir() else path)[1], ids, empty, max_pixels)
+        return _drawn(cvat.load(path / cvat.NAME if path.is_dir() else path)[1], ids, empty, data, max_pixels)
     if tool == "labelstudio":
-        return _drawn(labelstudio.load(path), ids, empty, max_pixels)
-    return _coco(path, ids, empty, max_pixels)
+        return _drawn(labelstudio.load(path), ids, empty, data, max_pixels)
+    return _coco(_only_label_file(path), ids, empty, max_pixels)
 
 
-def _drawn(found: Sequence[Picture], ids: Mapping[str, int], empty: int, max_pixels: int) -> Iterator[Record]:
+def _only_label_file(path: Path) -> Path:
+    """COCO's file itself, or the one in a folder of it. Raises SourceError where several could be meant."""
+    if not path.is_dir():
+        return path
+    found = _label_files(path)
+    if len(found) != 1:
+        listed = ", ".join(file.relative_to(path).as_posix() for file in found[:4])
+        raise SourceError(f"{path}: {len(found)} JSON files in it ({listed}); import the one that holds the labels")
+    return found[0]
+
+
+def _drawn(
+    found: Sequence[Picture], ids: Mapping[str, int], empty: int, data: config.Data, max_pixels: int
+) -> Iterator[Record]:
     for picture in found:
-        if not picture.shapes:
-            continue
+        if picture.annotated:
+            draw = partial(_paint, picture, ids=ids, empty=empty, data=data, max_pixels=max_pixels)
+            yield Record(picture.name, picture.id, draw, picture.names)
 
-        def draw(row: manifest.Row, picture: Picture = picture) -> NDArray[np.uint8]:
-            check_size(picture.height, picture.width, row)  # before anything of that size is made
-            return annotations.paint(picture, ids, max_pixels=max_pixels, unannotated=empty)
 
-        yield Record(picture.name, picture.id, draw)
+def _paint(
+    picture: Picture, row: manifest.Row, *, ids: Mapping[str, int], empty: int, data: config.Data, max_pixels: int
+) -> NDArray[np.uint8]:
+    """One picture's label map. Raises images.Refused where it says nothing, or where a part of it would be lost."""
+    if picture.lost and data.unannotated == "background":
+        kind, which = picture.lost[0]
+        raise decode.Refused(annotations.NO_AREA, f"{kind}: {which}: {annotations.LOST}")
+    if not picture.shapes:
+        if data.no_shapes == "background":
+            return np.full((row.height, row.width), empty, np.uint8)
+        raise decode.Refused(
+            "no-shapes", "nothing is drawn on it; if that means free of objects, set data.no_shapes: background"
+        )
+    check_size(picture.height, picture.width, row)  # before anything of that size is made
+    return annotations.paint(picture, ids, max_pixels=max_pixels, unannotated=empty)
 
 
 def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> Iterator[Record]:
@@ -122,23 +164,26 @@ def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> It
         names = {record["id"]: str(record["name"]) for record in parsing.field(document, "categories", list)}
         drawn: dict[Any, list[tuple[str | None, Any]]] = {}
         for one in parsing.field(document, "annotations", list):
-            drawn.setdefault(one["image_id"], []).append((names.get(one.get("category_id")), one))
+            # Where pixels in no shape are ignored, what has no area costs nothing.
+            if empty != label_maps.IGNORE or coco_masks.has_area(one.get("segmentation")):
+                image = parsing.hashable(one, "image_id")
+                drawn.setdefault(image, []).append((names.get(parsing.hashable(one, "category_id")), one))
     except (parsing.Broken, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path}: not a COCO file with instances ({error!r}); export it again") from error
     for number, record in listed_pictures.items():
         if number not in drawn:
             continue
         name, height, width = str(record.get("file_name")), record.get("height"), record.get("width")
-        size = masks.CocoSize(height, width)
+        size = coco_masks.CocoSize(height, width)
 
         def draw(
-            row: manifest.Row, size: masks.CocoSize = size, mine: list[tuple[str | None, Any]] = drawn[number]
+            row: manifest.Row, size: coco_masks.CocoSize = size, mine: list[tuple[str | None, Any]] = drawn[number]
         ) -> NDArray[np.uint8]:
             check_size(size.height, size.width, row)
             if unknown := sorted({str(what) for what, _ in mine} - ids.keys()):
                 listed = ", ".join(annotations.nearest(what, list(ids)) for what in unknown[:5])
                 raise decode.Refused("unknown-class", f"unknown classes: {listed}; rename them in the tool")
-            png = masks.render(size, mine, ids, empty, max_pixels)
+            png = coco_masks.render(size, mine, ids, empty, max_pixels)
             return label_maps.decode_mask(png, max_pixels=max_pixels).astype(np.uint8)
 
         yield Record(name, "", draw)
@@ -155,7 +200,7 @@ def check_size(height: Any, width: Any, row: manifest.Row) -> None:
 
 def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -> Iterator[Record]:
     """masks/, SegmentationClass/ or the folder itself; class ids by its classes.txt or VOC's labelmap.txt, matched by name."""
-    home = next((path / room for room in ("masks", "SegmentationClass") if (path / room).is_dir()), path)
+    home = next((path / room for room in MASK_ROOMS if (path / room).is_dir()), path)
     found = {name: file for name, file in walk(home).items() if name.lower().endswith(MASKS)}
     if not found:
         raise SourceError(f"{home}: no mask in it; expected class ids as PNG")
@@ -174,6 +219,8 @@ def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -
     table[label_maps.IGNORE] = label_maps.IGNORE
     colours = {tuple(c["color"]): theirs.index(c["name"]) for c in mapped or classes if c["name"] in theirs}
     colours |= {label_maps.IGNORE_COLOUR: label_maps.IGNORE}
+    if len(theirs) == 2 and mask_encoding.are_0_and_255(found.values(), max_pixels):
+        table[label_maps.IGNORE] = table[1]  # two classes as image editors save them: 0 is the first, 255 the second
     for name, file in found.items():
 
         def draw(row: manifest.Row, file: Path = file) -> NDArray[np.uint8]:
@@ -217,8 +264,12 @@ class Finder:
         """Raises images.Refused("unknown-image" | "ambiguous-name")."""
         if record.id in self._by_id:
             return self._by_id[record.id]
-        found = self._by_prefix.get(id_prefix(record.name) or "", [])
-        for name in (record.name, record.name.rpartition("images/")[2]):
+        found = next(
+            (rows for name in (record.name, *record.names) if (rows := self._by_prefix.get(id_prefix(name) or "", []))),
+            [],
+        )
+        stated = (record.name, *record.names)
+        for name in (*stated, *(name.rpartition("images/")[2] for name in stated)):
             found = found or self._by_name.get(name, []) or self._by_name.get(name_id(name), [])
         if not found:
             raise decode.Refused("unknown-image", "no image of this project has that id or name")

@@ -172,7 +172,7 @@ def _zip(path: Path, limits: ArchiveLimits, seen: Callable[[float], None]) -> It
                     raise DumpRefused(
                         f"{path}: member {name!a} is packed with method {item.compress_type}; use deflate"
                     )
-                if not item.is_dir():
+                if not item.filename.endswith(("/", "\\")):  # .NET writes folders with a backslash
                     yield ArchiveMember(
                         name, item.file_size, unzip(archive, item) if item.file_size <= limits.file_bytes else None
                     )

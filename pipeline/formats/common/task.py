@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PREFIX = 12  # hex digits of the image id: 48 bits, so a clash among a million images has odds of 1 in 500
+LONGEST = 120  # characters of an image's own name
 _NAMED = re.compile(rf"(?:^|[/-])([0-9a-f]{{{PREFIX}}})-[^/]+$")
 
 
@@ -22,8 +23,10 @@ class Item(NamedTuple):
 
 
 def task_name(image_id: str, name: str) -> str:
-    """`0123456789ab-night_03.png`: the image's own id in front, folders as `_`, characters that tools rewrite as `_`."""
-    return f"{image_id[:PREFIX]}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}"
+    """`0123456789ab-night_03.png`: the image's own id in front, folders as `_`, characters that tools rewrite as `_`; of long
+    names the end, since a file name has 255 bytes at most and a name in the making some more."""
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", name)
+    return f"{image_id[:PREFIX]}-{plain[-LONGEST:]}"
 
 
 def id_prefix(name: str) -> str | None:

@@ -114,3 +114,14 @@ def test_a_labelmap_s_colours_count_over_a_palette_in_another_order(tmp_path: Pa
     tiny_source.put(tmp_path, "SegmentationClass/a.png", palette_png(np.array([[0, 1]]), [(9, 9, 9), (0, 0, 0)]))
     (tmp_path / "labelmap.txt").write_text("background:0,0,0::\ncat:9,9,9::\n")
     assert tiny_labels.labels(read(tmp_path))["a"].tolist() == [[1, 0]]
+
+
+def test_a_class_name_may_hold_colons_and_commas(root: Path) -> None:
+    lines = ["# label:color_rgb:parts:actions", "", "background:0,0,0::", "road:asphalt:1,2,3::", "car, parked:4,5,6::"]
+    (root / "VOC2012/labelmap.txt").write_text("\n".join(lines))
+    classes = read(root, missing_classes="allow").classes
+    assert [(c["name"], c["color"]) for c in classes] == [
+        ("background", [0, 0, 0]),
+        ("road:asphalt", [1, 2, 3]),
+        ("car, parked", [4, 5, 6]),
+    ]

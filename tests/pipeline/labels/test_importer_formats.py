@@ -144,3 +144,55 @@ def test_a_name_that_two_dumps_have_is_not_guessed(root: Path) -> None:
     assert codes(add(Path("back"))) == {f"{twin.name}.png": "ambiguous-name"}
     tiny_source.put(Path("other"), f"d/{twin.name}.png", tiny_source.encode(NEW))
     assert add(Path("other")).taken == 1
+
+
+def with_background(**data: str) -> None:
+    """Call the first class `background`, and change settings of `data`."""
+    source = json.loads(Path("data/pulled/source.json").read_text())
+    source["classes"][0]["name"] = "background"
+    Path("data/pulled/source.json").write_text(json.dumps(source))
+    settings = yaml.safe_load(Path("params.yaml").read_text())
+    settings["data"] |= data
+    Path("params.yaml").write_text(yaml.safe_dump(settings))
+
+
+def cvat_picture(body: str) -> Path:
+    name = task_name(row("base/u/00").id, "x.png")
+    image = f'<image id="0" name="{name}" width="64" height="48">{body}</image>'
+    Path("a.xml").write_text(f"<annotations>{image}</annotations>")
+    return Path("a.xml")
+
+
+def test_what_cannot_be_painted_refuses_the_mask_where_it_would_become_background(root: Path) -> None:
+    body = '<polygon label="wall" points="0,0;64,0;64,20;0,20"/><polyline label="floor" points="0,0;60,40"/>'
+    with_background(unannotated="background")
+    assert list(codes(add(cvat_picture(body))).values()) == ["shape-without-area"]
+    with_background(unannotated="ignore")
+    assert add(cvat_picture(body)).taken == 1
+
+
+def test_an_image_without_shapes_is_named_or_all_background(root: Path) -> None:
+    with_background(unannotated="background")
+    assert list(codes(add(cvat_picture(""))).values()) == ["no-shapes"]
+    with_background(no_shapes="background")
+    assert add(cvat_picture("")).taken == 1
+    assert not manifest.open_mask(rebuilt()["base/u/00"], 10**6).any()
+
+
+def test_a_folder_or_zip_with_cocos_json_is_read_by_it_and_its_photographs_are_no_masks(root: Path) -> None:
+    coco_json(Path("c"))
+    document = Path("c").read_bytes() if Path("c").is_file() else next(Path("c").rglob("*.json")).read_bytes()
+    with zipfile.ZipFile("job.zip", "w") as archive:
+        archive.writestr("annotations/instances_default.json", document)
+        archive.writestr("images/default/x.png", tiny_source.encode(tiny_source.picture(7)))
+    result = add(Path("job.zip"))
+    assert (result.tool, result.taken, result.refused) == ("coco", 1, [])
+
+
+def test_masks_of_0_and_255_are_the_two_classes_of_a_list_of_two(root: Path) -> None:
+    home = Path("back")
+    (home / "masks/u").mkdir(parents=True)
+    (home / "classes.txt").write_text("sky\nfloor\n")
+    tiny_source.put(home, "masks/u/00.png", tiny_source.encode(np.where(NEW == 2, 255, 0).astype(np.uint8)))
+    assert add(home).taken == 1
+    np.testing.assert_array_equal(manifest.open_mask(rebuilt()["base/u/00"], 10**6), np.where(NEW == 2, 2, 0))

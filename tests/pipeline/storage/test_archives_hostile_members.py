@@ -127,3 +127,11 @@ def test_links_and_pipes_in_a_folder(tmp_path: Path, make: Callable[[Path], None
         add_dump.add(delivery, root=root, params=tiny_settings.params())
     assert (root / "dumps.yaml").read_bytes() == registry
     assert not list((root / "data/dumps").glob("*.tar"))
+
+
+def test_folders_that_dotnet_writes_with_a_backslash_are_folders(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("images\\", b"")
+        archive.writestr("images\\0.png", b"x")
+    limits = archives.ArchiveLimits(1 << 20, 1 << 20, 10, 100)
+    assert [member.name for member in archives.read(tmp_path / "a.zip", limits)] == ["images/0.png"]
