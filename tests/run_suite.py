@@ -3,10 +3,10 @@
 Arguments go to every pytest: `-m "not slow"` is what `make check` runs. Each room's output comes in one piece when it has
 ended; the last line adds them up.
 
-Rooms do not share a process: the suite in one process once ended in a segmentation fault that named no test. It has not
-come back: the same parts in one process, in both orders (torch.compile and the ONNX exporter, OpenVINO, ONNX Runtime and
-VizDoom), pass under faulthandler, and they do not load two OpenMP runtimes (torch's libgomp; OpenVINO brings TBB, ONNX
-Runtime its own threads). So the cause is not known, and a crash shall cost one room and name it.
+Rooms do not share a process: in one process the suite can end in a segmentation fault (exit code 139) in native code, of
+which faulthandler shows nothing. It was seen in training/engine/test_substrate.py, in a plain training on the CPU, after
+test_compile.py, pipeline/demo and export had run in the same process. Parts of these in one process, in two orders, passed,
+with one OpenMP runtime loaded (libgomp; OpenVINO brings TBB). Which pair of libraries it is, is not known.
 """
 
 import os
