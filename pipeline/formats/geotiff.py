@@ -224,13 +224,21 @@ def _lists(root: Path, data: config.Data, groups: dict[str, str], pictures: list
     }
 
 
+def _brightest(source: Any) -> int:
+    """The brightest sample of an image, from a copy of at most 512 pixels a side: a dark tile of a bright scene is right."""
+    height, width = min(source.height, 512), min(source.width, 512)
+    bands = [1, 2, 3] if source.count >= 3 else [1]
+    return int(source.read(bands, out_shape=(len(bands), height, width)).max())
+
+
 def _valid(source: Any, window: Any) -> NDArray[np.bool_]:
     valid_HW: NDArray[np.bool_] = source.dataset_mask(window=window) > 0
     return valid_HW
 
 
 def picture(path: Path, window: Any) -> bytes:
-    """One tile of an image as an RGB PNG. Raises images.Refused for samples of other kinds than uint8 and uint16."""
+    """One tile of an image as an RGB PNG. Raises images.Refused for samples of other kinds than uint8 and uint16, and for
+    uint16 of an image that fills too little of its range (`decode.check_range`)."""
     rasterio = _rasterio()
     with _opened(rasterio, path) as source, _reading(rasterio, path):
         kinds = set(source.dtypes[: min(3, source.count)])
@@ -240,6 +248,7 @@ def picture(path: Path, window: Any) -> bytes:
             )
         bands_CHW = source.read([1, 2, 3] if source.count >= 3 else [1], window=window)
         if bands_CHW.dtype == np.uint16:
+            decode.check_range(_brightest(source))
             bands_CHW = (bands_CHW >> 8).astype(np.uint8)
         image_HWC = np.ascontiguousarray(np.broadcast_to(bands_CHW, (3, *bands_CHW.shape[1:])).transpose(1, 2, 0))
         image_HWC[~_valid(source, window)] = 0

@@ -5,9 +5,11 @@ The rules (each has a golden test):
 - Only the decoders in `FORMATS` exist for us; the format is told by the content, never by a name or a content type.
 - Size comes from the header and is checked against the pixel budget before a pixel is decoded.
 - EXIF orientation is applied, also where a PNG's eXIf chunk stands after the pixel data. ICC profiles are ignored.
-- 16-bit samples become their high byte (v >> 8), for grey and colour alike; float and 32-bit images are refused.
+- 16-bit samples become their high byte (v >> 8), for grey and colour alike; float and 32-bit images are refused. So are
+  16-bit pictures whose brightest sample is below 8192, as of 12-bit cameras: fewer than 32 grey levels would be left.
 - Grey and palette become RGB; alpha is composited on black, (c * a + 127) // 255; CMYK goes by Pillow's plain formula.
-- More than one frame or page (APNG, animated WebP, multi-page TIFF) is refused: one image in, one mask out.
+- More than one frame or page (APNG, animated WebP, multi-page TIFF) is refused: one image in, one mask out. A TIFF's
+  reduced-resolution copies and transparency masks (NewSubfileType, TIFF 6.0 section 8) are no pages.
   The extra pictures of a multi-picture JPEG (gain map, stereo twin) are not frames: the main one is taken.
 - PNG checksums are verified for every chunk, because the decoder itself skips those of the pixel data.
 
@@ -50,6 +52,10 @@ _FOREIGN = (
 )
 _ORIENTATION = 0x0112
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
+_SUBFILE_TYPE, _BITS, _SAMPLES = 254, 258, 277
+_NO_PAGE = 1 | 4  # reduced resolution, transparency mask
+MAX_DIRECTORIES = 32
+DARK = 8192  # of 65,536
 _HEADER_PIXELS = 1 << 62
 
 # A damaged EXIF block makes the plugins warn; a damaged picture is an answer to the caller here, not a line on stderr.
@@ -183,6 +189,12 @@ def open_header(data: bytes, max_pixels: int) -> tuple[str, ImageFile]:
     try:
         image = PLUGINS[kind](io.BytesIO(data))
     except Exception as error:  # a plugin may raise nearly anything on damaged bytes
+        if kind == "TIFF" and (samples := _tiff_samples(data)):
+            raise Refused(
+                "unsupported-depth",
+                f"a TIFF of {samples}; send three bands of 8 bits, or one of 8 or 16 (a project of GeoTIFFs takes such "
+                "files: data.source: geotiff)",
+            ) from error
         raise Refused(
             "corrupt", f"the {kind} header cannot be read ({short(error)}); send the original file again"
         ) from error
@@ -192,6 +204,20 @@ def open_header(data: bytes, max_pixels: int) -> tuple[str, ImageFile]:
     if b"eXIf" in chunks:
         image.info.setdefault("exif", chunks[b"eXIf"])  # the plugin sees one after the pixels too late for the header
     return kind, image
+
+
+def _tiff_samples(data: bytes) -> str:
+    """`5 bands of 16 bits` out of a TIFF's first directory; "" where it cannot be read, or is of a kind that is taken."""
+    try:
+        directory = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+        file = io.BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        bits, bands = directory.get(_BITS, (1,)), directory.get(_SAMPLES, 1)
+        taken = bands <= 4 and (bands == 1 or max(bits) <= 8)
+        return "" if taken else f"{bands} bands of {', '.join(map(str, sorted(set(bits))))} bits"
+    except Exception:  # it may be damaged in any way, and only the message gets worse
+        return ""
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -220,15 +246,21 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, max_pixels: int) -> None:
             "too-many-pixels",
             f"the TIFF has tiles of {tile[0]} x {tile[1]} pixels, more than the limit of {max_pixels}",
         )
+    first = (image.tag_v2.get(_SUBFILE_TYPE, 0), image.size)
     try:
-        image.seek(1)
+        for directory in range(1, MAX_DIRECTORIES):
+            image.seek(directory)
+            if not int(image.tag_v2.get(_SUBFILE_TYPE, 0)) & _NO_PAGE:
+                raise Refused("animated", "a TIFF of several pages has no single image to segment; send one page")
+        raise Refused("animated", f"a TIFF of more than {MAX_DIRECTORIES} directories; send one page")
     except EOFError:
-        return
+        image.seek(0)
+    except Refused:
+        raise
     except Exception as error:
-        raise Refused(
-            "corrupt", f"the TIFF's second directory cannot be read ({short(error)}); send one page"
-        ) from error
-    raise Refused("animated", "a TIFF of several pages has no single image to segment; send one page")
+        raise Refused("corrupt", f"the TIFF's directories cannot be read ({short(error)}); send one page") from error
+    if (image.tag_v2.get(_SUBFILE_TYPE, 0), image.size) != first:
+        raise Refused("corrupt", "the TIFF's first directory changes as it is read; send one page")
 
 
 def short(error: Exception) -> str:
@@ -239,7 +271,9 @@ def to_rgb(image: ImageFile) -> Image_HWC:
     """Decoded Pillow image -> H x W x 3 by the rules in the module's docstring."""
     mode = image.mode
     if mode.startswith("I;16"):
-        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        wide_HW = np.asarray(image).astype(np.uint16)
+        check_range(int(wide_HW.max()))
+        grey = (wide_HW >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if mode in ("F", "I", "LAB") or mode.startswith(("I;", "F;")):
         raise Refused(
@@ -252,6 +286,19 @@ def to_rgb(image: ImageFile) -> Image_HWC:
         rgb_HWC: Image_HWC = (colour // np.uint16(255)).astype(np.uint8)
         return rgb_HWC
     return np.array(image if mode == "RGB" else image.convert("RGB"))
+
+
+def check_range(brightest: int) -> None:
+    """Raises Refused("dark-16-bit") where 16-bit samples fill so little of their range that their high bytes say nothing.
+
+    A picture that is black throughout passes: nothing is lost of it.
+    """
+    if 0 < brightest < DARK:
+        raise Refused(
+            "dark-16-bit",
+            f"16-bit samples up to {brightest} of 65535: only {(brightest >> 8) + 1} of 256 levels would be left; "
+            "scale them to 8 bits or to the whole of 16, all images by the same factor",
+        )
 
 
 def orient(image_HWC: Image_HWC, orientation: int) -> Image_HWC:

@@ -6,6 +6,7 @@ What cannot be used is named in source.json (`refused`); ingest puts it on the q
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def pull_labels(params: config.Params) -> Pulled:
         raise ValueError(f"data.source: {data.source} has no reader here; choose {', '.join(READERS)}")
     with unpack.opened(Path(data.path), params.ingest, paths.DATA) as root:
         source = READERS[data.source](root, data, max_pixels=params.ingest.max_pixels)
-        refused = list(source.refused)
+        source, refused = _without_unreadable_names(source)
         counts = label_counts.LabelCounts(len(source.classes))
         with progress.bar("pack", len(source.files)) as bar, shards.replacing_tar(path) as add:
             for name, origin in source.files:
@@ -120,6 +121,32 @@ def pull_labels(params: config.Params) -> Pulled:
     return about, {path: images}, told(source, counts, refused)
 
 
+def _without_unreadable_names(source: Source) -> tuple[Source, list[tuple[str, str, str]]]:
+    """The source without files whose names are no UTF-8, and what is refused with them: no table could name them."""
+    readable = [(name, origin) for name, origin in source.files if _is_text(name)]
+    refused = [
+        (shown(name), "bad-name", "its name is no UTF-8 text; rename the file")
+        for name, _ in source.files
+        if not _is_text(name)
+    ]
+    refused += [(shown(name), code, shown(reason)) for name, code, reason in source.refused]
+    groups = (
+        None if source.groups is None else {key: group for key, group in source.groups.items() if _is_text(key + group)}
+    )
+    lists = {part: None if ids is None else [key for key in ids if _is_text(key)] for part, ids in source.lists.items()}
+    return replace(source, files=readable, groups=groups, lists=lists), refused
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name from the file system is UTF-8; other bytes stand in it as lone surrogates (PEP 383)."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def shown(name: str) -> str:
+    """A name as it can be printed and stored: bytes that are no UTF-8 become U+FFFD."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _demand_enough(
     source: Source,
     images: int,
@@ -141,12 +168,12 @@ def told(
 ) -> list[tuple[str, str]]:
     """What the reader decided and what came of it, as rows of the table."""
     rendered = sum(not isinstance(origin, Path) and name.startswith("masks/") for name, origin in source.files)
-    rows = [("decided", line) for line in source.notes]
+    rows = [("decided", shown(line)) for line in source.notes]
     masks = counts.usable + len(counts.refused)
     rows.append(("masks", f"{masks}, {'rendered from labels' if rendered else 'as they came'}"))
     rows += counts.shares(source.classes)
     rows += [(what, str(count)) for what, count in sorted(source.tally.items())]
-    rows += skipped.rows(source.skipped)
+    rows += [(what, shown(line)) for what, line in skipped.rows(source.skipped)]
     for code, count in sorted(Counter(code for _, code, _ in refused).items()):
         first = next(f"{name}: {reason}" for name, found, reason in refused if found == code)
         rows.append((f"refused: {code}", f"{count}, the first: {first}"))

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,3 +130,39 @@ def test_more_than_one_frame_is_refused() -> None:
     for kind in ("PNG", "WEBP", "TIFF"):
         data = save(frames[0], kind, save_all=True, append_images=frames[1:])
         assert code(data) == "animated"
+
+
+def test_16_bit_pictures_that_fill_too_little_of_their_range_are_refused_with_the_way_out() -> None:
+    ramp_HW = np.linspace(0, 4095, 64 * 48).reshape(48, 64).astype(np.uint16)
+    for brightest, refused in ((4095, True), (8191, True), (8192, False), (0, False)):
+        data = save(Image.fromarray(ramp_HW * 0 + np.uint16(brightest)), "PNG")
+        if refused:
+            with pytest.raises(decode.Refused, match=rf"up to {brightest} of 65535: only \d+ of 256 levels"):
+                decode.decode(data, max_pixels=1 << 20)
+        else:
+            assert decode.decode(data, max_pixels=1 << 20)[0, 0, 0] == brightest >> 8
+
+
+def test_a_tiffs_smaller_copies_are_no_pages(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio", reason="the extra geotiff is not installed")
+    pixels_CHW = np.random.default_rng(1).integers(0, 255, (3, 256, 256)).astype(np.uint8)
+    shape = {"height": 256, "width": 256, "count": 3, "dtype": "uint8", "photometric": "RGB"}
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", tiled=True, blockxsize=64, blockysize=64, **shape
+    ) as out:
+        out.write(pixels_CHW)
+        out.build_overviews([2, 4])
+    image_HWC = decode.decode((tmp_path / "a.tif").read_bytes(), max_pixels=1 << 20)
+    np.testing.assert_array_equal(image_HWC, pixels_CHW.transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("bands", "dtype", "said"), [(5, "uint8", "5 bands of 8 bits"), (3, "uint16", "3 bands of 16 bits")]
+)
+def test_a_tiff_of_other_bands_says_which(tmp_path: Path, bands: int, dtype: str, said: str) -> None:
+    rasterio = pytest.importorskip("rasterio", reason="the extra geotiff is not installed")
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", height=8, width=8, count=bands, dtype=dtype) as out:
+        out.write(np.ones((bands, 8, 8), dtype))
+    with pytest.raises(decode.Refused, match=said) as caught:
+        decode.decode((tmp_path / "a.tif").read_bytes(), max_pixels=1 << 20)
+    assert caught.value.code == "unsupported-depth"

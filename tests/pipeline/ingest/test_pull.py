@@ -1,6 +1,7 @@
 """pull packs a folder byte for byte and says what it means; the real photographs go through every data stage."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,15 @@ def test_params_yaml_and_the_settings_agree_on_what_there_is() -> None:
     """Every key of data is in the project's own params.yaml, so that a user finds it there."""
     text = (Path(__file__).parents[3] / "params.yaml").read_text()
     assert yaml.safe_load(text)["data"].keys() == config.Data.model_fields.keys()
+
+
+def test_a_name_that_is_no_utf8_costs_its_own_file(tmp_path: Path) -> None:
+    source, root = tmp_path / "source", tmp_path / "project"
+    tiny_source.write_source(source, {"a": 2, "b": 2, "c": 2})
+    with open(os.fsencode(source / "images/a") + b"/caf\xe9.png", "wb") as file:  # noqa: PTH123  # a path of bytes
+        file.write(tiny_source.encode(tiny_source.picture(77)))
+    tiny_source.write_project(root, source)
+    assert tiny_source.run(root) == 0
+    found = tiny_source.quarantine(root)
+    assert found["images/a/caf\ufffd.png"]["code"] == "bad-name"
+    assert len(tiny_source.rows(root)) == 6
