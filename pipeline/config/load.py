@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline import paths
+from pipeline.config.overlay import merge
 from pipeline.config.params import Params
 from pipeline.config.renamed import renamed
 from pipeline.config.section import ConfigError
@@ -87,14 +88,21 @@ def parse(text: str, file: Path = paths.PARAMS) -> Params:
 
 
 def load(file: Path = paths.PARAMS) -> Params:
-    """Read and check params.yaml, which is complete: DVC tracks the values that stand in it and no others.
+    """Read and check params.yaml.
+
+    A key that the file leaves out has the value of the params.yaml that this version was shipped with, the one set of
+    defaults: a command alone may run on a file that says only what differs. `dvc repro` asks for every key that a stage
+    tracks, so no result can rest on a value that DVC does not see.
 
     Raises:
         ConfigError: as `parse`, also when the file is missing.
     """
     if not file.exists():
         raise ConfigError(f"{file}: not found; run from the project's folder or pass --params")
-    return parse(file.read_text(encoding="utf-8"), file)
+    raw = _read(file.read_text(encoding="utf-8"), file)
+    if problems := list(renamed(raw)):
+        raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
+    return check(merge(shipped(), raw), file)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""params.yaml as it is shipped is complete, and so is a project's: DVC tracks the values that stand in it and no others."""
+"""params.yaml as it is shipped is complete and the one set of defaults; DVC tracks the values of the project's own file."""
 
 import copy
 import json
@@ -35,25 +35,33 @@ def test_no_setting_has_a_second_default() -> None:
 @pytest.mark.parametrize(
     "key", ["launch", "train.seed", "train.s4mc.alpha", "data.lists.val", "parity.half.class_drop"]
 )
-def test_a_missing_key_is_refused_with_its_name_and_its_shipped_value(tmp_path: Path, key: str) -> None:
+def test_a_missing_key_is_refused_with_its_name_and_its_shipped_value(key: str) -> None:
     *sections, last = key.split(".")
     settings = copy.deepcopy(tiny_settings.SHIPPED)
     section = settings
     for name in sections:
         section = section[name]
     value = section.pop(last)
-    file = tmp_path / "params.yaml"
-    file.write_text(yaml.safe_dump(settings))
+    file = Path("params.yaml")
     with pytest.raises(config.ConfigError) as told:
-        config.load(file)
+        config.parse(yaml.safe_dump(settings), file)
     assert str(told.value) == f"{file}: missing key '{key}'; add it, as shipped: {last}: {json.dumps(value)}"
 
 
-def test_a_missing_section_is_refused_with_its_name(tmp_path: Path) -> None:
-    file = tmp_path / "params.yaml"
-    file.write_text(yaml.safe_dump({k: v for k, v in tiny_settings.SHIPPED.items() if k != "gate"}))
+def test_a_missing_section_is_refused_with_its_name() -> None:
+    text = yaml.safe_dump({k: v for k, v in tiny_settings.SHIPPED.items() if k != "gate"})
     with pytest.raises(config.ConfigError, match="missing key 'gate'; add it with all its keys"):
-        config.load(file)
+        config.parse(text)
+
+
+def test_a_projects_file_may_say_only_what_differs(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump({"data": {"source": "voc", "path": "src"}, "train": {"s4mc": {"alpha": 0.3}}}))
+    params = config.load(file)
+    assert (params.data.source, params.data.path, params.train.s4mc.alpha) == ("voc", "src", 0.3)
+    shipped = config.load(ROOT / "params.yaml")
+    assert params.gate == shipped.gate
+    assert params.train.s4mc.alpha_end == shipped.train.s4mc.alpha_end
 
 
 OLD = {
