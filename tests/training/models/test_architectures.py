@@ -205,7 +205,8 @@ def test_settings_that_cannot_be_meant(section, words):
 @pytest.mark.parametrize(
     ("model", "step"),
     [({"architecture": "DPT", "encoder": "vit_small_patch14_dinov2"}, 14), ({"architecture": "DPT", "encoder": "test_vit"}, 16),
-     ({"output_stride": 8}, 8), ({"architecture": "FPN"}, 32), ({"architecture": "my_nets:Net", "weights": None}, 32)],
+     ({"architecture": "DeepLabV3Plus", "output_stride": 8}, 8), ({"architecture": "FPN"}, 32),
+     ({"architecture": "my_nets:Net", "weights": None}, 32)],
 )  # fmt: skip
 def test_the_step_that_settings_must_keep_to(model, step):
     assert tiny_settings.model(**model).step == step
