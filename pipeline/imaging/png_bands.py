@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
-from pipeline.imaging.decode import Image_HWC, Refused, exif_orientation, to_rgb
+from pipeline.imaging.decode import Image_HWC, Refused, to_rgb
+from pipeline.imaging.headers import exif_orientation
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _BAND_BYTES = 1 << 20  # of pixels as the decoder holds them, 4 bytes each; copies on the way take some ten times that

@@ -235,7 +235,7 @@ def test_methods_are_compared_as_experiments_without_touching_the_workspace(proj
     assert project.json("reports/scores.json")["method"] == "s4mc"
     project.run(*compare)  # nothing is trained twice
     assert project.run("dvc", "exp", "list", "--name-only").split() == [name]
-    assert (project.root / "params.yaml").read_text().count("s4mc") == 1
+    assert (project.root / "params.yaml").read_text().count("method: s4mc") == 1
 
 
 def test_corrected_labels_run_index_and_split_and_nothing_upstream(project: Project, first: str) -> None:
