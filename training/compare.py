@@ -68,7 +68,7 @@ def name_of(method: str, seed: int, settings: Sequence[str], params: bytes) -> s
 
 
 def dvc(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-m", "dvc", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise CompareError(f"dvc {' '.join(arguments)}: " + "\n".join(said[-12:]))

@@ -7,8 +7,15 @@
     SHA256SUMS      of all of these, as `sha256sum -c` reads it
 
 Nothing else may lie in it. Everything is checked against SHA256SUMS before anything is parsed.
+
+A file may be a link, hard or symbolic, to wherever: `cache.type hardlink,symlink` of DVC makes them all links into its
+cache. Content decides, not the place: what a link leads to must be a plain file, it is read once, and only bytes with
+the right checksum are parsed or run, each time anew. So a bundle that somebody sent gains nothing by links: it can name
+only files whose content its sender knew, no message repeats a byte of them, and devices and pipes are not opened. The
+models themselves must not refer to any other file.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -51,7 +58,7 @@ class Bundle:
         """One of its models, checked once more: what is run is what was verified. Raises BundleError."""
         if file not in self.sha256:
             raise BundleError(f"{self.folder / file}: this bundle has no such model; it has {sorted(self.models)}")
-        model = (self.folder / file).read_bytes()
+        model = _read_file(self.folder / file)
         if atomic.sha256(model) != self.sha256[file]:
             raise BundleError(f"{self.folder / file}: changed after it was verified; restore the bundle")
         return model
@@ -111,12 +118,13 @@ def open_bundle(folder: Path) -> Bundle:
     """Verify `folder` and return it. Checksums come first; only then is anything parsed.
 
     Raises:
-        BundleError: names the file that is missing, extra, a link, changed or malformed.
+        BundleError: names the file that is missing, extra, no plain file, changed or malformed.
     """
     folder = Path(folder)
-    content = {name: (folder / name).read_bytes() for name in _check_files(folder)}
+    content = {name: _read_file(folder / name) for name in _check_names(folder)}
+    sums = content.pop(SUMS)
     digests = {name: atomic.sha256(data) for name, data in content.items()}
-    _check_sums(folder, digests)
+    _check_sums(folder, digests, sums)
 
     try:
         manifest = Manifest.model_validate_json(content[MANIFEST])
@@ -137,11 +145,8 @@ def _sums(digests: Mapping[str, str]) -> bytes:
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
 
 
-def _check_files(folder: Path) -> list[str]:
-    """Only a bundle's plain files, none a link, none too large; returns their names but SHA256SUMS, sorted.
-
-    Raises BundleError naming the first file that is wrong.
-    """
+def _check_names(folder: Path) -> list[str]:
+    """All of a bundle's files and no others; returns their names, sorted. Raises BundleError naming the first wrong one."""
     if not folder.is_dir():
         raise BundleError(f"{folder}: no bundle folder here; run the export stage or name another folder")
     present = {entry.name for entry in os.scandir(folder)}
@@ -149,20 +154,47 @@ def _check_files(folder: Path) -> list[str]:
         raise BundleError(f"{folder / name}: missing; restore the bundle")
     for name in sorted(present - {CARD, MANIFEST, SUMS, *MODELS}):
         raise BundleError(f"{folder / name}: does not belong into a bundle; remove it")
-    for name in sorted(present):
-        facts = (folder / name).lstat()
-        if not stat.S_ISREG(facts.st_mode):
-            raise BundleError(f"{folder / name}: is a link or no plain file; put the file itself there")
-        if facts.st_nlink != 1:
-            raise BundleError(f"{folder / name}: has a second name (hard link) that could change it; copy the file")
-        if facts.st_size > (_MODEL_LIMIT if name in MODELS else _TEXT_LIMIT):
-            raise BundleError(f"{folder / name}: {facts.st_size} bytes is too large")
-    return sorted(present - {SUMS})
+    return sorted(present)
 
 
-def _check_sums(folder: Path, digests: Mapping[str, str]) -> None:
-    """SHA256SUMS has exactly these lines. Raises BundleError naming the first file that differs."""
-    expected, stored = _sums(digests), (folder / SUMS).read_bytes()
+def _read_file(path: Path) -> bytes:
+    """The bytes of a bundle's file, through links.
+
+    Raises:
+        BundleError: it leads nowhere, to something that is no plain file, or to too large a one.
+        OSError: it cannot be read for another reason, such as missing rights.
+    """
+    try:
+        _check_plain(path, path.stat())  # before it is opened: that alone has an effect on some devices
+        # What took the file's place since then must not hold us, as a pipe without a writer would.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        advice = "restore the bundle, under DVC by `dvc checkout`"
+        raise BundleError(f"{path}: is a link that leads nowhere; {advice}") from error
+
+    with open(handle, "rb") as file:  # noqa: PTH123  (a descriptor)
+        facts = os.fstat(handle)
+        _check_plain(path, facts)
+        data = file.read(facts.st_size + 1)
+    if len(data) != facts.st_size:  # also the kernel's own files, which state no size
+        raise BundleError(f"{path}: has another size than stated; restore the bundle")
+    return data
+
+
+def _check_plain(path: Path, facts: os.stat_result) -> None:
+    """Raises BundleError where it is no plain file, or a too large one."""
+    if not stat.S_ISREG(facts.st_mode):
+        leads = "is a link to something that is no plain file" if path.is_symlink() else "is no plain file"
+        raise BundleError(f"{path}: {leads}; put the file itself there")
+    if facts.st_size > (_MODEL_LIMIT if path.name in MODELS else _TEXT_LIMIT):
+        raise BundleError(f"{path}: {facts.st_size} bytes is too large")
+
+
+def _check_sums(folder: Path, digests: Mapping[str, str], stored: bytes) -> None:
+    """SHA256SUMS, `stored`, has exactly these lines. Raises BundleError naming the first file that differs."""
+    expected = _sums(digests)
     if stored == expected:
         return
     lines = stored.split(b"\n")

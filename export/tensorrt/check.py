@@ -98,7 +98,7 @@ def build_all(
     module, rows = installation.load(), []
     for precision in precisions:
         path = opened.folder / FILES[precision]
-        model = path.read_bytes()
+        model = opened.read_model(path.name)
         row = EngineRow(path.name, precision)
         try:
             session = EngineSession(
@@ -164,7 +164,7 @@ def run(
         EngineError: it lacks a precision, or this machine has no card or no TensorRT. cudart.CudaError: its driver fails.
     """
     opened = bundle.open_bundle(folder)
-    present = [p for p in builder.PRECISIONS if (opened.folder / FILES[p]).exists()]
+    present = [p for p in builder.PRECISIONS if FILES[p] in opened.sha256]
     if absent := sorted(set(precisions) - set(present)):
         raise EngineError(f"{opened.folder / FILES[absent[0]]}: not in this bundle; it has {', '.join(present)}")
     policy = opened.manifest.input

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def _dvc(*arguments: str) -> str | None:
     """Run DVC here; None when it went well, else why not, in one line."""
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-m", "dvc", *arguments], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
     said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Links, files outside, flipped bits, missing and extra files. The bundle is refused and the file named."""
+"""Links that lead astray, files outside, flipped bits, missing and extra files. The bundle is refused and the file named."""
 
 import hashlib
 import json
@@ -79,18 +79,64 @@ def test_sums_with_other_lines(tmp_path: Path, change: Callable[[str], str]) -> 
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_links(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_links_are_followed_and_what_they_lead_to_is_hashed(
+    tmp_path: Path, name: str, link: Callable[[Path, Path], None]
+) -> None:
+    """DVC makes them, into a cache that lies anywhere; whatever is there now must be what the bundle promises."""
+    opened = tiny_onnx.write(tmp_path / "b")
+    elsewhere = tmp_path / "cache" / "4f" / "1d2c"
+    elsewhere.parent.mkdir(parents=True)
+    (opened.folder / name).rename(elsewhere)
+    link(elsewhere, opened.folder / name)
+    again = bundle.open_bundle(opened.folder)
+    assert again == opened
+    model = again.read_model()
+
+    elsewhere.write_bytes(elsewhere.read_bytes() + b" ")
+    assert f"{opened.folder / name}: " in refused(opened.folder)
+    if name == "model.onnx":
+        with pytest.raises(bundle.BundleError, match=r"model\.onnx: changed after it was verified"):
+            again.read_model()
+    else:
+        assert again.read_model() == model
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_links_that_lead_to_no_plain_file(tmp_path: Path, name: str) -> None:
+    """None is opened: /dev/zero has no end, and a pipe would hold the reader for ever."""
     folder = tiny_onnx.write(tmp_path / "b").folder
-    outside = tmp_path / "secret"
-    (folder / name).rename(outside)
-    (folder / name).symlink_to(outside)
-    assert f"{name}: is a link" in refused(folder)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path / "folder", tmp_path / "pipe", Path("/dev/zero")):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+        assert f"{name}: is a link to something that is no plain file" in refused(folder)
+    for target in (tmp_path / "absent", folder / name):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+        assert f"{name}: is a link that leads nowhere" in refused(folder)
     (folder / name).unlink()
-    os.link(outside, folder / name)
-    assert f"{name}: has a second name" in refused(folder)
+    os.mkfifo(folder / name)
+    assert f"{name}: is no plain file" in refused(folder)
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert f"{name}: is a link or no plain file" in refused(folder)
+    assert f"{name}: is no plain file" in refused(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_to_somebody_elses_file_is_refused_without_a_word_of_it(tmp_path: Path, name: str) -> None:
+    """A bundle that somebody sent: its link leads to a file of the machine that it was sent to."""
+    folder = tiny_onnx.write(tmp_path / "b").folder
+    (tmp_path / "secret").write_text("root:hunter2\n")
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "secret")
+    message = refused(folder)
+    assert message.startswith(f"{folder}/")
+    assert "hunter2" not in message
+    (folder / name).unlink()
+    (folder / name).symlink_to("/proc/self/environ")  # a plain file of no size, and of any length
+    assert f"{name}: has another size than stated" in refused(folder)
 
 
 def external(tensor: onnx.TensorProto) -> onnx.TensorProto:
