@@ -131,6 +131,7 @@ MISSING = {
     ("export-labels", "--format", "coco", "-o", "x"): ("pyarrow", "train"),
     ("data-report",): ("pyarrow", "train"),
     ("compare",): ("matplotlib", "train"),
+    ("headroom",): ("matplotlib", "train"),
     ("rescore",): ("torch", "train"),
     ("preset", "edge"): ("ruamel", "train"),
     ("onnx", "x", "-o", "y"): ("onnx", "train"),
