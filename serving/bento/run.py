@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from serving.bento import usage
+from serving.bento import usage, working_folder
 
 if TYPE_CHECKING:
     from serving.settings import Settings
@@ -94,6 +94,7 @@ def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) 
     # glibc gives each thread a heap of its own and keeps what a model that was swapped out left there; the worker is a
     # process of its own and starts with this. Observed: 14 swaps grew 373 to 538 MB, of which trimming gave 172 back.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-    sys.argv = ["bentoml", "serve", "serving.bento.service:Marginalia", "--host", host, "--port", str(port)]
+    address = ["--host", host, "--port", str(port)]
+    sys.argv = ["bentoml", "serve", "serving.bento.service:Marginalia", *address, *working_folder.options()]
     runpy.run_module("bentoml", run_name="__main__", alter_sys=True)
     sys.exit(0)

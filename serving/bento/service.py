@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import bentoml
 
 from serving import settings
-from serving.bento import usage
+from serving.bento import usage, working_folder
 
 if TYPE_CHECKING:
     from serving.bento.worker import Worker
@@ -48,6 +48,7 @@ def _worker() -> "Worker":
 
 
 if _in_worker:
+    working_folder.go_back()
     _worker()
 elif _settings.provider not in ("auto", "cpu"):
     _refuse_absent_provider()
