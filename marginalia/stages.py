@@ -1,14 +1,23 @@
 """`marginalia stage NAME`: what dvc.yaml calls, a command for each stage there."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from marginalia import other_code
 from marginalia.command import PARAMS, Params, command
 from pipeline import paths, stage
 from pipeline.stage import Exit
 
 app = typer.Typer(help="Run one stage of dvc.yaml, as `dvc repro` does.", no_args_is_help=True)
+
+
+@app.callback()
+def options() -> None:
+    # Without a docstring, so that the group's own help stands.
+    if told := other_code.warning(Path()):
+        stage.warn(told)
 
 
 @command(app)
