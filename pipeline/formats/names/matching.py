@@ -14,14 +14,17 @@ from typing import NamedTuple
 EXACT, SAME_NAME = "exact", "same name"  # neither forgives anything
 SHOWN = 4  # names in a reason
 
-# What tools and people append to a mask's name, and put in front of an uploaded file's (Label Studio: 8 hex digits).
+# What tools and people append to a mask's name, and put in front of an uploaded file's (Label Studio: 8 hex digits). A suffix
+# comes off the name alone: an image `x_l.png` is the left one of two. A prefix may be on either side, but not on both: those
+# of `20260401-noon` and `20260402-noon` are dates.
 _MASK_WORDS = (
     "mask", "masks", "label", "labels", "labelids", "labeltrainids", "gt", "seg", "segm", "segmentation", "semantic",
     "annotation", "annotations", "target", "l",
 )  # fmt: skip
 _SUFFIX = re.compile(rf"[ ._-]({'|'.join(_MASK_WORDS)})$")
+_IMAGE_SUFFIX = re.compile(r"[ ._-](image|img|im|photo|rgb|sat)$")  # beside x_mask.png
 _PREFIX = re.compile(r"^[0-9a-f]{8}-(?=.)")
-_EXTENSION = re.compile(r"\.(png|jpe?g|webp|bmp|tiff?|gif|jp2|json|xml)$", re.IGNORECASE)
+_EXTENSION = re.compile(r"\.(png|jpe?g|jfif|jpe|webp|bmp|dib|tiff?|gif|jp2|hei[cf]|avif|json|xml)$", re.IGNORECASE)
 _ABOVE = re.compile(r"^(.*/)?images/")
 _LAYOUT = re.compile(r"^(images|masks|jpegimages|segmentationclass|labels|annotations)/")
 
@@ -65,26 +68,52 @@ def _suffix(name: str) -> str:
     return shorter if shorter and not shorter.endswith("/") else path
 
 
-def _prefix(name: str) -> str:
-    folder, slash, file = _suffix(name).rpartition("/")
+def _image_suffix(image: str) -> str:
+    path = _extension(image)
+    shorter = _IMAGE_SUFFIX.sub("", path)
+    return shorter if shorter and not shorter.endswith("/") else path
+
+
+def _without_prefix(path: str) -> str:
+    folder, slash, file = path.rpartition("/")
     return f"{folder}{slash}{_PREFIX.sub('', file)}"
 
 
-def _below_images(name: str) -> str:
-    return _ABOVE.sub("", _prefix(name))
+def _prefix(name: str) -> str:
+    return _without_prefix(_suffix(name))
+
+
+def _image_prefix(image: str) -> str:
+    return _without_prefix(_extension(image))
+
+
+def _tool_prefix(path: str) -> str:
+    """The prefix of a path's last part; "" where it has none."""
+    found = _PREFIX.match(_extension(path).rpartition("/")[2])
+    return found[0] if found else ""
+
+
+class Rule(NamedTuple):
+    """What a name and an image's path are reduced to; equal results answer."""
+
+    of_name: Callable[[str], str]
+    of_image: Callable[[str], str]
 
 
 # What each rule calls itself in a report, strictest first.
-RULES: dict[str, Callable[[str], str]] = {
-    EXACT: lambda name: name,
-    SAME_NAME: _same_name,
-    "slashes": _slashes,
-    "Unicode form": _form,
-    "upper and lower case": _case,
-    "extension": _extension,
-    "suffix such as _mask": _suffix,
-    "prefix of a tool": _prefix,
-    "folders above images/": _below_images,
+RULES: dict[str, Rule] = {
+    EXACT: Rule(str, str),
+    SAME_NAME: Rule(_same_name, _same_name),
+    "slashes": Rule(_slashes, _slashes),
+    "Unicode form": Rule(_form, _form),
+    "upper and lower case": Rule(_case, _case),
+    "extension": Rule(_extension, _extension),
+    "suffix such as _mask": Rule(_suffix, _extension),
+    "suffix such as _image": Rule(_suffix, _image_suffix),
+    "prefix of a tool": Rule(_prefix, _image_prefix),
+    "folders above images/": Rule(
+        lambda name: _ABOVE.sub("", _prefix(name)), lambda image: _ABOVE.sub("", _image_prefix(image))
+    ),
 }
 LAST = "folders"  # the last rule: one is the end of the other, and no other image has that last part
 
@@ -99,15 +128,16 @@ class Index:
 
     def find(self, name: str) -> Match:
         """The image that `name` means: a path with or without folders and extension, as a tool wrote it."""
-        for rule in RULES:
-            if answers := self._by(rule).get(RULES[rule](name), ()):
+        own_prefix = _tool_prefix(name)
+        for rule, reduce in RULES.items():
+            if answers := _possible(own_prefix, self._by(rule).get(reduce.of_name(name), ())):
                 return _one(answers, rule)
         wanted = _prefix(name)
-        answers = self._by_last().get(wanted.rpartition("/")[2], ())
+        answers = _possible(own_prefix, self._by_last().get(wanted.rpartition("/")[2], ()))
         if len(answers) != 1:
             return Match(None, LAST, tuple(answers))
         # cam2/001.png is not cam1/001.png, although no other image has that last part
-        image = _prefix(answers[0])
+        image = _image_prefix(answers[0])
         same = f"/{wanted}".endswith(f"/{image}") or f"/{image}".endswith(f"/{wanted}")
         return Match(answers[0], LAST) if same else Match(None, LAST)
 
@@ -115,7 +145,7 @@ class Index:
         if rule not in self._keys:
             found = defaultdict(list)
             for image in self.images:
-                found[RULES[rule](image)].append(image)
+                found[RULES[rule].of_image(image)].append(image)
             self._keys[rule] = dict(found)
         return self._keys[rule]
 
@@ -123,9 +153,14 @@ class Index:
         if LAST not in self._keys:
             found = defaultdict(list)
             for image in self.images:
-                found[_prefix(image).rpartition("/")[2]].append(image)
+                found[_image_prefix(image).rpartition("/")[2]].append(image)
             self._keys[LAST] = dict(found)
         return self._keys[LAST]
+
+
+def _possible(own_prefix: str, answers: Sequence[str]) -> Sequence[str]:
+    """The answers without images of another prefix than the name's own."""
+    return [image for image in answers if not own_prefix or _tool_prefix(image) in ("", own_prefix)]
 
 
 def _one(answers: Sequence[str], rule: str) -> Match:

@@ -39,6 +39,30 @@ def test_an_image_stored_under_a_tools_prefix_is_the_tasks():
     assert matching.Index(["24e3f2d0-i0.png", "99e3f2d0-i1.png"]).find("i0.png").image == "24e3f2d0-i0.png"
 
 
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("0001_l_mask.png", "0001_l.jpg"),  # the left one of two
+        ("bottle label.mask.png", "bottle label.jpg"),
+        ("x.png", "x.jfif"),
+        ("119_mask.png", "119_sat.jpg"),
+        ("7.label.png", "7.image.png"),
+    ],
+)
+def test_words_at_the_end_of_an_images_name_are_its_own(name, image):
+    assert matching.Index([image, "y.jpg"]).find(name).image == image
+
+
+@pytest.mark.parametrize("name", ["20260401-120000.png", "20260401-120000_mask.png", "cam/20260401-120000"])
+def test_dates_are_no_prefixes_that_a_tool_put_there(name):
+    assert matching.Index(["20260402-120000.jpg", "cam/20260403-120000.jpg"]).find(name).image is None
+
+
+def test_an_image_whose_name_ends_like_a_masks_takes_no_other_ones_mask():
+    assert matching.match(["x_mask.png"], ["x.jpg", "x_l.jpg"]).images == {"x_mask.png": "x.jpg"}
+    assert matching.match(["x_mask.png"], ["x_l.jpg", "x_r.jpg"]).images == {}
+
+
 def test_folders_that_differ_are_another_image():
     assert matching.Index(["cam1/001.png"]).find("cam2/001.png") == matching.Match(None, "folders")
 
