@@ -40,7 +40,6 @@ from pipeline.formats.common.regions import regions
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.formats.common.task import Item
 from pipeline.formats.common.tool_source import ToolExport
-from pipeline.formats.names import layout
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
 from pipeline.storage import archives, atomic
@@ -55,11 +54,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     labels, found = load(root / (data.annotations or NAME))
     colours = {label["name"]: label["color"] for label in labels if label["color"]}
     names = [label["name"] for label in labels]
-    parts: dict[str, list[str]] = {}
-    for picture in found:
-        if part := layout.split_word(picture.subset):
-            parts.setdefault(part, []).append(picture.name)
-    return tool_source.export_source(root, data, ToolExport(found, names, colours, parts), max_pixels)
+    return tool_source.export_source(root, data, ToolExport(found, names, colours), max_pixels)
 
 
 def load(path: Path) -> tuple[list[dict[str, Any]], list[Picture]]:

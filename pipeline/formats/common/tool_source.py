@@ -33,14 +33,13 @@ class Labelled:
 class ToolExport:
     """What a label tool's export says.
 
-    `labels`: the tool's own; one that stands for ignored pixels becomes 255. `colours`: of some labels. `parts`: train, val,
-    test -> pictures' names, where the tool says so; else the images' folders do.
+    `labels`: the tool's own; one that stands for ignored pixels becomes 255. `colours`: of some labels. A picture's `subset`
+    states its split where it is a split's word; where none is, the images' folders do.
     """
 
     pictures: Sequence[Picture]
     labels: Sequence[str]
     colours: Mapping[str, Colour] = field(default_factory=dict)
-    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def export_source(root: Path, data: config.Data, export: ToolExport, max_pixels:
     makers = _makers(labelled, images.images, data, painting)
     keys = [name_id(name) for name in images.images]
     masked = {name_id(name) for name in makers}
-    stated = _stated(export.parts, labelled) or layout.parts(list(images.images))
+    stated = _stated(labelled) or layout.parts(list(images.images))
     splits = split_lists.decide(root, data.lists, set(keys), {f"images/{key}": key for key in keys}, stated, masked)
     return Source(
         files=[
@@ -111,7 +110,13 @@ def _labelled(found: Sequence[Picture], images: Sequence[str]) -> Labelled:
 
 
 def _own_name(picture: Picture, index: matching.Index) -> str:
-    """The one of a picture's possible names that an image answers to; else its first."""
+    """The one of a picture's possible names that an image answers to; else its first.
+
+    Tools put each subset's images in a folder of its name, and 000000.png may be in several.
+    """
+    in_subset = f"{picture.subset}/{picture.name}"
+    if picture.subset and (found := index.find(in_subset)).image and found.rule != matching.LAST:
+        return in_subset
     return next((name for name in (picture.name, *picture.names) if index.find(name).image), picture.name)
 
 
@@ -140,7 +145,10 @@ def _render(picture: Picture, painting: Painting) -> bytes:
     return label_maps.encode_png(label_HW)
 
 
-def _stated(parts: Mapping[str, Sequence[str]], labelled: Labelled) -> dict[str, list[str]]:
+def _stated(labelled: Labelled) -> dict[str, list[str]]:
     """The tool's own splits, by name id of the images that its pictures mean."""
-    keys = {picture.name: name_id(image) for image, picture in labelled.pictures.items()}
-    return {part: [keys[name] for name in names if name in keys] for part, names in parts.items()}
+    parts: dict[str, list[str]] = {}
+    for image, picture in labelled.pictures.items():
+        if part := layout.split_word(picture.subset):
+            parts.setdefault(part, []).append(name_id(image))
+    return parts

@@ -128,6 +128,28 @@ def test_a_subset_is_a_split_in_any_case(tmp_path: Path) -> None:
     assert source.lists["test"] == ["a"]
 
 
+def test_images_of_one_name_are_told_apart_by_their_subset(tmp_path: Path) -> None:
+    for folder in ("default", "test"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "images" / folder / "000000.png")
+    image = '<image id="{}" name="000000.png" subset="{}" width="6" height="4">{}</image>'
+    upper, lower = (f'<polygon label="wall" points="0,{y};6,{y};6,{y + 2};0,{y + 2}"/>' for y in (0, 2))
+    body = image.format(0, "Test", upper) + image.format(1, "default", lower)
+    (tmp_path / "annotations.xml").write_text(cvat._head(CLASSES, 2, "t") + body + "</annotations>")
+
+    source = cvat.read(tmp_path, tiny_settings.data(source="cvat"), max_pixels=10**6)
+
+    files = dict(source.files)
+    rows = {name: (label_maps.decode_mask(files[f"masks/{name}.png"](), max_pixels=99) == 1).any(axis=1)
+            for name in ("test/000000", "default/000000")}  # fmt: skip
+    assert {name: found.tolist() for name, found in rows.items()} == {
+        "test/000000": [True, True, False, False],
+        "default/000000": [False, False, True, True],
+    }
+    assert source.lists["test"] == ["test/000000"]
+    assert not source.refused
+
+
 @pytest.mark.parametrize(
     ("body", "why"),
     [
