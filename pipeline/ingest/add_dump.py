@@ -22,6 +22,7 @@ from pipeline.formats.common.source import name_id
 from pipeline.formats.names import image_files
 from pipeline.imaging import decode
 from pipeline.ingest import dump_layout, dump_registry, remote, webdataset
+from pipeline.ingest.groups import Groups
 from pipeline.stage import Result
 from pipeline.storage import archives, atomic, dvc, manifest, shards
 
@@ -85,7 +86,7 @@ def add(
         spool, skipped = Path(folder) / "spool.tar", list[tuple[str, str]]()
         tile = params.data.tile if params.data.source == "geotiff" else None
         spooled = _spool(webdataset.members(path, limits, Path(folder), seen), spool, tile, skipped)
-        taken = _arranged(spooled, skipped)
+        taken = _arranged(spooled, skipped, _groups(root))
         if not taken:
             reasons = Counter(reason for _, reason in skipped).most_common(1)
             raise archives.DumpRefused(
@@ -146,12 +147,22 @@ def _pieces(name: str, data: bytes, tile: int | None, folder: Path) -> list[tupl
     return [(f"{name_id(name)}/{piece}", png) for piece, png in geotiff.tiles(file, tile)]
 
 
-def _arranged(spooled: list[Spooled], skipped: list[tuple[str, str]]) -> dict[str, Spooled]:
-    """`images/...` name -> image, without masks and wrapping folders (`pipeline.ingest.dump_layout`)."""
+def _groups(root: Path) -> Groups:
+    """The source's groups; none before its first pull."""
+    source = root / paths.SOURCE
+    return Groups(atomic.read_json(source) if source.exists() else {"groups": None})
+
+
+def _arranged(spooled: list[Spooled], skipped: list[tuple[str, str]], groups: Groups) -> dict[str, Spooled]:
+    """`images/...` name -> image, without masks and wrapping folders (`pipeline.ingest.dump_layout`).
+
+    A folder around everything that is a group of the source stays: it is the place that all images show.
+    """
     masks = dump_layout.masks_among([item.name for item in spooled])
     skipped.extend(masks.items())
     kept = [item for item in spooled if item.name not in masks]
-    paths_ = dump_layout.without_wrapping(item.name for item in kept)
+    inside = dump_layout.without_wrapping(item.name for item in kept)
+    paths_ = {name: short if groups.known(short) == groups.known(name) else name for name, short in inside.items()}
     names = dump_layout.unique(paths_[item.name] for item in kept)
     return dict(zip(names, kept, strict=True))
 

@@ -15,3 +15,13 @@ def test_groups_of_base_and_later_dumps() -> None:
     assert groups.of("3", "base") == "3"
     assert groups.of("3", "later") == "later/3"
     assert groups.of("may/site/night/3", "later") == "site"  # a group of the source, however deep
+
+
+def test_a_match_that_is_a_group_of_the_source_comes_before_one_in_the_deliverys_own_folder() -> None:
+    groups = Groups({"groups": {"cam0_1": "cam0"}, "group_pattern": "([a-z0-9]+)_[0-9]+"})
+    assert groups.of("may_2026/cam0_001", "later") == "cam0"
+    assert groups.of("may_2026/cam0/x", "later") == "cam0"
+    assert groups.of("may_2026/CAM0_001", "later") == "cam0"
+    assert groups.of("may_2026/cam9/x", "later") == "may"
+    assert groups.known("may_2026/cam0_001") == "cam0"
+    assert groups.known("may_2026/cam9_001") == ""
