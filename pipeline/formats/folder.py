@@ -114,10 +114,13 @@ def _with_whole_masks(
     makers: dict[str, Path | Maker] = dict(masks)
     if how == "colours":
         colours = _needed(root, data, known, ignored)
+        if data.masks == "auto" and [tuple(c["color"]) for c in known or ()] == label_maps.palette(2):
+            colours |= mask_encoding.BLACK_AND_WHITE
+            notes.append(mask_encoding.BLACK_AND_WHITE_NOTE)
         makers = {
             name: partial(mask_encoding.render, path, colours, max_pixels, source.tally) for name, path in masks.items()
         }
-    elif data.masks == "auto" and len(known or (0, 1)) == 2 and mask_encoding.are_0_and_255(masks.values(), max_pixels):
+    elif data.masks == "auto" and _are_0_and_255(masks, known, str(root / str(data.classes)), max_pixels):
         makers = {name: partial(mask_encoding.render_0_and_255, path, max_pixels) for name, path in masks.items()}
         notes.append(mask_encoding.BINARY_NOTE)
         known = known or class_lists.numbered(2)
@@ -131,6 +134,21 @@ def _with_whole_masks(
             *((f"masks/{name}", NO_IMAGE, reason) for name, reason in matched.refused.items()),
         ],
     )
+
+
+def _are_0_and_255(
+    masks: Mapping[str, Path], known: class_lists.Classes | None, class_file: str, max_pixels: int
+) -> bool:
+    """Whether they are masks of two classes. Raises SourceError where they are and the class file names one."""
+    count = len(known) if known else None
+    if (count or 2) > 2 or not mask_encoding.are_0_and_255(masks.values(), count, max_pixels):
+        return False
+    if known and len(known) == 1:
+        raise SourceError(
+            f"{class_file}: names one class, and the masks hold only 0 and 255: put a line for what is 0, such as "
+            "`background`, before it; where 255 means ignore, set data.masks: ids"
+        )
+    return True
 
 
 def _same_names(names: Iterable[str]) -> dict[str, str]:

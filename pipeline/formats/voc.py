@@ -92,7 +92,7 @@ def _makers(
     how = "ids"
     if masks:
         how = mask_encoding.decide(list(masks.values()), len(known), colours, max_pixels, prefer="colours")
-    if how == "ids" and len(known) == 2 and mask_encoding.are_0_and_255(masks.values(), max_pixels):
+    if how == "ids" and len(known) == 2 and mask_encoding.are_0_and_255(masks.values(), len(known), max_pixels):
         rendered: dict[str, Maker] = {
             name: partial(mask_encoding.render_0_and_255, path, max_pixels) for name, path in masks.items()
         }

@@ -104,7 +104,12 @@ def from_colours(pixels_HWC: Image_HWC, colours: Mapping[Colour, int]) -> Ids:
     unknown = [(int(colour), int(n)) for colour, n in zip(found, counts, strict=True) if int(colour) not in table]
     if unknown:
         named = ", ".join(f"#{colour:06x} ({n} pixels)" for colour, n in unknown[:5])
-        raise Refused("unknown-colour", f"the mask has {len(unknown)} colours of no class: {named}; add them or fix it")
+        first = " ".join(map(str, unknown[0][0].to_bytes(3, "big")))
+        raise Refused(
+            "unknown-colour",
+            f"the mask has {len(unknown)} colours of no class: {named}; give each to a class in the class file, or end that "
+            f"file with `ignore {first}` where it means none",
+        )
     ids = [table[int(colour)] for colour in found]
     lookup = np.array(ids, dtype=np.uint8 if max(ids) <= 255 else np.uint16)
     ids_HW: Ids = lookup[inverse.reshape(packed_HW.shape)]

@@ -219,7 +219,7 @@ def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -
     table[label_maps.IGNORE] = label_maps.IGNORE
     colours = {tuple(c["color"]): theirs.index(c["name"]) for c in mapped or classes if c["name"] in theirs}
     colours |= {label_maps.IGNORE_COLOUR: label_maps.IGNORE}
-    if len(theirs) == 2 and mask_encoding.are_0_and_255(found.values(), max_pixels):
+    if len(theirs) == 2 and mask_encoding.are_0_and_255(found.values(), len(theirs), max_pixels):
         table[label_maps.IGNORE] = table[1]  # two classes as image editors save them: 0 is the first, 255 the second
     for name, file in found.items():
 

@@ -17,6 +17,8 @@ from pipeline.formats.common.source import SourceError
 from pipeline.imaging import decode, label_maps
 from pipeline.imaging.mask_png import Colour
 
+BLACK_AND_WHITE: dict[Colour, int] = {(0, 0, 0): 0, (255, 255, 255): 1}
+BLACK_AND_WHITE_NOTE = "there are two classes without colours: black is the first, white the second"
 BINARY_NOTE = "masks hold only 0 and 255 and there are two classes: 0 is the first, 255 the second"
 SAMPLE = 32
 STRAYS = 4  # so many times as many masks of one kind make the other ones strays, which ingest quarantines
@@ -79,25 +81,41 @@ def _kind(data: bytes, classes: int | None, colours: Mapping[Colour, int], max_p
     return "colours" if as_colours else "ids"
 
 
-def are_0_and_255(paths: Iterable[Path], max_pixels: int) -> bool:
-    """Whether every readable mask holds no other ids than 0 and 255, and one has both or 255: masks of two classes as image
-    editors and many tools save them, not class 0 with ignored pixels."""
+def are_0_and_255(paths: Iterable[Path], classes: int | None, max_pixels: int) -> bool:
+    """Whether the masks hold the ids 0 and 255 and no others: masks of two classes as image editors and many tools save them,
+    not class 0 with ignored pixels. In masks of 16 bits 65535 is 255.
+
+    Args:
+        classes: how many there are; None when only the masks can say. A mask of ids beyond them has no say: it is refused
+            either way (a smoothed edge, a picture among the masks).
+    """
     found = set[int]()
     for path in paths:
         try:
             ids_HW = label_maps.decode_mask(path.read_bytes(), max_pixels=max_pixels)
         except decode.Refused:
             continue  # ingest quarantines it with its reason
-        found |= set(np.flatnonzero(np.bincount(ids_HW.ravel())).tolist())
-        if not found <= {0, 255}:
+        here = {255 if k == 65535 else int(k) for k in np.flatnonzero(np.bincount(ids_HW.ravel()))}
+        if here <= {0, 255}:
+            found |= here
+        elif classes is None or max(here - {255}) < max(classes, 2):
             return False
-    return 255 in found and 0 in found
+    return found == {0, 255}
 
 
 def render_0_and_255(path: Path, max_pixels: int) -> bytes:
-    """Mask file of 0 and 255 -> PNG of the ids 0 and 1. Raises images.Refused as `label_maps.decode_mask`."""
+    """Mask file of 0 and 255 -> PNG of the ids 0 and 1.
+
+    Raises:
+        images.Refused: as `label_maps.decode_mask`; "binary-mask" where there are other values.
+    """
     ids_HW = label_maps.decode_mask(path.read_bytes(), max_pixels=max_pixels)
-    return label_maps.encode_png((ids_HW == label_maps.IGNORE).astype(np.uint8))
+    if (odd := np.setdiff1d(ids_HW, (0, 255, 65535))).size:
+        listed = ", ".join(map(str, odd[:5]))
+        raise decode.Refused(
+            "binary-mask", f"the other masks hold only 0 and 255, this one also {listed}; threshold it"
+        )
+    return label_maps.encode_png((ids_HW > 0).astype(np.uint8))
 
 
 def _load(data: bytes, max_pixels: int) -> tuple[str, ImageFile]:

@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.formats import folder
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.imaging import label_maps
+from pipeline.imaging.decode import Refused
 from tests.support import tiny_labels, tiny_source
 from tests.support.tiny_labels import palette_png, png
 
@@ -280,3 +281,41 @@ def test_two_masks_of_one_image_are_both_refused(root: Path) -> None:
     assert "b" not in tiny_labels.labels(source)
     assert len(source.refused) == 2
     assert all("keep the right one" in reason for _, _, reason in source.refused)
+
+
+def two_classes(root: Path, classes: str = "background\ncrack\n", **masks: np.ndarray) -> Source:
+    (root / "classes.txt").write_text(classes)
+    for name, mask in masks.items():
+        tiny_source.put(root, f"images/{name}.png", tiny_source.encode(tiny_source.picture(1, *IDS_HW.shape)))
+        tiny_source.put(root, f"masks/{name}.png", png(mask))
+    return read(root)
+
+
+WHITE_HW = np.where(IDS_HW > 0, 255, 0).astype(np.uint8)
+
+
+def test_one_smoothed_mask_does_not_turn_the_white_of_all_others_into_ignore(root: Path) -> None:
+    source = two_classes(root, c=WHITE_HW, d=WHITE_HW, smoothed=np.where(IDS_HW == 1, 254, WHITE_HW).astype(np.uint8))
+    files = dict(source.files)
+    for name in ("c", "d"):
+        np.testing.assert_array_equal(label_maps.decode_mask(files[f"masks/{name}.png"](), max_pixels=99), IDS_HW > 0)
+    with pytest.raises(Refused, match="this one also 254"):
+        files["masks/smoothed.png"]()
+
+
+def test_a_mask_with_the_second_class_says_that_255_is_ignore(root: Path) -> None:
+    source = two_classes(root, c=WHITE_HW, d=np.where(IDS_HW == 2, 1, WHITE_HW).astype(np.uint8))
+    assert all(isinstance(origin, Path) for _, origin in source.files)
+
+
+def test_one_class_and_masks_of_0_and_255_name_the_missing_line(root: Path) -> None:
+    with pytest.raises(SourceError, match="put a line for what is 0, such as `background`"):
+        two_classes(root, "crack\n", c=WHITE_HW)
+
+
+def test_black_and_white_in_colours_are_two_classes_that_state_none(root: Path) -> None:
+    source = two_classes(root, c=np.repeat(WHITE_HW[..., None], 3, axis=2))
+    np.testing.assert_array_equal(tiny_labels.labels(source)["c"], IDS_HW > 0)
+    stated = two_classes(root, "background 0 0 9\ncrack 9 0 0\n", c=np.repeat(WHITE_HW[..., None], 3, axis=2))
+    with pytest.raises(Refused, match=r"end that file with `ignore 0 0 0`"):
+        dict(stated.files)["masks/c.png"]()
