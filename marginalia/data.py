@@ -83,6 +83,12 @@ def data_report(params: Params = PARAMS) -> Exit:
 @command(app)
 def drift(
     serving: Annotated[str, typer.Option(help="GET /v1/statistics of the service, as a URL or a dumped file")],
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MARGINALIA_TOKEN", help="the service's; others on this machine see an argument, not a variable"
+        ),
+    ] = None,
     params: Params = PARAMS,
     as_json: Json = False,
 ) -> Result:
@@ -93,4 +99,4 @@ def drift(
     from pipeline import config
     from pipeline.drift import serving as served
 
-    return replace(served.run(config.load(params), serving), as_json=as_json)
+    return replace(served.run(config.load(params), serving, token or None), as_json=as_json)

@@ -7,6 +7,7 @@ warning says so. Windows are groups: neighbours in time are not independent draw
 """
 
 import json
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -41,15 +42,16 @@ class Answers(NamedTuple):
     window_N: list[str]
 
 
-def read_statistics(where: str) -> ServedStatistics:
-    """The statistics in a file or behind http(s)://.
+def read_statistics(where: str, token: str | None = None) -> ServedStatistics:
+    """The statistics in a file or behind http(s)://, where `token` is sent as `Authorization: Bearer`.
 
     Raises:
-        PoolError: not reachable, too large, not of format 1, or a field is not what that says; names the source.
+        PoolError: not reachable, too large, not of format 1, or a field is not what that says; names the source, and
+            never the token.
     """
     try:
         if where.startswith(("http://", "https://")):
-            with urllib.request.urlopen(where, timeout=60) as answer:
+            with urllib.request.urlopen(_request(where, token), timeout=60) as answer:
                 data = answer.read(MAX_BYTES + 1)
         else:
             with Path(where).open("rb") as file:
@@ -57,6 +59,13 @@ def read_statistics(where: str) -> ServedStatistics:
         if len(data) > MAX_BYTES:
             raise PoolError(f"{where}: more than {MAX_BYTES >> 20} MiB: these are no statistics of ours")
         value = json.loads(data)
+    except urllib.error.HTTPError as error:
+        if error.code != 401:
+            raise PoolError(f"{where}: cannot be read as statistics ({error}); ask GET /v1/statistics") from error
+        advice = (
+            "set MARGINALIA_TOKEN to one of its tokens" if token is None else "the one in MARGINALIA_TOKEN is not its"
+        )
+        raise PoolError(f"{where}: the service answers only with a token; {advice}") from None
     except (OSError, ValueError) as error:
         raise PoolError(f"{where}: cannot be read as statistics ({error}); ask GET /v1/statistics") from error
     if not isinstance(value, dict) or value.get("format") != 1:
@@ -67,6 +76,17 @@ def read_statistics(where: str) -> ServedStatistics:
         first = error.errors(include_input=False)[0]
         field = ".".join(map(str, first["loc"]))
         raise PoolError(f"{where}: {field} is missing or odd ({first['msg']}); ask GET /v1/statistics") from error
+
+
+def _request(url: str, token: str | None) -> urllib.request.Request:
+    """A GET of `url`; the token goes to that address alone, not along with a redirect."""
+    request = urllib.request.Request(url)
+    if token is not None:
+        plain = token.strip()  # a secret in a file ends in a newline
+        if not plain or not plain.isascii() or not plain.isprintable():
+            raise PoolError("MARGINALIA_TOKEN is empty or has other than printable ASCII characters")
+        request.add_unredirected_header("Authorization", f"Bearer {plain}")
+    return request
 
 
 def answers(statistics: ServedStatistics, champion: str | None) -> Answers:
@@ -142,10 +162,13 @@ def other_model(champion: str | None) -> str | None:
     )
 
 
-def run(params: config.Params, where: str) -> Result:
-    """`marginalia drift`: writes reports/served.json; exit code 3 when `pool.policy` is hold and the answers have drifted."""
+def run(params: config.Params, where: str, token: str | None = None) -> Result:
+    """`marginalia drift`: writes reports/served.json; exit code 3 when `pool.policy` is hold and the answers have drifted.
+
+    `token`: of the service, where it asks for one.
+    """
     champion = str(atomic.read_json(paths.CHAMPION)["id"]) if paths.CHAMPION.exists() else None
-    served = answers(read_statistics(where), champion)
+    served = answers(read_statistics(where, token), champion)
     finding, areas = compare(predictions.read_pool(), served, params.pool)
     warning = other_model(champion)
     report = ServedReport(

@@ -2,8 +2,9 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -104,6 +105,57 @@ def test_a_running_service_is_asked_by_url(root: Path) -> None:
         threading.Thread(target=server.handle_request, daemon=True).start()
         code, said = run("--serving", f"http://127.0.0.1:{server.server_port}/v1/statistics")
     assert code == 0, said
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """A service with a token; /elsewhere is a redirect to another port, which counts what it was sent."""
+
+    sent: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        given = self.headers["Authorization"]
+        self.sent.append(given)
+        if self.path == "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/v1/statistics")
+        else:
+            self.send_response(200 if given == f"Bearer {TOKEN}" else 401)
+        self.end_headers()
+        if given == f"Bearer {TOKEN}" and self.path != "/elsewhere":
+            self.wfile.write(statistics().encode())
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+TOKEN = "a-token-of-the-service"
+
+
+def test_a_service_with_a_token(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the variable or the option; never shown, and not handed on to where a redirect leads."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        asked = ("--serving", f"{url}/v1/statistics")
+
+        monkeypatch.delenv("MARGINALIA_TOKEN", raising=False)
+        code, said = run(*asked)
+        assert (code, "answers only with a token; set MARGINALIA_TOKEN" in said) == (1, True)
+        assert run(*asked, "--token", TOKEN)[0] == 0
+        monkeypatch.setenv("MARGINALIA_TOKEN", f"{TOKEN}\n")
+        assert run(*asked)[0] == 0
+
+        Guarded.sent.clear()
+        code, said = run("--serving", f"{url}/elsewhere")
+        assert (code, Guarded.sent) == (1, [f"Bearer {TOKEN}", None])
+        assert TOKEN not in said
+        for wrong in ("another-secret", "two\nlines-of-a-secret", " "):
+            monkeypatch.setenv("MARGINALIA_TOKEN", wrong)
+            code, said = run(*asked)
+            assert code == 1
+            assert "MARGINALIA_TOKEN" in said
+            assert "secret" not in said
+        server.shutdown()
+    assert TOKEN not in (root / paths.SERVED).read_text()
 
 
 def test_what_cannot_be_compared_is_named(root: Path) -> None:
