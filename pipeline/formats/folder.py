@@ -84,8 +84,10 @@ def find(root: Path) -> Tree:
         folders = sorted(item for item in root.iterdir() if item.is_dir())
         homes = {f"{item.name}/": item for item in folders if layout.split_word(item.name)}
     for prefix, home in homes.items():
-        for kind, files in (("images", tree.images), ("masks", tree.masks)):
-            found = image_files.images_among(walk_all(home / kind))
+        masks = image_files.images_among(walk_all(home / "masks"))
+        own = {name_id(name) for name in masks.images}
+        images = image_files.photographs_among(walk_all(home / "images"), own)
+        for kind, files, found in (("images", tree.images, images), ("masks", tree.masks, masks)):
             files |= {f"{prefix}{name}": path for name, path in found.images.items()}
             tree.skipped += [(what, f"{prefix}{kind}/{name}") for what, name in found.skipped]
     return tree

@@ -29,6 +29,7 @@ from pipeline.storage import archives
 NO_AREA = ("point", "points", "line", "linestrip")
 MAX_BYTES = 512 << 20  # of one file, with the image inside
 IGNORE = "__ignore__"
+MADE = "what labelme_json_to_dataset made of a label file"  # img.png, label.png, label_names.txt, label_viz.png
 
 
 @dataclass
@@ -36,19 +37,25 @@ class Found:
     """The label files of a tree: which image each labels, and what cannot be used."""
 
     labelled: dict[str, Path] = field(default_factory=dict)  # name id -> its label file
-    empty: list[str] = field(default_factory=list)  # name ids whose file has no shape
+    empty: dict[str, None] = field(default_factory=dict)  # name ids whose file has no shape
     embedded: dict[str, Path] = field(default_factory=dict)  # name id -> label file with the picture inside
-    labels: set[str] = field(default_factory=set)
+    labels: dict[str, set[str]] = field(default_factory=dict)  # name id -> the labels of its shapes
     lost: dict[str, list[str]] = field(default_factory=dict)  # name id -> kinds of shapes without area
     refused: list[tuple[str, str, str]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     count: int = 0
+
+    def forget(self, key: str) -> None:
+        """Drop what a label file said of an image."""
+        for place in (self.labelled, self.labels, self.embedded, self.lost, self.empty):
+            place.pop(key, None)
 
 
 class Pictures:
     """The images of a tree, found by what label files say of them."""
 
     def __init__(self, images: Mapping[str, Path]) -> None:
+        self._images = images
         self._by_place = {path.resolve(): name for name, path in images.items()}
         self._index = matching.Index(images)
         self._forgiven: dict[str, list[str]] = {}
@@ -67,13 +74,17 @@ class Pictures:
                 continue
             if target in self._by_place:
                 return self._by_place[target]
-        if isinstance(document.get("imageData"), str):
-            return None
+        inside = document.get("imageData")
+        if isinstance(inside, str):
+            return self._similar(stated, inside)
         return self._similar(stated) or self._similar(name_id(name))
 
-    def _similar(self, stated: str) -> str | None:
+    def _similar(self, stated: str, inside: str | None = None) -> str | None:
+        """The image whose name is like the stated one; where the label file holds the picture, only that very file."""
         found = self._index.find(stated) if stated else None
         if found is None or found.image is None:
+            return None
+        if inside is not None and not _is_inside(self._images[found.image], inside):
             return None
         self._forgiven.setdefault(found.rule, []).append(f"{stated} is {found.image}")
         return found.image
@@ -89,14 +100,18 @@ class Pictures:
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     """Read a tree of images and labelme files. Raises SourceError: no labelme file; a bad list or class file."""
     everything = walk_all(root)
+    made = {name.rpartition("/")[0] for name in everything if name.endswith("/label_names.txt")}
     files = {name: path for name, path in everything.items() if not _is_label_file(name)}
-    images = image_files.images_among(files)
+    images = image_files.photographs_among(
+        {name: path for name, path in files.items() if name.rpartition("/")[0] not in made}
+    )
+    images.skipped.extend((MADE, name) for name in files if name.rpartition("/")[0] in made)
     pictures = Pictures(images.images)
     found = _label_files(everything, pictures)
     if not found.count:
         raise SourceError(f"{root}: no labelme file (JSON with `shapes`) below it; data.path must name their folder")
 
-    classes, ids, notes = class_lists.named(root, data, sorted(found.labels - {IGNORE}))
+    classes, ids, notes = class_lists.named(root, data, sorted(set().union(*found.labels.values()) - {IGNORE}))
     ids[IGNORE] = label_maps.IGNORE
     members: dict[str, Path | Maker] = {f"images/{inside(name)}": path for name, path in images.images.items()}
     members |= {f"images/{key}.png": partial(_embedded, path) for key, path in found.embedded.items()}
@@ -124,6 +139,16 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     )
 
 
+def _is_inside(path: Path, text: str) -> bool:
+    """Whether a label file's imageData is this file."""
+    if path.stat().st_size > len(text):
+        return False
+    try:
+        return base64.b64decode(text) == path.read_bytes()
+    except (binascii.Error, ValueError):
+        return False
+
+
 def _is_label_file(name: str) -> bool:
     return name.lower().endswith(".json")
 
@@ -131,7 +156,7 @@ def _is_label_file(name: str) -> bool:
 def _label_files(everything: Mapping[str, Path], pictures: Pictures) -> Found:
     """Every labelme file of the tree; JSON files of another kind are passed over."""
     found = Found()
-    taken: dict[str, str] = {}
+    taken: dict[str, list[str]] = {}  # name id -> the files that label it
     for name, path in everything.items():
         if not _is_label_file(name):
             continue
@@ -150,15 +175,36 @@ def _label_files(everything: Mapping[str, Path], pictures: Pictures) -> Found:
         found.count += 1
         picture = pictures.of(name, path, document)
         key = name_id(inside(picture or name))
-        if key in taken:
-            reason = f"labels the same image as {taken[key]}; keep one"
-            found.refused.append((f"labels/{name}", "duplicate-name", reason))
+        taken.setdefault(key, []).append(name)
+        if not _is_best(name, key, taken[key]):
             continue
-        taken[key] = name
+        found.forget(key)
         if picture is None:
             found.embedded[key] = path
         _add_shapes(found, key, path, _shapes(document))
+    for key, names in taken.items():
+        _refuse_others(found, key, names)
     return found
+
+
+def _is_best(name: str, key: str, names: Sequence[str]) -> bool:
+    """Whether a file is the first of those that label one image, or the one with the image's own name."""
+    return name == names[0] or name_id(name).rpartition("/")[2] == key.rpartition("/")[2]
+
+
+def _refuse_others(found: Found, key: str, names: Sequence[str]) -> None:
+    """Of several files that label one image, the one with its own name counts (`x.json` before `x - Copy.json`), else none."""
+    if len(names) == 1:
+        return
+    own = [name for name in names if name_id(name).rpartition("/")[2] == key.rpartition("/")[2]]
+    for name in names:
+        if own != [name]:
+            others = ", ".join(other for other in names if other != name)
+            found.refused.append((f"labels/{name}", "duplicate-name", f"labels the same image as {others}; keep one"))
+    if len(own) != 1:
+        found.forget(key)
+        reason = f"{', '.join(names)} label this image; keep one"
+        found.refused.append((f"masks/{key}.png", "duplicate-name", reason))
 
 
 def _add_shapes(found: Found, key: str, path: Path, shapes: Sequence[Any]) -> None:
@@ -166,10 +212,10 @@ def _add_shapes(found: Found, key: str, path: Path, shapes: Sequence[Any]) -> No
     if lost:
         found.lost[key] = lost
     if len(lost) == len(shapes):
-        found.empty += [key] if not lost else []
+        found.empty |= {} if lost else {key: None}
         return
     drawn = [shape for shape in shapes if isinstance(shape, dict) and _kind(shape) not in NO_AREA]
-    found.labels |= {shape["label"] for shape in drawn if isinstance(shape.get("label"), str)}
+    found.labels[key] = {shape["label"] for shape in drawn if isinstance(shape.get("label"), str)}
     found.labelled[key] = path
 
 

@@ -27,11 +27,7 @@ def masks_among(names: Sequence[str]) -> dict[str, str]:
     """
     in_folder = [name for name in names if _folders(name) & MASK_FOLDERS]
     found = dict.fromkeys(in_folder, IN_MASK_FOLDER) if len(in_folder) < len(names) else {}
-    stems = {name_id(name).casefold() for name in names if name not in found}
-    for name in names:
-        if name not in found and matching.image_of_mask(name_id(name).casefold()) in stems:
-            found[name] = BESIDE_IMAGE
-    return found
+    return found | dict.fromkeys(matching.masks_beside([name for name in names if name not in found]), BESIDE_IMAGE)
 
 
 def without_wrapping(names: Iterable[str]) -> dict[str, str]:

@@ -3,15 +3,17 @@
 What a system or camera leaves beside pictures must neither take a picture's name (`x.json` beside `x.png`) nor stop the rest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from pipeline.formats.names import matching
 from pipeline.formats.names.skipped import Skipped
 from pipeline.imaging import decode
 from pipeline.storage import archives
 
 SYSTEM = "the system's own file"
+BESIDE_IMAGE = "mask beside its image, not read from here"
 # Files of the system: never anybody's data.
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store", "icon\r"})
 _SYSTEM_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information"})
@@ -45,6 +47,15 @@ def images_among(files: Mapping[str, Path]) -> Found:
             found.images[name] = path
         else:
             found.skipped.append((kind, name))
+    return found
+
+
+def photographs_among(files: Mapping[str, Path], labelled: Collection[str] = ()) -> Found:
+    """As `images_among`, without masks that lie beside their images (`matching.masks_beside`)."""
+    found = images_among(files)
+    for name in matching.masks_beside(list(found.images), labelled):
+        del found.images[name]
+        found.skipped.append((BESIDE_IMAGE, name))
     return found
 
 

@@ -8,7 +8,7 @@ by the strictest rule have it; if those are several, none has it.
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 EXACT, SAME_NAME = "exact", "same name"  # neither forgives anything
@@ -21,6 +21,10 @@ _MASK_WORDS = (
     "mask", "masks", "label", "labels", "labelids", "labeltrainids", "gt", "seg", "segm", "segmentation", "semantic",
     "annotation", "annotations", "target", "l",
 )  # fmt: skip
+_ONLY_MASKS = frozenset(
+    {"mask", "masks", "labelids", "labeltrainids", "seg", "segm", "segmentation"}
+)  # never a photo's name
+_LOSSLESS = re.compile(r"\.(png|bmp|tiff?|gif)$", re.IGNORECASE)
 _SUFFIX = re.compile(rf"[ ._-]({'|'.join(_MASK_WORDS)})$")
 _IMAGE_SUFFIX = re.compile(r"[ ._-](image|img|im|photo|rgb|sat)$")  # beside x_mask.png
 _PREFIX = re.compile(r"^[0-9a-f]{8}-(?=.)")
@@ -228,7 +232,23 @@ def is_mask_word(word: str) -> bool:
     return word.casefold() in _MASK_WORDS
 
 
-def image_of_mask(stem: str) -> str | None:
-    """What a mask's name without extension says its image is called: `cam0/x_mask` -> `cam0/x`; None for other names."""
-    image = _SUFFIX.sub("", stem)
-    return image if image != stem and not image.endswith("/") and image else None
+def masks_beside(names: Sequence[str], labelled: Collection[str] = ()) -> list[str]:
+    """Which of the images of a folder are masks of others by their names: `x_mask.png` beside `x.jpg`.
+
+    Words that a photograph's name may end in as well, such as `label`, count for formats that masks are saved in.
+
+    Args:
+        labelled: names without extension that have a mask themselves, so that they are images.
+    """
+    stems = {_EXTENSION.sub("", name).casefold() for name in names}
+    return [name for name in names if _EXTENSION.sub("", name) not in labelled and _image_of_mask(name) in stems]
+
+
+def _image_of_mask(name: str) -> str | None:
+    """What a mask's name says its image is called, in lower case: `cam0/x_mask.png` -> `cam0/x`; None for other names."""
+    stem = _EXTENSION.sub("", name).casefold()
+    found = _SUFFIX.search(stem)
+    if found is None or (found[1] not in _ONLY_MASKS and not _LOSSLESS.search(name)):
+        return None
+    image = stem[: found.start()]
+    return image if image and not image.endswith("/") else None

@@ -185,3 +185,13 @@ def test_linked_folders_are_followed_once(source: Path, tmp_path_factory: pytest
     names = [name for name, _ in read(source).files]
     assert "images/cam0/x.png" in names
     assert len(names) == 6
+
+
+def test_masks_beside_the_images_are_passed_over_by_name(source: Path) -> None:
+    tiny_source.put(source, "images/b/00_mask.png", b"x")
+    found = read(source)
+    assert "images/b/00_mask.png" not in dict(found.files)
+    assert [name for _, name in found.skipped] == ["images/b/00_mask.png"]
+
+    tiny_source.put(source, "masks/b/00_mask.png", b"x")  # what has a mask itself is an image
+    assert "images/b/00_mask.png" in dict(read(source).files)

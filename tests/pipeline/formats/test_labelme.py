@@ -116,6 +116,44 @@ def test_an_embedded_image_stands_in_for_a_missing_one_and_no_path_leads_out(tmp
     assert tiny_labels.refusals(source) == {"images/b.png": "image-missing"}
 
 
+def test_the_file_with_the_images_own_name_comes_before_its_copy_and_equals_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, [shape("dog")], "a - Copy", picture="a.png")
+    put(tmp_path, [shape()], "a")
+    source = read(tmp_path)
+    assert [c["name"] for c in source.classes] == ["cat"]
+    assert tiny_labels.refusals(source) == {"labels/a - Copy.json": "duplicate-name"}
+
+    old, new = (put(tmp_path / "b", [shape()], f"{version}/x", picture="../images/y.png") for version in ("v1", "v2"))
+    assert old == put(new, [shape()], "z")
+    tiny_source.put(old, "images/y.png", b"x")
+    source = read(old)
+    assert "masks/y.png" not in dict(source.files)
+    assert tiny_labels.refusals(source).keys() == {"labels/v1/x.json", "labels/v2/x.json", "masks/y.png"}
+
+
+def test_a_picture_inside_that_is_a_file_of_the_tree_is_that_file(tmp_path: Path) -> None:
+    picture = tiny_source.encode(tiny_source.picture(2, HEIGHT, WIDTH))
+    tiny_source.put(tmp_path, "photos/x.PNG", picture)
+    put(tmp_path, [shape()], "json/x", picture="x.png", imageData=base64.b64encode(picture).decode())
+    put(tmp_path, [shape()], "json/y", picture="x.PNG", imageData=base64.b64encode(picture + b"other").decode())
+    names = [name for name, _ in read(tmp_path).files]
+    assert names == ["images/photos/x.PNG", "images/json/y.png", "masks/photos/x.png", "masks/json/y.png"]
+
+
+def test_what_was_made_of_label_files_and_masks_beside_images_are_no_images(tmp_path: Path) -> None:
+    put(tmp_path, [shape()], "a")
+    for name in ("a_mask.png", "a_json/img.png", "a_json/label.png", "a_json/label_names.txt"):
+        tiny_source.put(tmp_path, name, png(np.zeros((HEIGHT, WIDTH), np.uint8)))
+    source = read(tmp_path)
+    assert [name for name, _ in source.files] == ["images/a.png", "masks/a.png"]
+    assert {name for _, name in source.skipped} == {
+        "a_mask.png",
+        "a_json/img.png",
+        "a_json/label.png",
+        "a_json/label_names.txt",
+    }
+
+
 def test_two_files_for_one_image_are_refused(tmp_path: Path) -> None:
     put(tmp_path, [shape()], "a")
     put(tmp_path, [shape()], "b", picture="a.png")

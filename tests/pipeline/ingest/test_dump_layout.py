@@ -21,6 +21,7 @@ from tests.support.command_line import marginalia
         (["labels/a.png", "labels/b.png"], []),  # everything lies there: that is its folder's name
         (["cam_l.png", "cam_r.png"], []),
         (["x/A.jpg", "x/a_MASK.png"], ["x/a_MASK.png"]),
+        (["a.jpg", "a_mask.jpg", "a_label.jpg", "a_l.jpg", "a_label.png"], ["a_mask.jpg", "a_label.png"]),
     ],
 )
 def test_masks_are_told_from_images(names: list[str], masks: list[str]) -> None:
