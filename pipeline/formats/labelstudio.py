@@ -41,6 +41,7 @@ from pipeline.formats.common.regions import regions
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.formats.common.task import Item
 from pipeline.formats.common.tool_source import ToolExport
+from pipeline.formats.names import image_files
 from pipeline.imaging import label_maps
 from pipeline.imaging.decode import Refused
 from pipeline.storage import atomic
@@ -52,7 +53,8 @@ _LABELS = ("brushlabels", "bitmasklabels", "polygonlabels", "rectanglelabels", "
 
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     """images/ and the JSON export (`data.annotations`, or the only .json in the folder). Raises SourceError."""
-    beside = [root / data.annotations] if data.annotations else sorted(root.glob("*.json"))
+    beside = [path for path in sorted(root.glob("*.json")) if not image_files.is_system_file(path.name)]
+    beside = [root / data.annotations] if data.annotations else beside
     if len(beside) != 1:
         raise SourceError(f"{root}: {len(beside)} .json files in it; name the export in data.annotations")
     found = load(beside[0])

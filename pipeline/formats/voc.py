@@ -2,7 +2,8 @@
 
 JPEGImages/NAME.jpg             every image
 SegmentationClass/NAME.png      its mask, a palette PNG of class ids with 255 for the border; or in the classes' colours.
-                                Images without one are unlabelled. `data.annotations` names another such folder
+                                Images without one are unlabelled. `data.annotations` names another such folder; where
+                                SegmentationClass holds no masks, those in SegmentationClassPNG count (labelme2voc)
 ImageSets/Segmentation/*.txt    train, val and test; used where data.lists names no list
 labelmap.txt                    `name:r,g,b:parts:actions` a line: other classes than VOC's 21, and their colours
 """
@@ -20,11 +21,12 @@ from pipeline.formats.common import mask_encoding, split_lists
 from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk_all
 from pipeline.formats.common.task import Item
 from pipeline.formats.names import layout, matching
-from pipeline.formats.names.image_files import images_among
+from pipeline.formats.names.image_files import Found, images_among, photographs_among
 from pipeline.imaging import label_maps
 from pipeline.storage import atomic
 
 LABEL_MAP = "labelmap.txt"
+PNG_MASKS = "SegmentationClassPNG"
 SETS = {"labelled": "train", "unlabelled": "unlabelled", "val": "val", "test": "test"}  # split -> file, as written
 NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -45,9 +47,8 @@ def colour(index: int) -> list[int]:
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     """Read a VOC tree. Raises SourceError: no JPEGImages, a bad labelmap.txt or list; names the file."""
     root = home(root)
-    pictures = images_among(walk_all(root / "JPEGImages"))
-    folder = data.annotations or "SegmentationClass"
-    mask_files = images_among(walk_all(root / folder))
+    pictures = photographs_among(walk_all(root / "JPEGImages"))
+    mask_files = _mask_files(root, data)
     if data.annotations and not mask_files.images:
         raise SourceError(f"{root / data.annotations}: no files; data.annotations must name the folder of masks")
     matched = matching.match(list(mask_files.images), pictures.images)
@@ -78,10 +79,21 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         ],
         skipped=[
             *((kind, f"JPEGImages/{name}") for kind, name in pictures.skipped),
-            *((kind, f"{folder}/{name}") for kind, name in mask_files.skipped),
+            *mask_files.skipped,
         ],
         tally=tally,
     )
+
+
+def _mask_files(root: Path, data: config.Data) -> Found:
+    """The masks, in the folder that the settings name, in SegmentationClass, or where that has none beside it."""
+    found = Found({}, [])
+    for folder in [data.annotations] if data.annotations else ["SegmentationClass", PNG_MASKS]:
+        here = images_among(walk_all(root / folder))
+        found = Found(here.images, [*found.skipped, *((kind, f"{folder}/{name}") for kind, name in here.skipped)])
+        if found.images:
+            break
+    return found
 
 
 def _makers(
@@ -151,7 +163,8 @@ def _sets(root: Path, ids: set[str]) -> dict[str, list[str]]:
     folder = root / "ImageSets/Segmentation"
     for path in sorted(folder.glob("*.[tT][xX][tT]")) if folder.is_dir() else ():
         if part := layout.split_word(path.stem):
-            found[part] = split_lists.resolve(list(filter(None, class_lists.read_lines(path, ""))), path, ids, {})
+            listed = split_lists.resolve(list(filter(None, class_lists.read_lines(path, ""))), path, ids, {})
+            found[part] = list(dict.fromkeys([*found.get(part, ()), *listed]))  # test.txt and test2012.txt
     return found
 
 

@@ -14,12 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.formats.common.source import name_id
 from pipeline.formats.names import image_files
+from pipeline.formats.names import skipped as passed_over
 from pipeline.imaging import decode
 from pipeline.ingest import dump_layout, dump_registry, remote, webdataset
 from pipeline.ingest.groups import Groups
@@ -277,7 +279,7 @@ def _shown(added: Added, source: str) -> list[Table | str]:
         return [f"nothing new: {source} has the same files as dump {added.same_as!r}"]
     table = Table("outcome", "files", title=f"dump {added.name}: {added.archive}")
     table.add_row("images taken", str(added.images))
-    for reason, count in Counter(reason for _, reason in added.skipped).most_common():
-        table.add_row(f"skipped: {reason}", str(count))
+    for row in passed_over.rows((reason, name) for name, reason in added.skipped):
+        table.add_row(*map(escape, row))
     start = f"from champion {added.warm_start}" if added.warm_start else "from the encoder's own weights"
     return [table, f"next: `dvc repro` ingests it, trains {start}, and the gate decides"]

@@ -308,3 +308,16 @@ def test_an_empty_annotation_is_background_where_the_settings_say_so(tmp_path: P
     ids_HW = mask_of(source_of(tmp_path, unannotated="background", no_shapes="background"))
     assert ids_HW.shape == (4, 10)
     assert not ids_HW.any()
+
+
+def test_macos_own_files_beside_the_export_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "images/a.png")
+    region = {"points": [[0, 0], [100, 0], [100, 100]], "polygonlabels": ["wall"]}
+    result = [{"original_width": 2, "original_height": 2, "value": region}]
+    (tmp_path / "export.json").write_text(
+        json.dumps([{"data": {"image": "a.png"}, "annotations": [{"result": result}]}])
+    )
+    (tmp_path / "._export.json").write_bytes(b"mac")
+    source = labelstudio.read(tmp_path, tiny_settings.data(source="labelstudio"), max_pixels=99)
+    assert "masks/a.png" in dict(source.files)

@@ -125,3 +125,17 @@ def test_a_class_name_may_hold_colons_and_commas(root: Path) -> None:
         ("road:asphalt", [1, 2, 3]),
         ("car, parked", [4, 5, 6]),
     ]
+
+
+def test_labelme2vocs_pngs_lie_beside_its_arrays(root: Path) -> None:
+    home = root / "VOC2012"
+    (home / "SegmentationClass").rename(home / "SegmentationClassPNG")
+    tiny_source.put(home, "SegmentationClass/2007_01.npy", b"array")
+    source = read(root)
+    assert {"masks/2007_01.png", "masks/2007_02.png"} <= dict(source.files).keys()
+    assert ("no image (.npy)", "SegmentationClass/2007_01.npy") in source.skipped
+
+
+def test_two_lists_of_one_split_are_both_used(root: Path) -> None:
+    tiny_source.put(root, "VOC2012/ImageSets/Segmentation/valid.txt", b"2007_01\n2007_02\n")
+    assert read(root, annotations="SegmentationClass").lists["test"] == ["2007_02", "2007_01"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from rich.table import Table
 
 from pipeline.ingest import add_dump, dump_layout, dump_registry
 from pipeline.storage import archives, atomic, shards
@@ -259,3 +260,11 @@ def test_equal_names_are_numbered_without_starting_over() -> None:
     assert names[-1] == "images/a~2~2.jpg"
     assert len(set(names)) == len(names)
     assert taken.looked <= 2 * len(names)
+
+
+def test_what_was_passed_over_is_shown_with_its_first_name() -> None:
+    skipped = [("may/notes.txt", "text"), ("may/more.txt", "text")]
+    added = add_dump.Added("may", 1, "0" * 64, Path("data/dumps/may.tar"), skipped, None, None)
+    table = add_dump._shown(added, "may.zip")[0]
+    assert isinstance(table, Table)
+    assert list(table.columns[1].cells) == ["1", "2, the first: may/notes.txt"]
