@@ -81,10 +81,14 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     for name, path in pictures.items():
         _cut(rasterio, name, path, mask_of.get(name), data.tile, tiled)
     keys = sorted(tiled.groups)
+    splits = _splits(root, data, tiled, list(pictures))
     return Source(
-        files=sorted(tiled.files, key=lambda item: item[0]),
+        files=sorted(
+            (item for item in tiled.files if name_id(item[0].partition("/")[2]) not in splits.left_out),
+            key=lambda item: item[0],
+        ),
         classes=file[0],
-        lists=_lists(root, data, tiled.groups, list(pictures)),
+        lists=splits.lists,
         groups=groups_by(data.group, keys) or tiled.groups,
         refused=tiled.refused,
         notes=[
@@ -92,6 +96,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
             f"{data.tile} pixels; {tiled.empty} tiles without data left out",
             *(f"masks matched to images by {rule}: {line}" for rule, line in matched.forgiven),
             *(f"{count} masks: {note}" for note, count in tiled.notes.items()),
+            *splits.notes,
         ],
         skipped=[
             *(("no .tif", f"images/{name}") for name in others),
@@ -210,18 +215,22 @@ def tiles(path: Path, tile: int) -> Iterator[tuple[str, bytes]]:
                 yield f"r{row:06d}_c{column:06d}.png", picture(path, window)
 
 
-def _lists(root: Path, data: config.Data, groups: dict[str, str], pictures: list[str]) -> dict[str, list[str] | None]:
+def _splits(root: Path, data: config.Data, tiled: Tiled, pictures: list[str]) -> split_lists.Splits:
     """A list names tiles, or whole images and with them all their tiles; so do folders named as splits."""
-    parents = set(groups.values())
+    groups, parents = tiled.groups, set(tiled.groups.values())
     aliases = {f"images/{name}": name for name in parents}
-    splits = split_lists.decide(root, data.lists, groups.keys() | parents, aliases, layout.parts(pictures), parents)
+    masked = {groups[name_id(name[len("masks/") :])] for name, _ in tiled.files if name.startswith("masks/")}
+    # A file that cannot be opened has no tiles.
+    stated = {part: [name for name in names if name in parents] for part, names in layout.parts(pictures).items()}
+    splits = split_lists.decide(root, data.lists, groups.keys() | parents, aliases, stated, masked)
     tiles: dict[str, list[str]] = {name: [] for name in parents}
     for key in sorted(groups):
         tiles[groups[key]].append(key)
-    return {
+    lists = {
         part: None if ids is None else [key for name in ids for key in tiles.get(name, [name])]
         for part, ids in splits.lists.items()
     }
+    return split_lists.Splits(lists, {key for name in splits.left_out for key in tiles.get(name, ())}, splits.notes)
 
 
 def _brightest(source: Any) -> int:

@@ -179,3 +179,21 @@ def test_a_tile_that_gdal_cannot_read_costs_that_tile_alone(root: Path) -> None:
     assert {error.code for error in refused} == {"truncated"}
     assert all("north.tif" in str(error) for error in refused)
     assert len(refused) <= len(makers) // 2, "the other image's tiles are whole"
+
+
+def test_folders_that_state_a_split_hold_whole_images_and_test_images_without_masks_are_left_out(
+    tmp_path: Path,
+) -> None:
+    bands_CHW, ids_HW = scene()
+    for name in ("train/a", "val/b", "test/c"):
+        write(tmp_path / f"images/{name}.tif", bands_CHW)
+    for name in ("train/a", "val/b"):
+        write(tmp_path / f"masks/{name}.tif", ids_HW[None])
+    (tmp_path / "classes.txt").write_text("field\nroad\nroof\n")
+
+    source = read(tmp_path)
+
+    assert {name.split("/")[1] for name, _ in source.files} == {"train", "val"}
+    assert {key.rpartition("/")[0] for key in source.lists["test"] or ()} == {"val/b"}
+    assert "left out: 1 test images without labels" in source.notes
+    assert any("val images are the test set" in note for note in source.notes)
