@@ -5,6 +5,7 @@ belong together. What is left of a path is its group.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -71,6 +72,8 @@ def group_in_path(path: str) -> str:
 def groups(paths: Iterable[str]) -> dict[str, str] | None:
     """Name id -> group by the images' folders; an image in no such folder is a group of its own.
 
+    A folder that is in several splits (`train/cat`, `val/cat`) is a group in each: who made them wanted it on both sides.
+
     Args:
         paths: every image's path, with its extension.
 
@@ -78,10 +81,15 @@ def groups(paths: Iterable[str]) -> dict[str, str] | None:
         None where the folders tell fewer than two groups apart: one folder around everything says nothing about what
         belongs together, and as a group it would leave val and test empty.
     """
-    found = {name_id(path): group_in_path(path) for path in paths}
-    if len(set(found.values())) < 2:
+    found = {name_id(path): (group_in_path(path), split_in_path(path)) for path in paths}
+    if len({group for group, _ in found.values()}) < 2:
         return None
-    return {key: group or key for key, group in found.items()}
+    sides = {stated for stated in found.values() if stated[1]}
+    times = Counter(group for group, _ in sides)
+    return {
+        key: f"{part}/{group}" if group and part and times[group] > 1 else group or key
+        for key, (group, part) in found.items()
+    }
 
 
 def groups_or_singles(paths: Iterable[str]) -> dict[str, str]:

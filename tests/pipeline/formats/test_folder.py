@@ -195,3 +195,13 @@ def test_masks_beside_the_images_are_passed_over_by_name(source: Path) -> None:
 
     tiny_source.put(source, "masks/b/00_mask.png", b"x")  # what has a mask itself is an image
     assert "images/b/00_mask.png" in dict(read(source).files)
+
+
+def test_folders_of_one_name_in_two_splits_keep_the_users_own_split(tmp_path: Path) -> None:
+    """As groups of one name, all of train would be unused because its place is in val."""
+    tiny_source.write_source(tmp_path, {"train/cat": 2, "train/dog": 2, "val/cat": 1, "val/dog": 1})
+    found = read(tmp_path)
+    assert found.groups is not None
+    held = {found.groups[key] for key in found.lists["test"] or ()}
+    assert held == {"val/cat", "val/dog"}
+    assert not held & {group for key, group in found.groups.items() if key.startswith("train")}

@@ -60,6 +60,15 @@ def test_two_folders_are_groups_and_an_image_in_none_is_its_own():
     }
 
 
+def test_a_folder_in_several_splits_is_a_group_in_each():
+    assert layout.groups(["train/cat/1.png", "val/cat/2.png", "train/dog/3.png", "cat/4.png"]) == {
+        "train/cat/1": "train/cat",
+        "val/cat/2": "val/cat",
+        "train/dog/3": "dog",
+        "cat/4": "cat",
+    }
+
+
 def test_images_are_listed_by_the_split_of_their_folder():
     paths = ["train/b.png", "val/a.png", "train/a.png", "other/c.png"]
 
