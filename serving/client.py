@@ -7,21 +7,22 @@
         print(found.bundle, {item.name: item.share for item in found.classes}, found.mask_HW.shape)
 
 This file needs httpx, numpy and Pillow and nothing of the project: copy it wherever a client is wanted.
-`AsyncClient` has the same methods to await. A call is repeated after a 503 or a broken connection, never sooner than
-Retry-After says, with growing pauses and jitter, until `deadline_s` is over (segmenting changes nothing, so that is
-harmless); a 4xx is never repeated.
+`AsyncClient` has the same methods to await. A call is repeated after a 429, 502, 503, 504 or a broken connection, never
+sooner than Retry-After says, with growing pauses and jitter, until `deadline_s` is over (segmenting changes nothing, so
+that is harmless); no other status is repeated.
 """
 
 import asyncio
 import email.utils
 import io
 import json
+import os
 import random
 import re
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,8 +37,20 @@ from PIL import Image
 IGNORE = 255  # the id of pixels that belong to no class that was asked for
 FIRST_PAUSE_S, LONGEST_PAUSE_S, CONNECT_S = 0.2, 5.0, 5.0
 TOGETHER, TOGETHER_BYTES = 16, 8 << 20  # most in one call of `batch`, unless one image alone is larger
+_BROKEN = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
 _AGAIN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.TimeoutException)
+_RETRIED = (
+    429,
+    502,
+    503,
+    504,
+)  # too many requests, and a service or its proxy that is full, slow or being started again
+_TOO_MUCH = (413, 422)  # the images of one call are too large, or too many, together
+BREAKS = 3  # times that a call's connection breaks without an answer before its images are taken for the reason
+# What `encode` raises, and what Pillow does of a broken or huge file that it opened and reads only now.
+_UNREADABLE = (OSError, TypeError, ValueError, SyntaxError, ArithmeticError, EOFError, Image.DecompressionBombError)
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_WITH_ALPHA = {"PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 
 T = TypeVar("T")
 Query = Mapping[str, str | float]
@@ -48,7 +61,8 @@ class ServiceError(Exception):
     """The service refused, or did not answer.
 
     Attributes:
-        code: the service's kebab-case reason; or "unreachable", "deadline", "bad-answer" (not this service's words).
+        code: the service's kebab-case reason; or "unreachable", "deadline", "bad-answer" (not this service's words), and
+            "unreadable" for an item of a batch that could not be sent.
         message: what is wrong and what to do. request_id: to quote when reporting the error. status: HTTP, None without answer.
     """
 
@@ -114,7 +128,8 @@ def encode(image: Input) -> bytes:
     A Pillow image is sent as its pixels stand: the mask fits `np.asarray(image)`, whatever its EXIF orientation.
 
     Raises:
-        OSError: the file cannot be read. TypeError, ValueError: an array that is not uint8 H x W or H x W x 3.
+        OSError: the file cannot be read. TypeError, ValueError: an array that is not uint8 H x W or H x W x 3, or a Pillow
+            image of a mode (I, F, LAB) that the service refuses in files too, for its values have no stated range.
     """
     if isinstance(image, str | Path):
         return Path(image).read_bytes()
@@ -129,8 +144,21 @@ def encode(image: Input) -> bytes:
     if not isinstance(image, Image.Image):
         raise TypeError(f"an image is a path, bytes, a NumPy array or a Pillow image, not {type(image).__name__}")
     buffer = io.BytesIO()
-    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
+    _as_png_mode(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def _as_png_mode(image: Image.Image) -> Image.Image:
+    """The same pixels in a mode that PNG has. Raises ValueError where there is none."""
+    if image.mode in _PNG_MODES:
+        return image
+    if image.mode.startswith("I;16"):  # 16 bits in another byte order
+        return Image.fromarray(np.asarray(image).astype(np.uint16))
+    if image.mode in ("I", "F", "LAB") or ";" in image.mode:
+        raise ValueError(
+            f"pixels of kind {image.mode} have no stated range; convert the image to 8 or 16 bits per channel"
+        )
+    return image.convert(_WITH_ALPHA.get(image.mode, "RGB"))
 
 
 def unpack_counts(text: str) -> list[int]:
@@ -212,7 +240,7 @@ class Retry:
         self._tries += 1
         if isinstance(failed, httpx.Response):
             wait += retry_after_s(failed, time.time())
-        if self._clock() + wait < self._end and (isinstance(failed, Exception) or failed.status_code == 503):
+        if self._clock() + wait < self._end and (isinstance(failed, Exception) or failed.status_code in _RETRIED):
             return wait
         if isinstance(failed, httpx.Response):
             raise read_problem(failed)
@@ -248,17 +276,32 @@ def _read_grey(answer: Answer) -> NDArray[np.uint8]:
     return _readable(answer, lambda: np.array(Image.open(io.BytesIO(answer.body)).convert("L")))
 
 
-def _groups(images: Iterable[Input]) -> Iterator[dict[int, bytes]]:
-    """Index -> encoded image, as many together as one call of `batch` takes; nothing is read ahead of need."""
+def _groups(images: Iterable[Input]) -> Iterator[dict[int, bytes] | BatchItem]:
+    """Index -> encoded image, as many together as one call of `batch` takes; nothing is read ahead of need.
+
+    An image that cannot be encoded is an item with an error, and costs no other.
+    """
     group: dict[int, bytes] = {}
     for index, image in enumerate(images):
-        data = encode(image)
+        try:
+            data = encode(image)
+        except _UNREADABLE as error:
+            reason = f"{error}" if isinstance(error, OSError | TypeError | ValueError) else repr(error)
+            yield BatchItem(index, None, ServiceError("unreadable", f"not sent: {reason}"))
+            continue
         if group and (len(group) == TOGETHER or sum(map(len, group.values())) + len(data) > TOGETHER_BYTES):
             yield group
             group = {}
         group[index] = data
     if group:
         yield group
+
+
+def _halves(group: dict[int, bytes]) -> list[dict[int, bytes]]:
+    """A group in two, the second one first, as a stack has it."""
+    items = list(group.items())
+    middle = len(items) // 2
+    return [dict(items[middle:]), dict(items[:middle])]
 
 
 def _read_line(line: str, sent: Sequence[int], left: dict[int, bytes], head: httpx.Headers) -> BatchItem:
@@ -275,15 +318,36 @@ def _read_line(line: str, sent: Sequence[int], left: dict[int, bytes], head: htt
         raise ServiceError("bad-answer", f"no line of this service: {error!r}", request_id, 200) from error
 
 
+def _refusal(failed: httpx.Response | httpx.TransportError) -> ServiceError:
+    """Of an image that was sent alone, to a service that is there."""
+    if isinstance(failed, httpx.Response):
+        return read_problem(failed)
+    reason = (
+        f"the connection broke {BREAKS} times on this image alone ({type(failed).__name__}), and the service is there"
+    )
+    return ServiceError("unreachable", f"{reason}; send it smaller")
+
+
 _CUT = httpx.RemoteProtocolError("the answer ended before all images were reported")
+
+
+def _authorization(token: str | None) -> dict[str, str]:
+    """The header for a token; none without one. Raises ValueError, which does not repeat it."""
+    if token is None:
+        return {}
+    plain = token.strip()  # a secret in a file ends in a newline
+    if not plain or not plain.isascii() or not plain.isprintable():
+        raise ValueError("the token is empty or has other than printable ASCII characters")
+    return {"Authorization": f"Bearer {plain}"}
 
 
 class AsyncClient:
     """Speaks to the service at `url`, under asyncio or trio; use it in an `async with`, or `aclose` it.
 
     Args:
-        token: sent as `Authorization: Bearer`. deadline_s: longest time of one call, its retries and pauses included.
-            options: for `httpx.AsyncClient`, such as `verify` or `proxy`.
+        token: sent as `Authorization: Bearer`; without one that of MARGINALIA_TOKEN, unless `trust_env` is False.
+        deadline_s: longest time of one call, its retries and pauses included.
+        options: for `httpx.AsyncClient`, such as `verify` or `proxy`.
 
     Every method raises ServiceError; those that take images also what `encode` raises. `query` is passed on as
     /v1/openapi.json describes it, such as `classes="road,sky"`, `min_confidence=0.5`, `size="model"`, `resolution="full"`.
@@ -291,9 +355,10 @@ class AsyncClient:
     """
 
     def __init__(self, url: str, token: str | None = None, *, deadline_s: float = 60.0, **options: Any) -> None:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        if token is None and options.get("trust_env", True):
+            token = os.environ.get("MARGINALIA_TOKEN") or None
         self._deadline_s = deadline_s
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, **options)
+        self._http = httpx.AsyncClient(base_url=url, headers=_authorization(token), **options)
 
     async def segment(self, image: Input, *, confidence: bool = False, **query: str | float) -> Segmentation:
         """Segment one image; with `confidence` its `confidence_HW` too (a second request, of the same bundle)."""
@@ -321,35 +386,64 @@ class AsyncClient:
             return _readable(answer, lambda: dict(json.loads(answer.body)))
 
     async def batch(self, images: Iterable[Input], **query: str | float) -> AsyncGenerator[BatchItem, None]:
-        """Segment many, a few at a time, each reported as soon as it is done; one that is refused is an item with `error`.
+        """Segment many, a few at a time, each reported as soon as it is done.
 
-        `deadline_s` holds from one item to the next. A call that breaks goes on with the images not yet answered.
+        One that cannot be read, that is too large or that the service refuses is an item with `error`; the others are
+        answered. `deadline_s` holds from one item to the next. A call that breaks goes on with the images not yet answered.
         """
         groups = _groups(images)
-        nothing: dict[int, bytes] = {}
-        while left := await to_thread.run_sync(next, groups, nothing):
-            retry = Retry(self._deadline_s)
-            while left:
-                failed: httpx.Response | httpx.TransportError = _CUT
-                form = [("image", (str(index), data)) for index, data in left.items()]
-                asked = self._http.stream(
-                    "POST", "/v1/segment/batch", params=query, files=form,
-                    headers={"Accept": "application/jsonl"}, timeout=retry.timeout(),
-                )  # fmt: skip
-                try:
-                    async with asked as response:
-                        if response.status_code == 200:
-                            sent = list(left)
-                            async for line in response.aiter_lines():
-                                yield await to_thread.run_sync(_read_line, line, sent, left, response.headers)
-                                retry = Retry(self._deadline_s)
-                        else:
-                            await response.aread()
-                            failed = response
-                except _AGAIN as error:
-                    failed = error
-                if left:
-                    await anyio.sleep(retry.pause(failed))
+        while (group := await to_thread.run_sync(next, groups, None)) is not None:
+            if isinstance(group, BatchItem):
+                yield group
+                continue
+            pending = [group]
+            while pending:
+                left = pending.pop()
+                async with aclosing(self._together(left, query)) as items:
+                    async for item in items:
+                        yield item
+                if left:  # too much for one call, or one of them breaks it
+                    pending += _halves(left)
+
+    async def _together(self, left: dict[int, bytes], query: Query) -> AsyncGenerator[BatchItem, None]:
+        """What became of images sent in one call, each taken off `left`; several that cannot be sent together stay in it."""
+        retry, breaks = Retry(self._deadline_s), 0
+        while left:
+            failed: httpx.Response | httpx.TransportError = _CUT
+            form = [("image", (str(index), data)) for index, data in left.items()]
+            asked = self._http.stream(
+                "POST", "/v1/segment/batch", params=query, files=form,
+                headers={"Accept": "application/jsonl"}, timeout=retry.timeout(),
+            )  # fmt: skip
+            try:
+                async with asked as response:
+                    if response.status_code == 200:
+                        sent = list(left)
+                        async for line in response.aiter_lines():
+                            yield await to_thread.run_sync(_read_line, line, sent, left, response.headers)
+                            retry, breaks = Retry(self._deadline_s), 0
+                    else:
+                        await response.aread()
+                        failed = response
+            except _AGAIN as error:
+                failed = error
+
+            # A service that refuses a body early closes before all was sent, and its words are often lost on the way.
+            breaks += isinstance(failed, _BROKEN)
+            refused = isinstance(failed, httpx.Response) and failed.status_code in _TOO_MUCH
+            if left and (refused or (breaks >= BREAKS and await self._is_there(retry))):
+                if len(left) == 1:
+                    yield BatchItem(left.popitem()[0], None, _refusal(failed))
+                return
+            if left:
+                await anyio.sleep(retry.pause(failed))
+
+    async def _is_there(self, retry: Retry) -> bool:
+        """Whether the service answers a small request."""
+        try:
+            return (await self._http.get("/livez", timeout=retry.timeout())).status_code < 500
+        except _AGAIN:
+            return False
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -188,6 +188,18 @@ def test_token() -> None:
         assert live_server.TOKEN not in repr(vars(known))
 
 
+def test_the_token_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARGINALIA_TOKEN", f"{live_server.TOKEN}\n")
+    url = live_server.guarded().url
+    with Client(url, mounts={"all://": None}) as known:
+        assert known.model()["method"] == "supervised"
+    with Client(url, trust_env=False) as stranger, pytest.raises(ServiceError, match="unauthorized"):
+        stranger.model()
+    with pytest.raises(ValueError, match="token") as caught:
+        Client(url, "two\nlines-of-a-secret")
+    assert "secret" not in str(caught.value)
+
+
 def test_a_full_service_is_asked_again_until_it_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten at once where there is room for one: all are answered in the end, and those refused were told to wait."""
     pauses, sleep = [], client.anyio.sleep
@@ -233,7 +245,30 @@ def test_a_pause_beyond_the_deadline_is_not_begun(pauses: list[float]) -> None:
     assert (pauses, len(server.seen)) == ([], 1)
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 429, 500, 504])
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+@pytest.mark.parametrize(
+    "call", [lambda service: service.segment(b"image"), lambda service: list(service.batch([b"i"]))]
+)
+def test_what_passes_is_asked_again_within_the_deadline(
+    status: int, call: Callable[[Client], Any], pauses: list[float]
+) -> None:
+    """Its own words or a proxy's: too many requests, or a service that is full, slow or being started again."""
+    answer = (status, {"Retry-After": "3"}, b"<h1>a proxy's page</h1>")
+    line = (200, {}, lines({"index": 0, "answer": facts(7)}))
+    last = GOOD if len(call.__code__.co_names) == 1 else line
+    with Scripted(answer, answer, last) as server, Client(server.url, trust_env=False) as service:
+        assert call(service)
+    assert (len(pauses), len(server.seen), min(pauses) > 3) == (2, 3, True)
+
+    pauses.clear()
+    with Scripted(answer) as server, Client(server.url, deadline_s=2, trust_env=False) as service:
+        with pytest.raises(ServiceError, match="proxy's page") as caught:
+            call(service)
+        assert caught.value.status == status
+    assert (pauses, len(server.seen)) == ([], 1)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 500])
 def test_no_other_status_is_asked_again(status: int, pauses: list[float]) -> None:
     answer = (status, {"Retry-After": "1"}, b"<h1>a proxy's page</h1>")
     with Scripted(answer, GOOD) as server, Client(server.url, trust_env=False) as service:
@@ -348,6 +383,102 @@ def test_a_batch_that_breaks_goes_on_with_what_is_left(pauses: list[float]) -> N
         [True] * 4, [True] * 4, [True, False, False, True],
     ]  # fmt: skip
     assert len(pauses) == 2
+
+
+def told(items: list[client.BatchItem]) -> dict[int, int | str]:
+    """Index -> the class that fills the image, or the error's code."""
+    return {
+        item.index: item.result.classes[0].id if item.result else str(item.error and item.error.code) for item in items
+    }
+
+
+def test_what_cannot_be_read_is_an_item_with_an_error(tmp_path: Path) -> None:
+    """The others of its group are sent and answered."""
+    (tmp_path / "broken.png").write_bytes(save(Image.fromarray(PICTURE))[:200])
+    images: list[client.Input] = [
+        b"zero", tmp_path / "absent.jpg", b"two", np.zeros((2, 2)), Image.open(tmp_path / "broken.png"),
+        Image.new("F", (2, 2)), tmp_path, b"seven",
+    ]  # fmt: skip
+    answer = (200, {}, lines(*({"index": i, "answer": facts(7 + i)} for i in range(3))))
+    with Scripted(answer) as server, Client(server.url, trust_env=False) as service:
+        items = list(service.batch(images))
+    assert told(items) == {0: 7, 2: 8, 7: 9} | dict.fromkeys((1, 3, 4, 5, 6), "unreadable")
+    errors = {item.index: str(item.error) for item in items if item.error}
+    assert "absent.jpg" in errors[1]
+    assert "uint8 (0..255), not float64" in errors[3]
+    assert len(server.seen) == 1
+
+
+def test_what_is_too_large_is_an_item_with_an_error_and_the_others_are_sent_in_parts(pauses: list[float]) -> None:
+    """The service says it of a call; it is asked again with half, and of one image alone it is that image's error."""
+    large = (413, {"Connection": "close"}, FULL[2].replace(b"overloaded", b"body-too-large"))
+    many = (422, {}, FULL[2].replace(b"overloaded", b"too-many-images"))
+    one, two = ((200, {}, lines(*({"index": i, "answer": facts(7)} for i in range(count)))) for count in (1, 2))
+    with Scripted(many, large, one, large, two) as server, Client(server.url, trust_env=False) as service:
+        items = list(service.batch([b"zero", b"one, which is large", b"two", b"three"]))
+    assert told(items) == {0: 7, 1: "body-too-large", 2: 7, 3: 7}
+    assert [item.error.status for item in items if item.error] == [413]
+    assert [[word in body for word in (b"zero", b"one", b"two", b"three")] for _, body in server.seen] == [
+        [True] * 4, [True, True, False, False], [True, False, False, False], [False, True, False, False],
+        [False, False, True, True],
+    ]  # fmt: skip
+    assert pauses == []
+
+
+def test_an_image_that_breaks_the_connection_is_an_item_with_an_error(pauses: list[float]) -> None:
+    """The service is there in between: so it is one of the images, which is found by halves."""
+    alive = (200, {}, b"")
+    one = (200, {}, lines({"index": 0, "answer": facts(7)}))
+    script = (None, None, None, alive, one, None, None, None, alive)
+    with Scripted(*script) as server, Client(server.url, trust_env=False) as service:
+        items = list(service.batch([b"good", b"bad"]))
+    assert told(items) == {0: 7, 1: "unreachable"}
+    assert "broke 3 times on this image alone" in str(items[1].error)
+    assert [path for path, _ in server.seen if path == "/livez"] == ["/livez"] * 2
+    with (
+        Scripted(None) as server,
+        Client(server.url, deadline_s=2, trust_env=False) as service,
+        pytest.raises(ServiceError, match="unreachable"),  # nothing is there
+    ):
+        list(service.batch([b"good", b"bad"]))
+
+
+def test_a_real_batch_with_what_is_too_large_and_what_is_missing(service: Client, here: runtime.Runtime) -> None:
+    items = {item.index: item for item in service.batch([PICTURE, bytes(70 << 20), "absent.png", PICTURE])}
+    assert {index: item.error and item.error.code for index, item in items.items()} == {
+        0: None, 1: items[1].error and items[1].error.code, 2: "unreadable", 3: None,
+    }  # fmt: skip
+    # The service's words, or that the connection broke: it closes while most of the image is still on its way.
+    assert items[1].error is not None
+    assert items[1].error.code in ("body-too-large", "unreachable")
+    label_HW = here.segment(PICTURE).label_HW
+    for index in (0, 3):
+        found = items[index].result
+        assert found is not None
+        np.testing.assert_array_equal(found.mask_HW, label_HW)
+
+
+@pytest.mark.parametrize(
+    ("image", "mode"),
+    [
+        (Image.fromarray(np.array([[1, 300, 65535]], np.uint16)), "I;16"),
+        (Image.frombytes("I;16B", (3, 1), np.array([1, 300, 65535], ">u2").tobytes()), "I;16"),
+        (Image.frombytes("RGBa", (1, 1), bytes((64, 32, 0, 128))), "RGBA"),
+        (Image.frombytes("RGBA", (1, 1), bytes((64, 32, 0, 128))), "RGBA"),
+    ],
+)
+def test_a_pillow_image_is_sent_with_all_its_bits_and_its_alpha(image: Image.Image, mode: str) -> None:
+    sent = np.asarray(Image.open(client.io.BytesIO(client.encode(image))))
+    if mode == "I;16":
+        assert sent.tolist() == [[1, 300, 65535]]
+    else:
+        assert sent.tolist() == np.asarray(image.convert("RGBA")).tolist()
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "LAB"])
+def test_values_without_a_stated_range_are_refused_as_in_a_file(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"pixels of kind {mode} have no stated range"):
+        client.encode(Image.new(mode, (2, 2)))
 
 
 def test_a_long_batch_is_read_as_it_is_sent() -> None:
