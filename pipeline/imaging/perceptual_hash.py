@@ -28,10 +28,10 @@ class Thumbnail(NamedTuple):
 
 # How far cells of two copies may differ: grey levels, and levels for each level of the picture's own spread (sharp edges
 # move from one cell to the next when a picture is scaled). Of 120 copies of 30 photographs (JPEG 20, WebP 30, half and a
-# third of the size) one is not recognised, of 547 pairs of a fixed camera with an object of 0.4 % of the picture two are
-# taken for copies.
-LUMA_TOLERANCE = (10.0, 0.2)
-CHROMA_TOLERANCE = (4.0, 0.25)
+# third of the size) two are not recognised, of 547 pairs of a fixed camera with an object of 0.4 % of the picture none is
+# taken for a copy.
+LUMA_TOLERANCE = (8.0, 0.2)
+CHROMA_TOLERANCE = (3.0, 0.25)
 
 
 def thumbnail(image_HWC: NDArray[np.uint8]) -> Thumbnail:

@@ -19,7 +19,7 @@ from pipeline.demo import recipe as demo
 from pipeline.demo import vizdoom
 from pipeline.formats import cityscapes, coco, cvat, folder, geotiff, labelme, labelstudio, voc
 from pipeline.formats.common import class_list, unpack
-from pipeline.formats.common.source import LISTS, Source
+from pipeline.formats.common.source import LISTS, Source, SourceError
 from pipeline.formats.names import skipped
 from pipeline.imaging import decode
 from pipeline.ingest import label_counts
@@ -155,12 +155,21 @@ def _demand_enough(
     listed_in: str | None,
     params: config.Params,
 ) -> None:
-    """Stop here, where the cause is, when nothing can come of the source. Raises SourceError."""
+    """Stop here, where the cause is, when nothing can come of the source.
+
+    Raises:
+        SourceError: with what the reader decided and passed over, which is often why.
+    """
     where = params.data.path
     reasons = [(name, reason) for name, _, reason in refused]
-    label_counts.demand_images(images, [item for item in reasons if not item[0].startswith("masks/")], where)
-    label_counts.demand_labels(counts, [*reasons, *counts.refused], where)
-    label_counts.demand_classes(counts.absent(source.classes), listed_in, params.data.missing_classes, where)
+    try:
+        label_counts.demand_images(images, [item for item in reasons if not item[0].startswith("masks/")], where)
+        label_counts.demand_labels(counts, [*reasons, *counts.refused], where)
+        label_counts.demand_classes(counts.absent(source.classes), listed_in, params.data.missing_classes, where)
+    except SourceError as error:
+        decided = [f"decided: {shown(note)}" for note in source.notes]
+        passed_over = [f"{what}: {shown(line)}" for what, line in skipped.rows(source.skipped)]
+        raise SourceError("\n  ".join([str(error), *decided, *passed_over])) from error
 
 
 def told(

@@ -144,8 +144,7 @@ def _paint(
 ) -> NDArray[np.uint8]:
     """One picture's label map. Raises images.Refused where it says nothing, or where a part of it would be lost."""
     if picture.lost and data.unannotated == "background":
-        kind, which = picture.lost[0]
-        raise decode.Refused(annotations.NO_AREA, f"{kind}: {which}: {annotations.LOST}")
+        raise decode.Refused(annotations.NO_AREA, annotations.lost_reason(picture.lost[0]))
     if not picture.shapes:
         if data.no_shapes == "background":
             return np.full((row.height, row.width), empty, np.uint8)

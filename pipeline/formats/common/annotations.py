@@ -65,6 +65,12 @@ class Picture(NamedTuple):
     subset: str = ""
 
 
+def lost_reason(lost: Lost) -> str:
+    """Why a mask is refused for something that cannot be painted, and what to do."""
+    kind, which = lost
+    return f"{which}: {LOST}" if kind == NO_AREA else f"{kind}: {which}: {LOST}"
+
+
 def ignore_name(classes: Sequence[str]) -> str:
     """The label that stands for ignored pixels beside these classes."""
     return next(name for name in IGNORE_NAMES if name not in classes)

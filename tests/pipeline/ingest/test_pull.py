@@ -103,3 +103,16 @@ def test_a_name_that_is_no_utf8_costs_its_own_file(tmp_path: Path) -> None:
     found = tiny_source.quarantine(root)
     assert found["images/a/caf\ufffd.png"]["code"] == "bad-name"
     assert len(tiny_source.rows(root)) == 6
+
+
+def test_a_source_that_stops_says_what_was_decided_and_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, root = tmp_path / "source", tmp_path / "project"
+    tiny_source.write_source(source, {"a": 2, "b": 2}, masked=set())
+    tiny_source.put(source, "masks/a/00.txt", b"not a mask")
+    tiny_source.write_project(root, source)
+    assert tiny_source.run(root, upto="pull") == 1
+    error = capsys.readouterr().err
+    assert "not one label can be used" in error
+    assert "passed over: no image (.txt): 1, the first: masks/a/00.txt" in error
