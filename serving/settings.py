@@ -27,13 +27,21 @@ class SettingsError(ValueError):
     """A MARGINALIA_* variable is unknown or wrong; the message names it and what to do."""
 
 
-def _sendable(token: SecretStr) -> SecretStr:
-    """Without the whitespace around it (a secret in a file ends in a newline); the rest has to pass through a header."""
-    plain = token.get_secret_value().strip()
-    if not plain or not plain.isascii() or not plain.isprintable():
+def _sendable(tokens: SecretStr) -> SecretStr:
+    """One token a line, without the whitespace around it and without empty lines; each has to pass through a header."""
+    lines = [line.strip() for line in tokens.get_secret_value().split("\n")]
+    plain = [line for line in lines if line]
+    if not plain or not all(line.isascii() and line.isprintable() for line in plain):
         advice = "is empty or has other than printable ASCII characters; use such as `openssl rand -hex 32` prints"
         raise PydanticCustomError("token", advice)
-    return SecretStr(plain)
+    return SecretStr("\n".join(plain))
+
+
+def _lines(tokens: SecretStr | None) -> list[str]:
+    return tokens.get_secret_value().split("\n") if tokens else []
+
+
+Tokens = Annotated[SecretStr, AfterValidator(_sendable)]
 
 
 class Settings(BaseSettings):
@@ -163,8 +171,23 @@ class Settings(BaseSettings):
     statistics_every_s: PositiveFloat = 60.0
     """Seconds between two writes of the statistics."""
 
-    token: Annotated[SecretStr, AfterValidator(_sendable)] | None = None
-    """Bearer token of every request for an answer or about models; unset, nobody may change the model."""
+    token: Tokens | None = None
+    """Bearer token of every request for an answer or about models; several, one a line, while they are being replaced.
+    Unset, everybody is answered."""
+
+    change_token: Tokens | None = None
+    """Bearer token, or several, of those who may change the model, and ask for all else. Unset, `token` may; where that is
+    unset too, nobody."""
+
+    @property
+    def tokens(self) -> list[str]:
+        """All that may ask; empty where everybody may."""
+        return [*_lines(self.token), *_lines(self.change_token)] if self.token else []
+
+    @property
+    def change_tokens(self) -> list[str]:
+        """All that may change the model; empty where nobody may."""
+        return _lines(self.change_token or self.token)
 
     @property
     def max_body(self) -> int:

@@ -25,6 +25,7 @@ from serving.settings import Settings
 from serving.telemetry import metrics
 
 LARGEST_BODY = 16 << 10
+CHANGES = ("/v1/models/load", "/v1/models/rollback", "/v1/models/shadow")
 RETRY_AFTER_S = 2
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -169,13 +170,7 @@ class ModelRoutes:
 
     def _check_may_change(self, request: Request) -> None:
         """Only with a token may anybody change the models. Raises Problem."""
-        if self._settings.token is None:
-            raise Problem(
-                403,
-                "no-token",
-                "changing models needs a token and this service has none; set MARGINALIA_TOKEN and start it again",
-            )
-        requests.check_token(request, self._settings)
+        requests.check_change_token(request, self._settings)
         requests.check_query(request, {})
 
     def _answer(self) -> Response:

@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 from pipeline.imaging.decode import FORMATS
 from pipeline.storage.served_statistics import ServedStatistics
 from serving.http.geojson import FeatureCollection
-from serving.http.models import LoadRequest, ModelsAnswer, ShadowRequest, operations
+from serving.http.models import CHANGES, LoadRequest, ModelsAnswer, ShadowRequest, operations
 from serving.http.negotiate import KINDS, Kind
 from serving.http.query import Query
 from serving.http.responses import ErrorAnswer, Line, SegmentAnswer
@@ -21,7 +21,7 @@ _ERRORS = {
     "400": "empty, not-an-image, truncated, corrupt, bad-multipart, bad-archive, bad-query, bad-accept, bad-json, "
     "bad-bundle-path",
     "401": "unauthorized: this service has a token",
-    "403": "no-token: this service has none, so nobody may change its models",
+    "403": "no-token: this service has none, so nobody may change its models; not-for-changes: the token may only ask",
     "404": "no-bundle: no such folder",
     "405": "method",
     "406": "not-acceptable: no such answer",
@@ -168,7 +168,11 @@ def document(settings: Settings) -> dict[str, Any]:
         "/v1/openapi.json": {"get": _description()},
         **operations(_errors),
     }
-    secured: dict[str, Any] = {"security": [{"token": []}]} if settings.token else {}
+    token: list[dict[str, Any]] = [{"token": []}]
+    secured: dict[str, Any] = {"security": token} if settings.token else {}
+    if settings.change_tokens and not settings.token:
+        for path in CHANGES:
+            paths[path]["post"]["security"] = token
     try:
         release = version("marginalia-seg")
     except PackageNotFoundError:  # run from a folder without being installed

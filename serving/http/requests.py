@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from email.message import Message
 
 from starlette.datastructures import UploadFile
@@ -60,19 +60,44 @@ def image_problem(error: decode.Refused) -> Problem:
 
 
 def check_token(request: Request, settings: Settings) -> None:
-    """Bearer token, compared in constant time over digests (so the time does not depend on the length). Raises Problem(401)."""
-    if settings.token is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    wanted = hashlib.sha256(settings.token.get_secret_value().encode()).digest()
-    got = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
-    if not hmac.compare_digest(wanted, got) or scheme.lower() != "bearer":
+    """A token that may ask, where the service has one. Raises Problem(401)."""
+    if settings.tokens and not _carries(request, settings.tokens):
+        raise _unauthorized()
+
+
+def check_change_token(request: Request, settings: Settings) -> None:
+    """A token that may change the models. Raises Problem: 403 where there is none, or one that may only ask; 401."""
+    if not settings.change_tokens:
         raise Problem(
-            401,
-            "unauthorized",
-            "send 'Authorization: Bearer <token>' with this service's token",
-            {"WWW-Authenticate": "Bearer"},
+            403,
+            "no-token",
+            "changing models needs a token and this service has none; set MARGINALIA_TOKEN and start it again",
         )
+    if _carries(request, settings.change_tokens):
+        return
+    if _carries(request, settings.tokens):
+        raise Problem(
+            403, "not-for-changes", "this token may ask and not change models; send one of MARGINALIA_CHANGE_TOKEN"
+        )
+    raise _unauthorized()
+
+
+def _carries(request: Request, tokens: Sequence[str]) -> bool:
+    """Whether its bearer token is one of `tokens`, compared with all of them, and in constant time over digests, so that
+    the time depends neither on the length nor on which it is."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    got = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
+    same = [hmac.compare_digest(hashlib.sha256(token.encode()).digest(), got) for token in tokens]
+    return any(same) and scheme.lower() == "bearer"
+
+
+def _unauthorized() -> Problem:
+    return Problem(
+        401,
+        "unauthorized",
+        "send 'Authorization: Bearer <token>' with this service's token",
+        {"WWW-Authenticate": "Bearer"},
+    )
 
 
 def check_query(request: Request, allowed: dict[str, Collection[str]]) -> dict[str, str]:

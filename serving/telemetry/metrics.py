@@ -25,7 +25,7 @@ REASONS = frozenset(
         "animated", "bad-accept", "bad-archive", "bad-aspect", "bad-bundle-path", "bad-json", "bad-multipart",
         "bad-query", "body-too-large", "bundle-refused", "busy", "connections", "corrupt", "deadline", "disconnected",
         "empty", "internal", "method", "no-bundle", "no-model", "no-previous", "no-token", "not-acceptable",
-        "not-an-image", "not-found", "overloaded", "slow-body", "slow-head", "slow-reader", "too-detailed",
+        "not-an-image", "not-for-changes", "not-found", "overloaded", "slow-body", "slow-head", "slow-reader", "too-detailed",
         "too-large-for-view", "too-many-images", "too-many-pixels", "truncated", "unauthorized", "unsupported-depth",
         "unsupported-format", "unsupported-type",
     }

@@ -32,7 +32,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
     plain = from_environment({})
     other: dict[str, object] = {"provider": "cpu", "precision": "fp32", "shadow": "x", "threads": 3, "max_batch": 4}
     other |= {name: Path("x") for name in ("bundle", "champions", "bundles", "statistics")}
-    for name in Settings.model_fields.keys() - other.keys() - {"token"}:
+    for name in Settings.model_fields.keys() - other.keys() - {"token", "change_token"}:
         default = getattr(plain, name)
         other[name] = not default if isinstance(default, bool) else 2 * default
     for name, value in other.items():
@@ -73,7 +73,9 @@ def test_defaults_and_values() -> None:
         ("MARGINALIA_TOKEN", " \n", "MARGINALIA_TOKEN: is empty or"),
         ("MARGINALIA_TOKEN", "hush-hüsch", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
         ("MARGINALIA_TOKEN", "hush\x01hush", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
-        ("MARGINALIA_TOKEN", "hush\nhush", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
+        ("MARGINALIA_TOKEN", "hush\rhush", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
+        ("MARGINALIA_TOKEN", "hush\nhush-hüsch", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
+        ("MARGINALIA_CHANGE_TOKEN", "\n", "MARGINALIA_CHANGE_TOKEN: is empty or"),
         ("MARGINALIA_MAX_SLOWDOWN", "0.9", "MARGINALIA_MAX_SLOWDOWN"),
         ("MARGINALIA_SHADOW_SHARE", "1.1", "MARGINALIA_SHADOW_SHARE"),
     ],
