@@ -13,7 +13,7 @@ Folders named train, val and test, below images/ or around images/ and masks/, a
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,9 @@ from pipeline.formats.names.skipped import Skipped
 from pipeline.imaging import decode, label_maps
 from pipeline.imaging.mask_png import Colour
 
+# What the folders of images and masks are called, the right name first.
+IMAGES = ("images", "image", "imgs", "img")
+MASKS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentation")
 # A mask that no image answers to.
 NO_IMAGE = "mask-without-image"
 
@@ -77,20 +80,40 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
 
 
 def find(root: Path) -> Tree:
-    """images/ and masks/ of the source, and where it has none those in folders named as splits (`train/images`)."""
+    """images/ and masks/ of the source, and where it has none those in folders named as splits (`train/images`).
+
+    Raises:
+        SourceError: masks/ is not there, and several other folders may hold the masks.
+    """
     tree = Tree()
-    homes = {"": root}
-    if not (root / "images").is_dir() and root.is_dir():
-        folders = sorted(item for item in root.iterdir() if item.is_dir())
-        homes = {f"{item.name}/": item for item in folders if layout.split_word(item.name)}
+    folders = sorted(item for item in root.iterdir() if item.is_dir()) if root.is_dir() else []
+    splits = {f"{item.name}/": item for item in folders if layout.split_word(item.name)}
+    if _room(root, IMAGES) is None:
+        homes = splits
+    else:
+        homes = {"": root}
+        tree.skipped += [("folder beside images/, not read", prefix) for prefix in splits]
     for prefix, home in homes.items():
-        masks = image_files.images_among(walk_all(home / "masks"))
+        rooms = [place.name if (place := _room(home, names)) else names[0] for names in (IMAGES, MASKS)]
+        masks = image_files.images_among(walk_all(home / rooms[1]))
         own = {name_id(name) for name in masks.images}
-        images = image_files.photographs_among(walk_all(home / "images"), own)
-        for kind, files, found in (("images", tree.images, images), ("masks", tree.masks, masks)):
+        images = image_files.photographs_among(walk_all(home / rooms[0]), own)
+        for room, files, found in zip(rooms, (tree.images, tree.masks), (images, masks), strict=True):
             files |= {f"{prefix}{name}": path for name, path in found.images.items()}
-            tree.skipped += [(what, f"{prefix}{kind}/{name}") for what, name in found.skipped]
+            tree.skipped += [(what, f"{prefix}{room}/{name}") for what, name in found.skipped]
     return tree
+
+
+def _room(home: Path, names: Sequence[str]) -> Path | None:
+    """The folder by the first of its names, else the only one by any of them, in any case; None where there is none."""
+    if (home / names[0]).is_dir():
+        return home / names[0]
+    beside = sorted(home.iterdir()) if home.is_dir() else []
+    found = [item for item in beside if item.name.casefold() in names and item.is_dir()]
+    if len(found) > 1:
+        listed = matching.listed([f"{item.name}/" for item in found])
+        raise SourceError(f"{home}: {listed} could each be {names[0]}/; name the right one so")
+    return found[0] if found else None
 
 
 def _with_whole_masks(

@@ -10,9 +10,10 @@ An image without an annotation is unlabelled, or all background where `data.no_s
 refuses its image's mask; one without area (a box alone, a ring of two points) is left out and counted, unless its pixels
 would become background.
 
-CocoImages are looked for by file_name in the source, its images/, the folder of the JSON file, and the folder that the JSON
-file's name ends in (instances_train2017.json -> train2017/), then by `pipeline.formats.names.matching` among all images.
-That end also says which images are val or test. Each image is a group of its own, or belongs to the folder in its file_name.
+Images are looked for by file_name in the source, its images/, the folder of the JSON file, and the folder that the JSON
+file's name ends in or whose split it states (instances_train2017.json -> train2017/, Train.json -> train/), then by
+`pipeline.formats.names.matching` among all images. That end also says which images are val or test. Each image is a group
+of its own, or belongs to the folder in its file_name.
 """
 
 from collections.abc import Mapping
@@ -141,6 +142,7 @@ class CocoImages:
         self.root = root
         self._index: matching.Index | None = None
         self._forgiven: dict[str, list[str]] = {}
+        self._places_of: dict[Path, list[Path]] = {}
 
     def find(self, name: str, file: Path) -> Path:
         """The image that `name` in the label file means.
@@ -168,8 +170,16 @@ class CocoImages:
 
     def _places(self, file: Path) -> list[Path]:
         """Folders that may hold a label file's images."""
-        last = file.stem.rpartition("_")[2]
-        named = [self.root / last, self.root / "images" / last] if last not in ("", "..", ".") else []
+        if file not in self._places_of:
+            self._places_of[file] = self._look_for_places(file)
+        return self._places_of[file]
+
+    def _look_for_places(self, file: Path) -> list[Path]:
+        last, part = file.stem.rpartition("_")[2], layout.split_in_name(file.stem)
+        homes = [self.root, self.root / "images"]
+        named = [home / last for home in homes] if last not in ("", "..", ".") else []
+        beside = [item for home in homes if home.is_dir() for item in sorted(home.iterdir()) if item.is_dir()]
+        named += [item for item in beside if part and layout.split_word(item.name) == part]  # Train.json, images/train/
         return [self.root, self.root / "images", *named, file.parent, self.root / "data", file.parent / "images"]
 
     def _similar(self, name: str) -> Path:

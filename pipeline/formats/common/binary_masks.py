@@ -38,12 +38,17 @@ def group(
 ) -> tuple[dict[str, dict[str, Path]], list[str]]:
     """Mask files by image and class, and the files that fit no image and class.
 
-    `names` are the known classes; None: any part beside an image's name id is a class.
+    `names` are the known classes, here in any case; None: any part beside an image's name id is a class.
     """
+    known = None if names is None else {name.casefold(): name for name in names} | {name: name for name in names}
     found: dict[str, dict[str, Path]] = {}
     left = []
     for name, path in mask_files.items():
-        fits = [(key, what) for key, what in candidates(name_id(name), ids) if names is None or what in names]
+        fits = [
+            (key, what if known is None else known.get(what) or known[what.casefold()])
+            for key, what in candidates(name_id(name), ids)
+            if known is None or what in known or what.casefold() in known
+        ]
         if fits and fits[0][1] not in found.get(fits[0][0], {}):
             found.setdefault(fits[0][0], {})[fits[0][1]] = path
         else:

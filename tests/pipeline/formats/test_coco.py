@@ -282,3 +282,17 @@ def test_a_layout_folder_in_file_names_is_no_group(tmp_path: Path) -> None:
     for n in range(2):
         tiny_source.put(root, f"JPEGImages/{n}.png", b"x")
     assert read(root, classes=None).groups == {"JPEGImages/0": "JPEGImages/0", "JPEGImages/1": "JPEGImages/1"}
+
+
+def test_images_of_one_name_are_told_apart_by_the_split_that_the_label_file_states(tmp_path: Path) -> None:
+    for folder, file in (("train", "Training_coco"), ("Val", "coco-valid")):
+        tiny_source.put(tmp_path, f"images/{folder}/a.png", b"x")
+        document = {
+            "images": [{"id": 1, "file_name": "a.png", "width": 6, "height": 4}],
+            "categories": [{"id": 3, "name": "mat"}],
+            "annotations": [{"id": 1, "image_id": 1, "segmentation": [box(0, 0, 3, 3)]} | MAT],
+        }
+        tiny_source.put(tmp_path, f"annotations/{file}.json", json.dumps(document).encode())
+    source = read(tmp_path)
+    assert {name for name, _ in source.files if name.startswith("masks/")} == {"masks/train/a.png", "masks/Val/a.png"}
+    assert source.lists["test"] == ["Val/a"]

@@ -205,3 +205,23 @@ def test_folders_of_one_name_in_two_splits_keep_the_users_own_split(tmp_path: Pa
     held = {found.groups[key] for key in found.lists["test"] or ()}
     assert held == {"val/cat", "val/dog"}
     assert not held & {group for key, group in found.groups.items() if key.startswith("train")}
+
+
+@pytest.mark.parametrize(("images", "masks"), [("Images", "Masks"), ("images", "labels"), ("img", "annotations")])
+def test_the_two_folders_may_have_other_names(source: Path, images: str, masks: str) -> None:
+    names = [name for name, _ in read(source).files]
+    (source / "images").rename(source / images)
+    (source / "masks").rename(source / masks)
+    assert [name for name, _ in read(source).files] == names
+
+
+def test_several_folders_that_may_hold_the_masks_are_named(source: Path) -> None:
+    (source / "masks").rename(source / "labels")
+    (source / "annotations").mkdir()
+    with pytest.raises(SourceError, match="annotations/, labels/ could each be masks/"):
+        read(source)
+
+
+def test_a_split_beside_images_is_not_passed_over_in_silence(source: Path) -> None:
+    tiny_source.put(source, "test/images/x.png", b"x")
+    assert ("folder beside images/, not read", "test/") in read(source).skipped

@@ -319,3 +319,10 @@ def test_black_and_white_in_colours_are_two_classes_that_state_none(root: Path) 
     stated = two_classes(root, "background 0 0 9\ncrack 9 0 0\n", c=np.repeat(WHITE_HW[..., None], 3, axis=2))
     with pytest.raises(Refused, match=r"end that file with `ignore 0 0 0`"):
         dict(stated.files)["masks/c.png"]()
+
+
+def test_folders_of_binary_masks_name_classes_in_any_case(root: Path) -> None:
+    (root / "classes.txt").write_text("sky\nwall\n")
+    tiny_source.put(root, "masks/Sky/b.png", png(np.where(IDS_HW == 0, 255, 0).astype(np.uint8)))
+    tiny_source.put(root, "masks/WALL/b.png", png(np.where(IDS_HW == 1, 255, 0).astype(np.uint8)))
+    np.testing.assert_array_equal(tiny_labels.labels(read(root))["b"], np.where(IDS_HW < 2, IDS_HW, 255))
