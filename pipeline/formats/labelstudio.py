@@ -59,6 +59,11 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         raise SourceError(f"{root}: {len(beside)} .json files in it; name the export in data.annotations")
     found = load(beside[0])
     names = sorted({shape.label for picture in found for shape in picture.shapes})
+    if not any(picture.annotated for picture in found):
+        raise SourceError(
+            f"{beside[0]}: {len(found)} tasks and not one that somebody submitted; predictions are no labels before somebody "
+            "submits them in Label Studio"
+        )
     return tool_source.export_source(root, data, ToolExport(found, names), max_pixels)
 
 
@@ -97,10 +102,11 @@ def _picture(task: dict[str, Any]) -> Picture:
 
 
 def _names(task: dict[str, Any]) -> list[str]:
-    """What the image may be called: the text that the regions were drawn on comes first, then `image`, then the others."""
+    """What the image may be called: `image` comes first, then the other texts, then both as Label Studio stores uploads."""
     texts = {key: value for key, value in task["data"].items() if isinstance(value, str) and key != ID}
     order = sorted(texts, key=lambda key: key != "image")
-    return [name for key in order if (name := image_name(texts[key]))]
+    names = [*(image_name(texts[key]) for key in order), *(_path(texts[key]).rpartition("/")[2] for key in order)]
+    return [name for name in dict.fromkeys(names) if name]
 
 
 def _is_region(result: Mapping[str, Any]) -> bool:
@@ -168,14 +174,19 @@ def image_name(reference: str) -> str:
 
     Label Studio puts eight hex digits and a dash before an uploaded file's name; they are dropped.
     """
+    path = _path(reference)
+    if "/upload/" in path:
+        path = re.sub(r"^[0-9a-f]{8}-", "", path.rpartition("/")[2])
+    return path.lstrip("/")
+
+
+def _path(reference: str) -> str:
+    """The path within a task's reference to an image, with forward slashes; "" for an image inside the task."""
     parts = urlsplit(reference)
     if parts.scheme == "data":
         return ""
     local = parse_qs(parts.query).get("d") if "/local-files" in parts.path else None
-    path = (local[0] if local else unquote(parts.path)).replace("\\", "/")
-    if "/upload/" in path:
-        path = re.sub(r"^[0-9a-f]{8}-", "", path.rpartition("/")[2])
-    return path.lstrip("/")
+    return (local[0] if local else unquote(parts.path)).replace("\\", "/")
 
 
 def _shape(result: Mapping[str, Any], number: int) -> Iterator[tuple[str, Any, int]]:

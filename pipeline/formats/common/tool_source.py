@@ -110,14 +110,15 @@ def _labelled(found: Sequence[Picture], images: Sequence[str]) -> Labelled:
 
 
 def _own_name(picture: Picture, index: matching.Index) -> str:
-    """The one of a picture's possible names that an image answers to; else its first.
+    """The one of a picture's possible names that an image answers to by the strictest rule; else its first.
 
     Tools put each subset's images in a folder of its name, and 000000.png may be in several.
     """
     in_subset = f"{picture.subset}/{picture.name}"
     if picture.subset and (found := index.find(in_subset)).image and found.rule != matching.LAST:
         return in_subset
-    return next((name for name in (picture.name, *picture.names) if index.find(name).image), picture.name)
+    rules = {name: found.rule for name in (picture.name, *picture.names) if (found := index.find(name)).image}
+    return min(rules, key=lambda name: matching.ORDER.index(rules[name]), default=picture.name)
 
 
 def _makers(labelled: Labelled, images: Mapping[str, Path], data: config.Data, painting: Painting) -> dict[str, Maker]:

@@ -120,6 +120,7 @@ RULES: dict[str, Rule] = {
     ),
 }
 LAST = "folders"  # the last rule: one is the end of the other, and no other image has that last part
+ORDER = (*RULES, LAST)
 
 
 class Index:
@@ -188,7 +189,6 @@ def match(names: Sequence[str], images: Iterable[str]) -> Matched:
     """
     index = Index(images)
     found = {name: index.find(name) for name in dict.fromkeys(names)}
-    order = [*RULES, LAST]
     claims: dict[str, list[str]] = defaultdict(list)
     for name, match_ in found.items():
         if match_.image is not None:
@@ -201,8 +201,8 @@ def match(names: Sequence[str], images: Iterable[str]) -> Matched:
             refused[name] = _unclear(match_.candidates)
             continue
         others = claims[match_.image]
-        best = min(order.index(found[other].rule) for other in others)
-        owners = [other for other in others if order.index(found[other].rule) == best]
+        best = min(ORDER.index(found[other].rule) for other in others)
+        owners = [other for other in others if ORDER.index(found[other].rule) == best]
         if owners == [name]:
             paired[name] = match_.image
         elif name in owners:
@@ -212,7 +212,7 @@ def match(names: Sequence[str], images: Iterable[str]) -> Matched:
 
     count = Counter(found[name].rule for name in paired)
     firsts = {found[name].rule: f"{name} is {image}" for name, image in reversed(paired.items())}
-    forgiven = [(rule, f"{count[rule]}, the first: {firsts[rule]}") for rule in order[2:] if count[rule]]
+    forgiven = [(rule, f"{count[rule]}, the first: {firsts[rule]}") for rule in ORDER[2:] if count[rule]]
     return Matched(paired, refused, forgiven)
 
 

@@ -321,3 +321,26 @@ def test_macos_own_files_beside_the_export_are_passed_over(tmp_path: Path) -> No
     (tmp_path / "._export.json").write_bytes(b"mac")
     source = labelstudio.read(tmp_path, tiny_settings.data(source="labelstudio"), max_pixels=99)
     assert "masks/a.png" in dict(source.files)
+
+
+def test_two_uploads_of_one_file_name_are_told_apart_by_what_stands_before_it(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    tasks = []
+    for number, name in enumerate(("aaaaaaaa-001.png", "bbbbbbbb-001.png")):
+        Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "images" / name)
+        region = {"points": [[0, 0], [100, 0], [100, 100]], "polygonlabels": [f"class {number}"]}
+        result = [{"original_width": 2, "original_height": 2, "value": region}]
+        tasks.append({"data": {"image": f"/data/upload/1/{name}"}, "annotations": [{"result": result}]})
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    source = labelstudio.read(tmp_path, tiny_settings.data(source="labelstudio"), max_pixels=99)
+    assert {name for name, _ in source.files if name.startswith("masks/")} == {
+        "masks/aaaaaaaa-001.png",
+        "masks/bbbbbbbb-001.png",
+    }
+    assert not source.refused
+
+
+def test_an_export_of_predictions_alone_says_that_they_are_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "export.json").write_text(json.dumps([{"data": {"image": "a.png"}, "predictions": [{"result": []}]}]))
+    with pytest.raises(SourceError, match="1 tasks and not one that somebody submitted; predictions"):
+        labelstudio.read(tmp_path, tiny_settings.data(source="labelstudio"), max_pixels=99)
