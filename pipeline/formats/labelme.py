@@ -103,7 +103,8 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     made = {name.rpartition("/")[0] for name in everything if name.endswith("/label_names.txt")}
     files = {name: path for name, path in everything.items() if not _is_label_file(name)}
     images = image_files.photographs_among(
-        {name: path for name, path in files.items() if name.rpartition("/")[0] not in made}
+        {name: path for name, path in files.items() if name.rpartition("/")[0] not in made},
+        {name_id(name) for name in everything if _is_label_file(name)},
     )
     images.skipped.extend((MADE, name) for name in files if name.rpartition("/")[0] in made)
     pictures = Pictures(images.images)

@@ -47,8 +47,8 @@ def colour(index: int) -> list[int]:
 def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     """Read a VOC tree. Raises SourceError: no JPEGImages, a bad labelmap.txt or list; names the file."""
     root = home(root)
-    pictures = photographs_among(walk_all(root / "JPEGImages"))
     mask_files = _mask_files(root, data)
+    pictures = photographs_among(walk_all(root / "JPEGImages"), {name_id(name) for name in mask_files.images})
     if data.annotations and not mask_files.images:
         raise SourceError(f"{root / data.annotations}: no files; data.annotations must name the folder of masks")
     matched = matching.match(list(mask_files.images), pictures.images)

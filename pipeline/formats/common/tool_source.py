@@ -57,7 +57,8 @@ def export_source(root: Path, data: config.Data, export: ToolExport, max_pixels:
     Raises:
         SourceError: no image, or what class and id lists raise.
     """
-    images = image_files.photographs_among(walk_all(root / "images"))
+    named = {name_id(picture.name) for picture in export.pictures}
+    images = image_files.photographs_among(walk_all(root / "images"), named)
     if not images.images:
         raise SourceError(f"{root}: no files under images/; export the task with its images, or put them there")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 EXACT, SAME_NAME = "exact", "same name"  # neither forgives anything
+ABOVE = "folders above images/"
 SHOWN = 4  # names in a reason
 
 # What tools and people append to a mask's name, and put in front of an uploaded file's (Label Studio: 8 hex digits). A suffix
@@ -114,10 +115,9 @@ RULES: dict[str, Rule] = {
     "extension": Rule(_extension, _extension),
     "suffix such as _mask": Rule(_suffix, _extension),
     "suffix such as _image": Rule(_suffix, _image_suffix),
-    "prefix of a tool": Rule(_prefix, _image_prefix),
-    "folders above images/": Rule(
-        lambda name: _ABOVE.sub("", _prefix(name)), lambda image: _ABOVE.sub("", _image_prefix(image))
-    ),
+    "prefix of a tool": Rule(_prefix, _extension),
+    "prefix of a tool, on the image": Rule(_suffix, _image_prefix),
+    ABOVE: Rule(lambda name: _ABOVE.sub("", _prefix(name)), lambda image: _ABOVE.sub("", _image_prefix(image))),
 }
 LAST = "folders"  # the last rule: one is the end of the other, and no other image has that last part
 ORDER = (*RULES, LAST)
@@ -135,7 +135,8 @@ class Index:
         """The image that `name` means: a path with or without folders and extension, as a tool wrote it."""
         own_prefix = _tool_prefix(name)
         for rule, reduce in RULES.items():
-            if answers := _possible(own_prefix, self._by(rule).get(reduce.of_name(name), ())):
+            answers = self._by(rule).get(reduce.of_name(name), ())
+            if answers := _possible(own_prefix, answers) if rule == ABOVE else answers:
                 return _one(answers, rule)
         wanted = _prefix(name)
         answers = _possible(own_prefix, self._by_last().get(wanted.rpartition("/")[2], ()))
@@ -164,7 +165,7 @@ class Index:
 
 
 def _possible(own_prefix: str, answers: Sequence[str]) -> Sequence[str]:
-    """The answers without images of another prefix than the name's own."""
+    """The answers of a rule that takes prefixes off both sides, without images of another prefix than the name's own."""
     return [image for image in answers if not own_prefix or _tool_prefix(image) in ("", own_prefix)]
 
 

@@ -323,3 +323,10 @@ def test_labels_of_another_folders_image_are_not_taken_for_its_namesake(tmp_path
     assert [(name, code) for name, code, _ in source.refused] == [("cam2/001.png", "labels-without-image")]
     (mask,) = [origin for name, origin in source.files if name == "masks/cam1/001.png"]
     np.testing.assert_array_equal(label_maps.decode_mask(mask(), max_pixels=10**6), own)
+
+
+def test_a_photograph_named_like_a_mask_is_an_image_where_the_tool_labels_it(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "images/a_label.png")
+    source = one_image(tmp_path, POLYGON, name="a_label.png")
+    assert "masks/a_label.png" in dict(source.files)

@@ -139,3 +139,13 @@ def test_labelme2vocs_pngs_lie_beside_its_arrays(root: Path) -> None:
 def test_two_lists_of_one_split_are_both_used(root: Path) -> None:
     tiny_source.put(root, "VOC2012/ImageSets/Segmentation/valid.txt", b"2007_01\n2007_02\n")
     assert read(root, annotations="SegmentationClass").lists["test"] == ["2007_02", "2007_01"]
+
+
+def test_a_photograph_named_like_a_mask_is_an_image_where_it_has_a_mask_itself(root: Path) -> None:
+    home = root / "VOC2012"
+    for name in ("2007_01_label", "2007_02_label"):
+        tiny_source.put(home, f"JPEGImages/{name}.png", b"x")
+    tiny_source.put(home, "SegmentationClass/2007_01_label.png", png(IDS_HW))
+    names = dict(read(root).files).keys()
+    assert "images/2007_01_label.png" in names
+    assert "images/2007_02_label.png" not in names

@@ -58,6 +58,11 @@ def test_dates_are_no_prefixes_that_a_tool_put_there(name):
     assert matching.Index(["20260402-120000.jpg", "cam/20260403-120000.jpg"]).find(name).image is None
 
 
+def test_a_tools_prefix_may_stand_before_a_date():
+    index = matching.Index(["20260402-120000.jpg", "20260403-120000.jpg"])
+    assert index.find("1a2b3c4d-20260403-120000.png").image == "20260403-120000.jpg"
+
+
 def test_an_image_whose_name_ends_like_a_masks_takes_no_other_ones_mask():
     assert matching.match(["x_mask.png"], ["x.jpg", "x_l.jpg"]).images == {"x_mask.png": "x.jpg"}
     assert matching.match(["x_mask.png"], ["x_l.jpg", "x_r.jpg"]).images == {}
