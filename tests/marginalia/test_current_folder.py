@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import live_server, tiny_onnx, tiny_source
+from tests.support import live_server, tiny_onnx, tiny_project, tiny_source
 from tests.support.image_files import save
 
 TRAP = "open(__file__ + '.was_run', 'w').close()\nraise SystemExit('code was run')\n"
@@ -55,7 +55,7 @@ def run(command: list[str], *words: str, folder: Path) -> "subprocess.CompletedP
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     done = subprocess.run(
         [*command, *words], cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False, timeout=120,
+        check=False, timeout=300,
     )  # fmt: skip
     assert was_run(folder) == []
     return done
@@ -73,6 +73,43 @@ def test_stages(sent: Path, command: list[str]) -> None:
     for words in (("stage", "pull"), ("stage", "ingest", "base")):
         done = run(command, *words, folder=sent)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+OWN_NETWORK = """
+import my_layers
+
+def net(n_classes):
+    return my_layers.Net(n_classes)
+"""
+LAYERS = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, n_classes):
+        super().__init__(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, n_classes, 1))
+"""
+
+
+@pytest.mark.slow
+def test_a_users_own_network_is_loaded_from_the_project_by_training(tmp_path: Path) -> None:
+    """With what it imports itself; the settings name it. Nothing else of the folder is imported."""
+    tiny_project.write_data(tmp_path, tiny_project.PARTS)
+    train = {"method": "supervised", "steps": 2, "batch_labelled": 2, "crop": [64, 64], "val_every": 2}
+    model = {"architecture": "my_nets:net", "weights": None}
+    params = tiny_project.write_params(tmp_path, train=train)
+    tiny_project.write_params(tmp_path, train=train, model=params.model.model_dump() | model)
+    (tmp_path / "my_nets.py").write_text(OWN_NETWORK)
+    (tmp_path / "my_layers.py").write_text(LAYERS)
+    (tmp_path / "my_other.py").write_text(TRAP)
+    tiny_onnx.write(tmp_path / "bundle")
+
+    for command, words in ((MODULE, ("stage", "train")), (CONSOLE_SCRIPT, ("stage", "evaluate"))):
+        done = run(command, *words, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    for name in ("my_nets", "my_layers"):
+        (tmp_path / f"{name}.py").write_text(TRAP)
+    assert run(CONSOLE_SCRIPT, "verify", "bundle", folder=tmp_path).returncode == 0
 
 
 @pytest.mark.slow
