@@ -5,7 +5,7 @@ have nearly the same hash.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import combinations, pairwise
 from math import comb
 from typing import NamedTuple
@@ -42,21 +42,55 @@ def thumbnail(image_HWC: NDArray[np.uint8]) -> Thumbnail:
     return Thumbnail(luma_HWC[..., 0], chroma_HWC[..., 1:])
 
 
-def same_picture(first: Thumbnail, second: Thumbnail) -> bool:
-    """Whether two thumbnails show the same, up to brightness, contrast and saturation."""
-    return _fits(first.luma_HW, second.luma_HW, LUMA_TOLERANCE) and _fits(
-        first.chroma_HWC, second.chroma_HWC, CHROMA_TOLERANCE
-    )
+CHUNK = 4096  # thumbnails that are compared at once: some 4 MB
 
 
-def _fits(first: NDArray[np.float32], second: NDArray[np.float32], tolerance: tuple[float, float]) -> bool:
-    """Whether no cell differs by more than the tolerance once the second is fitted to the first by least squares."""
-    x = second - second.mean(axis=(0, 1))
-    y = first - first.mean(axis=(0, 1))
-    gain = float((x * y).sum()) / max(float((x * x).sum()), 1e-6)
+class Gallery:
+    """Thumbnails by key, compared with one at a time in a few array operations: a fixed camera has thousands alike."""
+
+    def __init__(self) -> None:
+        self._place: dict[str, int] = {}
+        self._luma_NP = np.empty((64, 256), np.float32)  # each less its mean
+        self._chroma_NQ = np.empty((64, 128), np.float32)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._place
+
+    def add(self, key: str, picture: Thumbnail) -> None:
+        """Keep a thumbnail under a new key."""
+        place = self._place[key] = len(self._place)
+        if place == len(self._luma_NP):
+            self._luma_NP = np.concatenate([self._luma_NP, np.empty_like(self._luma_NP)])
+            self._chroma_NQ = np.concatenate([self._chroma_NQ, np.empty_like(self._chroma_NQ)])
+        self._luma_NP[place] = (picture.luma_HW - picture.luma_HW.mean()).ravel()
+        self._chroma_NQ[place] = (picture.chroma_HWC - picture.chroma_HWC.mean(axis=(0, 1))).ravel()
+
+    def same(self, key: str, others: Sequence[str]) -> list[bool]:
+        """Which of the others show the same as `key`, up to brightness, contrast and saturation."""
+        place = self._place[key]
+        places_K = np.array([self._place[other] for other in others], np.intp)
+        same_K = np.zeros(len(places_K), np.bool_)
+        for start in range(0, len(places_K), CHUNK):
+            chunk_K = places_K[start : start + CHUNK]
+            fits_K = _fit(self._luma_NP[place], self._luma_NP[chunk_K], LUMA_TOLERANCE)
+            near_K = chunk_K[fits_K]
+            fits_K[fits_K] = _fit(self._chroma_NQ[place], self._chroma_NQ[near_K], CHROMA_TOLERANCE)
+            same_K[start : start + CHUNK] = fits_K
+        found: list[bool] = same_K.tolist()
+        return found
+
+
+def _fit(
+    first_P: NDArray[np.float32], other_KP: NDArray[np.float32], tolerance: tuple[float, float]
+) -> NDArray[np.bool_]:
+    """For each other (its mean taken off, as the first's) whether no cell differs by more than the tolerance once it is
+    fitted to the first by least squares."""
     levels, share = tolerance
-    spread = float(np.sqrt((y * y).mean()))
-    return bool(np.abs(y - gain * x).max() <= levels + share * spread)
+    spread = float(np.sqrt((first_P * first_P).mean()))
+    gain_K = (other_KP @ first_P) / np.maximum((other_KP * other_KP).sum(axis=1), 1e-6)
+    furthest_K = np.abs(first_P - gain_K[:, None] * other_KP).max(axis=1, initial=0)
+    fits_K: NDArray[np.bool_] = furthest_K <= levels + share * spread
+    return fits_K
 
 
 def dhash(image_HWC: NDArray[np.uint8]) -> int | None:

@@ -37,7 +37,13 @@ def listed_parts(lists: Mapping[str, Sequence[str] | None]) -> dict[str, str]:
     return {name: part for part in RANKED for name in lists.get(part) or ()}
 
 
-Same = Callable[[manifest.Row, manifest.Row], bool]
+# An image and others whose hashes are near -> which of them show the same at a closer look.
+Same = Callable[[manifest.Row, Sequence[manifest.Row]], Sequence[bool]]
+
+
+def all_same(row: manifest.Row, others: Sequence[manifest.Row]) -> Sequence[bool]:
+    """No closer look: the hashes decide."""
+    return [True] * len(others)
 
 
 class _Kept(NamedTuple):
@@ -53,7 +59,7 @@ def deduplicate(
     lists: Mapping[str, Sequence[str] | None],
     bits: int | None,
     cap: int = 1,
-    same: Same = lambda first, second: True,
+    same: Same = all_same,
 ) -> tuple[list[manifest.Row], list[QuarantineEntry]]:
     """Rows of every archive in order of arrival -> (rows kept, quarantine entries of the dropped ones).
 
@@ -62,7 +68,7 @@ def deduplicate(
         lists: the source's id lists.
         bits: largest Hamming distance of two difference hashes that still makes a near duplicate; None: there are none.
         cap: at most so many images without a mask stay where each is near the next one.
-        same: the closer look at two images whose hashes are near.
+        same: the closer look at images whose hashes are near.
     """
     hashes = (_hash_of(row) for rows in archives for row in rows)
     near = {} if bits is None else perceptual_hash.neighbours(hashes, bits)
@@ -113,7 +119,9 @@ class Deduplicator:
     def _alike(self, row: manifest.Row, value: int, part: str | None) -> list[_Kept]:
         """What was kept and shows the same, without images that the source lists for the same part."""
         near = [kept for other in self._near[value] for kept in self._by_hash.get(other, ())]
-        return [kept for kept in near if (part is None or kept.part != part) and self._same(row, kept.row)]
+        compared = [kept for kept in near if part is None or kept.part != part]
+        same = self._same(row, [kept.row for kept in compared])
+        return [kept for kept, is_same in zip(compared, same, strict=True) if is_same]
 
     def _drop(self, row: manifest.Row, code: str, reason: str) -> bool:
         self.dropped.append(QuarantineEntry(dump=row.dump, name=row.name, code=code, reason=reason))
@@ -138,21 +146,22 @@ def _hash_of(row: manifest.Row) -> int | None:
     return int(row.phash, 16) if row.phash else None
 
 
-class Thumbnails:
-    """The closer look at images of the shards; each is decoded once."""
+class CloserLook:
+    """The closer look at images of the shards; each is decoded once, when it is first compared."""
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
-        self._known: dict[str, perceptual_hash.Thumbnail] = {}
+        self._gallery = perceptual_hash.Gallery()
 
-    def same(self, first: manifest.Row, second: manifest.Row) -> bool:
-        """Whether two images show the same, up to brightness and contrast."""
-        return perceptual_hash.same_picture(self._of(first), self._of(second))
-
-    def _of(self, row: manifest.Row) -> perceptual_hash.Thumbnail:
-        if row.id not in self._known:
-            self._known[row.id] = perceptual_hash.thumbnail(manifest.open_image(row, self._max_pixels))
-        return self._known[row.id]
+    def same(self, row: manifest.Row, others: Sequence[manifest.Row]) -> Sequence[bool]:
+        """Which of the others show the same as `row`, up to brightness and contrast."""
+        if not others:
+            return []
+        for one in (row, *others):
+            if one.id not in self._gallery:
+                image_HWC = manifest.open_image(one, self._max_pixels)
+                self._gallery.add(one.id, perceptual_hash.thumbnail(image_HWC))
+        return self._gallery.same(row.id, [other.id for other in others])
 
 
 def lost_labels(dropped: Sequence[QuarantineEntry], needed: Collection[str]) -> list[str]:
@@ -176,7 +185,7 @@ def run(params: config.Params) -> Result:
     imported = labels.places(labels.read_labels(), [c["name"] for c in source["classes"]])
 
     settings = params.ingest
-    same = Thumbnails(settings.max_pixels).same
+    same = CloserLook(settings.max_pixels).same
     bits, cap = settings.near_duplicate_bits, settings.near_duplicate_cap
     rows, dropped = deduplicate(archives, source["lists"], bits, cap, same)
     rows = labels.attach(rows, imported)

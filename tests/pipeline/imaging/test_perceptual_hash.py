@@ -125,15 +125,46 @@ def test_all_near_pairs_are_those_of_brute_force(seeds: list[tuple[int, list[int
     assert {value: sorted(near) for value, near in perceptual_hash.neighbours(values, bits).items()} == want
 
 
+def same(*pictures: np.ndarray) -> list[bool]:
+    """Whether each further picture shows the same as the first."""
+    gallery = perceptual_hash.Gallery()
+    for number, picture in enumerate(pictures):
+        gallery.add(str(number), perceptual_hash.thumbnail(np.ascontiguousarray(picture)))
+    return gallery.same("0", [str(number) for number in range(1, len(pictures))])
+
+
 def test_the_closer_look_passes_copies_and_stops_at_an_object() -> None:
     picture = tiny_source.picture(5, 192, 256)
-    first = perceptual_hash.thumbnail(picture)
     darker = (picture * 0.7 + 20).astype(np.uint8)
     packed = np.asarray(Image.open(io.BytesIO(tiny_source.encode(picture, "JPEG", quality=40))))
-    for copy in (darker, packed, picture[::2, ::2]):
-        assert perceptual_hash.same_picture(first, perceptual_hash.thumbnail(np.ascontiguousarray(copy)))
-
     with_object = picture.copy()
     with_object[80:94, 60:74] = (200, 30, 30)  # 0.4 % of the picture
+    recoloured = picture[..., ::-1]
+
     assert perceptual_hash.distance(perceptual_hash.dhash(picture), perceptual_hash.dhash(with_object)) <= 3
-    assert not perceptual_hash.same_picture(first, perceptual_hash.thumbnail(with_object))
+    assert same(picture, darker, packed, picture[::2, ::2], with_object, recoloured) == [True] * 3 + [False] * 2
+
+
+def test_many_are_compared_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a slow loop of the same rule in float64, over several chunks and grown arrays."""
+    monkeypatch.setattr(perceptual_hash, "CHUNK", 7)
+    base = tiny_source.picture(5, 48, 64)
+    rng = np.random.default_rng(0)
+    pictures = [base]
+    for n in range(150):
+        noisy = base + rng.normal(0, n / 4, base.shape)
+        pictures.append(np.clip(noisy, 0, 255).astype(np.uint8))
+
+    def slow(first: np.ndarray, second: np.ndarray, levels: float, share: float) -> bool:
+        y, x = (a.astype(np.float64) - a.astype(np.float64).mean(axis=(0, 1)) for a in (first, second))
+        gain = (x * y).sum() / max((x * x).sum(), 1e-6)
+        return bool(np.abs(y - gain * x).max() <= levels + share * np.sqrt((y * y).mean()))
+
+    first, *others = map(perceptual_hash.thumbnail, pictures)
+    expected = [
+        slow(first.luma_HW, other.luma_HW, *perceptual_hash.LUMA_TOLERANCE)
+        and slow(first.chroma_HWC, other.chroma_HWC, *perceptual_hash.CHROMA_TOLERANCE)
+        for other in others
+    ]
+    assert 10 < sum(expected) < 140
+    assert same(*pictures) == expected

@@ -137,7 +137,7 @@ def test_hashes_propose_and_the_closer_look_decides() -> None:
     rows = [row("a", "1", FAR[0], mask=True), row("b", "2", FAR[0], mask=True), row("c", "3", FAR[0] ^ 1)]
 
     def look(same: bool) -> list[str]:
-        kept, _ = deduplicate.deduplicate([rows], NO_LISTS, 3, 1, lambda first, second: same)
+        kept, _ = deduplicate.deduplicate([rows], NO_LISTS, 3, 1, lambda row, others: [same] * len(others))
         return [r.name for r in kept]
 
     assert look(same=True) == ["a"]
