@@ -214,9 +214,13 @@ def demand_parts(counts: Mapping[str, int], unused: Mapping[str, str], lists: Li
     A part whose share is 0 and that no list names is left out on purpose.
     """
     if not counts["labelled"]:
+        held = [f"{len(ids)} are listed for {part}" for part in ("val", "test") if (ids := lists.get(part))]
+        listed = (
+            f" ({' and '.join(held)}; a source's own val set is the test set where it has no other)" if held else ""
+        )
         raise ValueError(
-            "no labelled image is left to train on: give more images a mask, lower split.val and split.test, or check "
-            "data.lists.labelled"
+            f"no labelled image is left to train on{listed}: give more images a mask, lower split.val and split.test, or "
+            "name each part in data.lists"
         )
     for part in ("val", "test"):
         wanted = lists.get(part) is not None or getattr(params, part) > 0

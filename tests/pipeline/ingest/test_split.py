@@ -184,6 +184,12 @@ def test_no_labelled_image_is_an_error(tmp_path: Path, capsys: pytest.CaptureFix
     [
         ({"labelled": 0, "val": 1, "test": 1}, {}, (0.1, 0.2), "no labelled image"),
         (
+            {"labelled": 0, "val": 0, "test": 1},
+            {"test": ["x"]},
+            (0.1, 0.2),
+            "1 are listed for test; a source's own val set",
+        ),
+        (
             {"labelled": 2, "val": 0, "test": 1},
             {},
             (0.1, 0.2),
