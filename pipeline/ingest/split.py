@@ -214,9 +214,11 @@ def demand_parts(counts: Mapping[str, int], unused: Mapping[str, str], lists: Li
     A part whose share is 0 and that no list names is left out on purpose.
     """
     if not counts["labelled"]:
-        held = [f"{len(ids)} are listed for {part}" for part in ("val", "test") if (ids := lists.get(part))]
+        evaluated = [f"{len(ids)} are listed for {part}" for part in ("val", "test") if (ids := lists.get(part))]
         listed = (
-            f" ({' and '.join(held)}; a source's own val set is the test set where it has no other)" if held else ""
+            f" ({' and '.join(evaluated)}; a source's own val set is the test set where it has no other)"
+            if evaluated
+            else ""
         )
         raise ValueError(
             f"no labelled image is left to train on{listed}: give more images a mask, lower split.val and split.test, or "
@@ -225,9 +227,9 @@ def demand_parts(counts: Mapping[str, int], unused: Mapping[str, str], lists: Li
     for part in ("val", "test"):
         wanted = lists.get(part) is not None or getattr(params, part) > 0
         if wanted and not counts[part]:
-            held = f"; {len(unused)} images are unused, {next(iter(unused.values()))}" if unused else ""
+            idle = f"; {len(unused)} images are unused, {next(iter(unused.values()))}" if unused else ""
             raise ValueError(
-                f"no {part} image: {counts['labelled']} labelled images are left to draw from by group{held}. Label more "
+                f"no {part} image: {counts['labelled']} labelled images are left to draw from by group{idle}. Label more "
                 f"images or groups, name some in data.lists.{part}, or set data.group to what really belongs together"
             )
 
