@@ -132,6 +132,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         refused=found.refused,
         notes=[
             f"{found.count} labelme files, {len(found.labelled)} with shapes; pixels in no shape: {data.unannotated}",
+            *annotations.no_shapes_notes(len(found.empty), data.unannotated, data.no_shapes),
             *pictures.forgiven(),
             *notes,
             *splits.notes,

@@ -102,6 +102,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         notes=[
             f"label files: {', '.join(path.name for path in used)}",
             f"{len(keys)} images, {len(made)} with labels; pixels in no shape: {data.unannotated}",
+            *annotations_.no_shapes_notes(len(keys) - len(made), data.unannotated, data.no_shapes),
             *images.forgiven(),
             *notes,
             *splits.notes,

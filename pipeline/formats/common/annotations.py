@@ -71,6 +71,15 @@ def lost_reason(lost: Lost) -> str:
     return f"{which}: {LOST}" if kind == NO_AREA else f"{kind}: {which}: {LOST}"
 
 
+def no_shapes_notes(count: int, unannotated: str, no_shapes: str) -> list[str]:
+    """What to say of `count` images whose labels hold no shape, where they may be free of objects: a line, or none."""
+    if not count or unannotated != "background" or no_shapes == "background":
+        return []
+    return [
+        f"{count} images without a shape are unlabelled; if they are free of objects, set data.no_shapes: background"
+    ]
+
+
 def ignore_name(classes: Sequence[str]) -> str:
     """The label that stands for ignored pixels beside these classes."""
     return next(name for name in IGNORE_NAMES if name not in classes)

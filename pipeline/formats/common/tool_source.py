@@ -127,16 +127,16 @@ def _makers(labelled: Labelled, images: Mapping[str, Path], data: config.Data, p
     makers: dict[str, Maker] = {}
     for image, picture in labelled.pictures.items():
         if picture.lost and data.unannotated == "background":
-            kind, which = picture.lost[0]
-            labelled.refused.append(
-                (f"masks/{name_id(image)}.png", annotations.NO_AREA, f"{kind}: {which}: {annotations.LOST}")
-            )
+            reason = annotations.lost_reason(picture.lost[0])
+            labelled.refused.append((f"masks/{name_id(image)}.png", annotations.NO_AREA, reason))
             continue
         labelled.skipped += [(kind, f"{which} of {picture.name}") for kind, which in picture.lost]
         if picture.shapes:
             makers[image] = partial(_render, picture, painting)
         elif data.no_shapes == "background" and picture.annotated and not picture.lost:
             makers[image] = partial(annotations.render_background, images[image], painting.empty, painting.max_pixels)
+    empty = sum(picture.annotated and not picture.shapes and not picture.lost for picture in labelled.pictures.values())
+    labelled.notes += annotations.no_shapes_notes(empty, data.unannotated, data.no_shapes)
     return makers
 
 

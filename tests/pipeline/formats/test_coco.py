@@ -235,7 +235,10 @@ def test_a_short_ring_beside_a_long_one_is_left_out(tmp_path: Path) -> None:
 def test_an_image_without_shapes_is_background_where_the_settings_say_so(tmp_path: Path) -> None:
     root = tree(tmp_path, [CUP | {"segmentation": [box(0, 0, 6, 1)]}])
     tiny_source.put(root, "images/b.png", png(np.zeros((1, 2), np.uint8)))
-    assert "b" not in tiny_labels.labels(read(root, unannotated="background"))
+    source = read(root, unannotated="background")
+    assert "b" not in tiny_labels.labels(source)
+    assert any("1 images without a shape are unlabelled" in note for note in source.notes)
+    assert not any("without a shape" in note for note in read(root).notes)
     found = tiny_labels.labels(read(root, unannotated="background", no_shapes="background"))
     assert found["b"].tolist() == [[0, 0]]
     with pytest.raises(ValueError, match="set unannotated: background too"):
