@@ -8,26 +8,22 @@ points have no area: they are counted, and refuse their image's mask where pixel
 
 import base64
 import binascii
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline import config
-from pipeline.formats.common import annotations, parsing, rasterize, split_lists
+from pipeline.formats.common import annotations, parsing, split_lists
 from pipeline.formats.common import class_list as class_lists
 from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk_all
+from pipeline.formats.labelme import masks
 from pipeline.formats.names import image_files, layout, matching
 from pipeline.formats.names.skipped import Skipped
-from pipeline.imaging import decode, label_maps
+from pipeline.imaging import label_maps
 from pipeline.storage import archives
 
-NO_AREA = ("point", "points", "line", "linestrip")
-MAX_BYTES = 512 << 20  # of one file, with the image inside
 IGNORE = "__ignore__"
 MADE = "what labelme_json_to_dataset made of a label file"  # img.png, label.png, label_names.txt, label_viz.png
 
@@ -115,7 +111,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     classes, ids, notes = class_lists.named(root, data, sorted(set().union(*found.labels.values()) - {IGNORE}))
     ids[IGNORE] = label_maps.IGNORE
     members: dict[str, Path | Maker] = {f"images/{inside(name)}": path for name, path in images.images.items()}
-    members |= {f"images/{key}.png": partial(_embedded, path) for key, path in found.embedded.items()}
+    members |= {f"images/{key}.png": partial(masks.embedded, path) for key, path in found.embedded.items()}
     members |= _masks(found, members, data, ids, class_lists.empty_id(data, ids), max_pixels)
 
     names = [name.partition("/")[2] for name in members if name.startswith("images/")]
@@ -166,7 +162,7 @@ def _label_files(everything: Mapping[str, Path], pictures: Pictures) -> Found:
             found.skipped.append((image_files.SYSTEM, name))
             continue
         try:
-            document = parsing.read_json(path, max_bytes=MAX_BYTES)
+            document = parsing.read_json(path, max_bytes=masks.MAX_BYTES)
         except SourceError as error:
             found.refused.append((f"masks/{inside(name_id(name))}.png", "label-file", str(error)))
             continue
@@ -183,7 +179,7 @@ def _label_files(everything: Mapping[str, Path], pictures: Pictures) -> Found:
         found.forget(key)
         if picture is None:
             found.embedded[key] = path
-        _add_shapes(found, key, path, _shapes(document))
+        _add_shapes(found, key, path, masks.shapes_of(document))
     for key, names in taken.items():
         _refuse_others(found, key, names)
     return found
@@ -210,13 +206,13 @@ def _refuse_others(found: Found, key: str, names: Sequence[str]) -> None:
 
 
 def _add_shapes(found: Found, key: str, path: Path, shapes: Sequence[Any]) -> None:
-    lost = [_kind(shape) for shape in shapes if _kind(shape) in NO_AREA]
+    lost = [masks.kind_of(shape) for shape in shapes if masks.kind_of(shape) in masks.NO_AREA]
     if lost:
         found.lost[key] = lost
     if len(lost) == len(shapes):
         found.empty |= {} if lost else {key: None}
         return
-    drawn = [shape for shape in shapes if isinstance(shape, dict) and _kind(shape) not in NO_AREA]
+    drawn = [shape for shape in shapes if isinstance(shape, dict) and masks.kind_of(shape) not in masks.NO_AREA]
     found.labels[key] = {shape["label"] for shape in drawn if isinstance(shape.get("label"), str)}
     found.labelled[key] = path
 
@@ -230,12 +226,12 @@ def _masks(
     max_pixels: int,
 ) -> dict[str, Path | Maker]:
     """Who renders each mask. Where what has no area would become background, the mask is refused instead."""
-    masks: dict[str, Path | Maker] = {}
+    made: dict[str, Path | Maker] = {}
     for key, path in found.labelled.items():
-        masks[f"masks/{key}.png"] = partial(render, path, ids, empty, max_pixels)
+        made[f"masks/{key}.png"] = partial(masks.render, path, ids, empty, max_pixels)
     for key, kinds in found.lost.items():
         if data.unannotated == "background":
-            masks.pop(f"masks/{key}.png", None)
+            made.pop(f"masks/{key}.png", None)
             reason = f"a shape of kind {kinds[0]!r}: {annotations.LOST}"
             found.refused.append((f"masks/{key}.png", annotations.NO_AREA, reason))
         else:
@@ -244,102 +240,9 @@ def _masks(
         pictures = {name_id(name.partition("/")[2]): picture for name, picture in images.items()}
         for key in found.empty:
             if isinstance(picture := pictures.get(key), Path):
-                masks[f"masks/{key}.png"] = partial(annotations.render_background, picture, empty, max_pixels)
-    return masks
-
-
-def _kind(shape: Any) -> str:
-    return str(shape.get("shape_type") or "polygon") if isinstance(shape, dict) else ""
+                made[f"masks/{key}.png"] = partial(annotations.render_background, picture, empty, max_pixels)
+    return made
 
 
 def inside(name: str) -> str:
     return name.removeprefix("images/")
-
-
-def _shapes(document: Mapping[str, Any]) -> list[Any]:
-    found = document.get("shapes")
-    return found if isinstance(found, list) else [None]
-
-
-def _embedded(path: Path) -> bytes:
-    """The picture inside a labelme file, upright as labelme stores it."""
-    text = parsing.read_json(path, max_bytes=MAX_BYTES).get("imageData")
-    if not isinstance(text, str):
-        raise decode.Refused(
-            "image-missing",
-            f"{path.name}: its imagePath is not below data.path, and it holds no imageData; add the image",
-        )
-    return _unpack(text, "imageData")
-
-
-def _unpack(text: str, what: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=False)
-    except (binascii.Error, ValueError) as error:
-        raise decode.Refused("label-file", f"{what} is no base64 ({error}); save the labels again") from error
-
-
-def render(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> bytes:
-    """One file's shapes -> PNG of class ids.
-
-    Raises:
-        images.Refused: "label-file", "bad-polygon", "bad-shape": one broken shape refuses the
-            whole mask, since a half painted one is a wrong label.
-    """
-    try:
-        document = parsing.read_json(path, max_bytes=MAX_BYTES)
-        height = parsing.whole(document.get("imageHeight"), "imageHeight")
-        width = parsing.whole(document.get("imageWidth"), "imageWidth")
-        decode.check_pixels(width, height, max_pixels)
-        label_HW = np.full((height, width), empty, np.uint8)
-        for shape in _shapes(document):
-            if _kind(shape) in NO_AREA:
-                continue
-            name = parsing.field(shape, "label", str)
-            if name not in ids:
-                raise parsing.Broken(f"label {name!r:.40} came while the file was read; run pull again")
-            label_HW[pixels(shape, height, width, max_pixels)] = ids[name]
-    except (parsing.Broken, SourceError) as error:
-        raise decode.Refused("label-file", f"{path.name}: {error}") from error
-    return label_maps.encode_png(label_HW)
-
-
-def pixels(shape: Mapping[str, Any], height: int, width: int, max_pixels: int) -> rasterize.Mask_HW:
-    """One labelme shape -> H x W. Raises images.Refused and documents.Broken as `render` says."""
-    kind = shape.get("shape_type") or "polygon"
-    points = parsing.field(shape, "points", list)
-    if kind in ("polygon", "oriented_rectangle"):
-        return rasterize.fill([rasterize.ring(points)], height, width)
-    if kind not in ("rectangle", "circle", "mask"):
-        raise decode.Refused("bad-shape", f"a shape of kind {kind!r:.40} is not known here; draw a polygon")
-    if kind == "rectangle" and len(points) == 4:  # X-AnyLabeling writes all corners
-        return rasterize.fill([rasterize.ring(points)], height, width)
-    if len(points) != 2 or not all(isinstance(point, list) and len(point) == 2 for point in points):
-        raise decode.Refused("bad-shape", f"a {kind} has two points of x and y, this one has {len(points)}")
-    (x0, y0), (x1, y1) = [[parsing.number(v, f"a {kind}'s coordinate") for v in point] for point in points]
-    if max(map(abs, (x0, y0, x1, y1))) > rasterize.FAR:
-        raise decode.Refused("bad-shape", f"a {kind} has a coordinate far outside the image")
-    if kind == "rectangle":
-        return rasterize.box(x0, y0, x1, y1, height, width)
-    if kind == "circle":  # its centre and a point on its rim
-        return rasterize.disc(x0, y0, math.hypot(x1 - x0, y1 - y0), height, width)
-    return _crop(parsing.field(shape, "mask", str), (x0, y0, x1, y1), height, width, max_pixels)
-
-
-def _crop(
-    text: str, corners: tuple[float, float, float, float], height: int, width: int, max_pixels: int
-) -> rasterize.Mask_HW:
-    """A mask's PNG covers its box, both corners included (labelme's own shape_to_mask)."""
-    left, top, right, bottom = (round(value) for value in corners)
-    crop_HW = label_maps.decode_mask(_unpack(text, "mask"), max_pixels=max_pixels) > 0
-    if crop_HW.shape != (bottom - top + 1, right - left + 1):
-        raise decode.Refused(
-            "bad-shape",
-            f"a mask of {crop_HW.shape[1]} x {crop_HW.shape[0]} pixels for a box of {right - left + 1} x "
-            f"{bottom - top + 1}; save the labels again",
-        )
-    if left < 0 or top < 0 or right >= width or bottom >= height:
-        raise decode.Refused("bad-shape", "a mask's box reaches beyond the image; save the labels again")
-    out_HW = np.zeros((height, width), np.bool_)
-    out_HW[top : bottom + 1, left : right + 1] = crop_HW
-    return out_HW
