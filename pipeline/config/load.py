@@ -99,10 +99,7 @@ def load(file: Path = paths.PARAMS) -> Params:
     """
     if not file.exists():
         raise ConfigError(f"{file}: not found; run from the project's folder or pass --params")
-    raw = _read(file.read_text(encoding="utf-8"), file)
-    if problems := list(renamed(raw)):
-        raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
-    return check(merge(shipped(), raw), file)
+    return check(merge(shipped(), _read(file.read_text(encoding="utf-8"), file)), file)
 
 
 @cache

@@ -19,7 +19,7 @@ from pipeline.demo import recipe as demo
 from pipeline.demo import vizdoom
 from pipeline.formats import cityscapes, coco, cvat, folder, geotiff, labelme, labelstudio, voc
 from pipeline.formats.common import class_list, unpack
-from pipeline.formats.common.source import LISTS, Source, SourceError
+from pipeline.formats.common.source import LISTS, Maker, Source, SourceError
 from pipeline.formats.names import skipped
 from pipeline.imaging import decode
 from pipeline.ingest import label_counts
@@ -101,17 +101,16 @@ def pull_labels(params: config.Params) -> Pulled:
         with progress.bar("pack", len(source.files)) as bar, shards.replacing_tar(path) as add:
             for name, origin in source.files:
                 bar.advance()
+                is_mask = name.startswith("masks/")
                 try:
-                    content = origin if isinstance(origin, Path) else origin()
+                    content = _content(origin, whole=is_mask)
                 except decode.Refused as error:
                     refused.append((name, error.code, str(error)))
                     continue
                 add(name, content)
-                if name.startswith("masks/"):
-                    data_ = content if isinstance(content, bytes) else content.read_bytes()
-                    counts.add(name, data_, params.ingest.max_pixels)
-                else:
-                    images += 1
+                if isinstance(content, bytes) and is_mask:
+                    counts.add(name, content, params.ingest.max_pixels)
+                images += not is_mask
             listed_in = source.class_list or class_list.named_in(root, data)
             _demand_enough(source, images, counts, refused, listed_in, params)
     about: dict[str, Any] = {"source": data.source, "classes": source.classes, "ignore": 255, "lists": source.lists}
@@ -119,6 +118,13 @@ def pull_labels(params: config.Params) -> Pulled:
     if refused:
         about["refused"] = [list(item) for item in sorted(refused)]
     return about, {path: images}, told(source, counts, refused)
+
+
+def _content(origin: Path | Maker, *, whole: bool) -> bytes | Path:
+    """What goes into the archive: a mask's bytes, read or rendered once; an image's file by reference. Raises Refused."""
+    if not isinstance(origin, Path):
+        return origin()
+    return origin.read_bytes() if whole else origin
 
 
 def _without_unreadable_names(source: Source) -> tuple[Source, list[tuple[str, str, str]]]:
