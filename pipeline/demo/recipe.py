@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -86,23 +87,35 @@ def jobs(recipe: Recipe) -> list[vizdoom.Job]:
     return sorted((vizdoom.Job(level, n, *rules) for level, n in counts(recipe).items()), key=lambda job: -job.frames)
 
 
+def _enter_own_folder(parent: str) -> None:
+    """Work in a new folder below `parent`.
+
+    The engine makes `./_vizdoom` without asking whether another engine just did, and ends its process where one did:
+    engines that start together need a folder each.
+    """
+    os.chdir(tempfile.mkdtemp(dir=parent))
+
+
 def render_all(
     recipe: Recipe, workers: int, done: Callable[[str, int], None] = lambda level, frames: None
 ) -> dict[str, list[vizdoom.Frame]]:
     """Render every level of the recipe in `workers` processes; `done(level, frames)` is called as levels finish.
 
     Each level has an engine and a random stream of its own, so neither the order nor the number of workers matters.
-    The engine leaves files in its working folder: the workers live in a temporary one.
     """
     found: dict[str, list[vizdoom.Frame]] = {}
     with (
         tempfile.TemporaryDirectory(prefix="demo-") as folder,
-        ProcessPoolExecutor(workers, get_context("spawn"), initializer=os.chdir, initargs=(folder,)) as pool,
+        ProcessPoolExecutor(workers, get_context("spawn"), initializer=_enter_own_folder, initargs=(folder,)) as pool,
     ):
         try:
             for level, frames in pool.map(vizdoom.render, jobs(recipe)):
                 found[level] = frames
                 done(level, len(frames))
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "rendering the demo's images: the level engine ended unexpectedly, perhaps out of memory; run pull again"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

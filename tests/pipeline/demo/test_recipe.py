@@ -3,7 +3,10 @@
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +177,19 @@ def test_frames_are_varied_bright_and_fully_classed(frames: list[vizdoom.Frame])
         assert (mask[-20:, 100:156] == vizdoom.WEAPON).any()  # the player's weapon is at the bottom
         seen |= set(np.unique(mask).tolist())
     assert set(range(6)) <= seen
+
+
+def test_engines_that_start_together_share_no_folder(tmp_path: Path) -> None:
+    """Two engines in one folder race to make `_vizdoom`, and the slower one ends its process."""
+    with ProcessPoolExecutor(2, get_context("spawn"), initializer=demo._enter_own_folder, initargs=(tmp_path,)) as pool:
+        where = {waiting.result() for waiting in [pool.submit(_slow_cwd) for _ in range(6)]}
+    assert len(where) == 2
+    assert all(Path(one).parent == tmp_path for one in where)
+
+
+def _slow_cwd() -> str:
+    time.sleep(0.3)
+    return str(Path.cwd())
 
 
 def test_demo_is_pulled_into_one_archive_per_delivery(tmp_path: Path) -> None:
