@@ -27,7 +27,7 @@ class UniMatchSettings(Section):
 class S4MCSettings(Section):
     """alpha: share of pixels left out at the first step, falling linearly to `alpha_end` at the last."""
 
-    preset: Literal["paper", "ref_a", "ref_b"]
+    preset: Literal["paper", "weighted", "ref_a", "ref_b"]
     alpha: Share
     alpha_end: Share
 
@@ -180,6 +180,22 @@ class Train(Section):
             raise ValueError(
                 f"teacher_view whole: {self.method} is its own teacher here and sees the weak view only; set teacher_view: "
                 "crop, or teacher: ema"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_mirrored_view_has_an_ema_teacher(self) -> "Train":
+        if self.method not in ("s4mc", "s4mc+unimatch") or self.s4mc.preset != "weighted":
+            return self
+        if self.teacher == "self" or (self.teacher == "auto" and self.published_without_ema):
+            raise ValueError(
+                f"s4mc.preset weighted asks the EMA teacher twice, and {self.method} is its own teacher here; set teacher: "
+                "ema, or s4mc.preset: paper"
+            )
+        if self.teacher_view == "whole":
+            raise ValueError(
+                "s4mc.preset weighted looks at the weak view and its mirror image; set teacher_view: crop, or "
+                "s4mc.preset: paper"
             )
         return self
 

@@ -71,8 +71,9 @@ def masked(
     weight: float = 1.0,
     *,
     count: Tensor | None = None,
+    weight_BHW: Tensor | None = None,
 ) -> Loss:
-    """Cross entropy over kept pixels.
+    """Cross entropy over kept pixels, each times its `weight_BHW` (None: 1).
 
     Divided by the valid pixels (FixMatch), by the kept ones, or by kept^2 / valid (`ratio`: the mean over kept pixels
     times valid / kept, as one public code base has it). With zero kept pixels the loss and its gradient are exactly 0.
@@ -81,7 +82,10 @@ def masked(
     each = F.cross_entropy(logits_BKHW.float(), label_BHW, reduction="none")
     if count is None:
         count = divisor(keep_BHW.sum(), valid_BHW.sum(), normaliser)
-    return Loss(torch.where(keep_BHW, each, 0.0).sum(), count, weight)
+    kept = torch.where(keep_BHW, each, 0.0)
+    if weight_BHW is not None:
+        kept = kept * torch.where(keep_BHW, weight_BHW, 0.0)
+    return Loss(kept.sum(), count, weight)
 
 
 def divisor(kept: Tensor, valid: Tensor, normaliser: Normaliser) -> Tensor:

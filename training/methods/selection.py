@@ -1,6 +1,6 @@
 """Which pixels become labels: teacher logits -> refine -> threshold -> pseudo-labels, and what a strong view is trained on."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Generator, Tensor
@@ -13,12 +13,20 @@ from training.methods.registry import Method
 
 @dataclass(frozen=True)
 class Selection:
-    """Pseudo-labels of a weak view: label_BHW int64, keep_BHW bool, the bar that chose them (scalar), and the scores."""
+    """Pseudo-labels of a weak view: label_BHW int64, keep_BHW bool, the bar that chose them (scalar), and the scores.
+
+    weight_BHW: what each kept pixel counts, in [0, 1]; None: 1.
+    """
 
     label_BHW: Tensor
     keep_BHW: Tensor
     bar: Tensor
     score_BHW: Tensor
+    weight_BHW: Tensor | None = None
+
+    def labels(self, valid_BHW: Tensor) -> "Labels":
+        """As labels of the view that they were chosen for."""
+        return Labels(self.label_BHW, self.keep_BHW, valid_BHW, self.weight_BHW)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ def select(
     ranks: Ranks = ALONE,
     embeddings: Embeddings | None = None,
     observed_BHW: Tensor | None = None,
+    mirrored_BKHW: Tensor | None = None,
 ) -> Selection:
     """Teacher logits -> pseudo-labels and which of them count. Invalid pixels influence neither the bar nor the loss.
 
@@ -47,9 +56,10 @@ def select(
         at: semi-supervised step, from 0; drives the threshold's schedule.
         embeddings: CorrMatch's, for the non-local union.
         observed_BHW: pixels that the bar is computed from; the valid ones if None.
+        mirrored_BKHW: the teacher's logits for the mirrored view, turned back, for a refinement that takes them in.
     """
     assert method.threshold is not None
-    scores = _scores(method, logits_BKHW, valid_BHW, embeddings)
+    scores = _scores(method, logits_BKHW, valid_BHW, embeddings, mirrored_BKHW)
 
     if observed_BHW is None:
         from_refined = method.refinement is not None and method.refinement.quantile_from == "refined"
@@ -67,11 +77,20 @@ def select_above(method: Method, logits_BKHW: Tensor, valid_BHW: Tensor, bar: Te
     return _above(method, _scores(method, logits_BKHW, valid_BHW, None), valid_BHW, bar)
 
 
-def _scores(method: Method, logits_BKHW: Tensor, valid_BHW: Tensor, embeddings: Embeddings | None) -> Scores:
+def _scores(
+    method: Method,
+    logits_BKHW: Tensor,
+    valid_BHW: Tensor,
+    embeddings: Embeddings | None,
+    mirrored_BKHW: Tensor | None = None,
+) -> Scores:
     how, correlation = method.refinement, method.correlation
     if how is None:
         raw, label = _probability(logits_BKHW, valid_BHW).max(1)
         return Scores(raw, raw, label)
+    if mirrored_BKHW is not None:
+        prob, mirrored = (_probability(logits, valid_BHW) for logits in (logits_BKHW, mirrored_BKHW))
+        return Scores(*s4mc.scores(prob, how, method.table_K, mirrored_BKHW=mirrored))
     if correlation is None or not correlation.neighbours or embeddings is None:
         return Scores(*s4mc_triton.scores(logits_BKHW, valid_BHW, how, method.table_K))
 
@@ -84,7 +103,8 @@ def _scores(method: Method, logits_BKHW: Tensor, valid_BHW: Tensor, embeddings: 
 def _above(method: Method, scores: Scores, valid_BHW: Tensor, bar: Tensor) -> Selection:
     refined = scores.refined_BHW
     keep = (refined > bar) if method.strict else (refined >= bar)
-    return Selection(scores.label_BHW, keep & valid_BHW & refined.isfinite(), bar, refined)
+    weight = refined if method.refinement is not None and method.refinement.weight == "score" else None
+    return Selection(scores.label_BHW, keep & valid_BHW & refined.isfinite(), bar, refined, weight)
 
 
 def _probability(logits_BKHW: Tensor, valid_BHW: Tensor) -> Tensor:
@@ -94,11 +114,15 @@ def _probability(logits_BKHW: Tensor, valid_BHW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Labels:
-    """A view's labels (BHW int64), which of them teach and which pixels lie in the photograph (BHW bool)."""
+    """A view's labels (BHW int64), which of them teach and which pixels lie in the photograph (BHW bool).
+
+    weight_BHW: what each pixel that teaches counts, in [0, 1]; None: 1.
+    """
 
     label_BHW: Tensor
     keep_BHW: Tensor
     valid_BHW: Tensor
+    weight_BHW: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -110,8 +134,9 @@ class Target(Labels):
 
     def chunk(self, chunks: int) -> list["Target"]:
         """The target of each micro-batch."""
-        planes = (self.label_BHW, self.keep_BHW, self.valid_BHW, self.sure_BHW, self.box_BHW)
-        return [Target(*part) for part in zip(*(plane.chunk(chunks) for plane in planes), strict=True)]
+        planes = (getattr(self, field.name) for field in fields(self))
+        cut = ([None] * chunks if plane is None else plane.chunk(chunks) for plane in planes)
+        return [Target(*part) for part in zip(*cut, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -125,11 +150,13 @@ class Targets:
 def mixed(own: Labels, box_BHW: Tensor, pasted: Labels | None) -> Target:
     """CutMix of the labels, as the images were mixed: inside its box each sample has the labels of what was pasted there,
     its neighbour's in the batch where `pasted` is None."""
-    names = ("label_BHW", "keep_BHW", "valid_BHW")
-    label, keep, valid = (
-        augment.mix(getattr(own, name), box_BHW, None if pasted is None else getattr(pasted, name)) for name in names
-    )
-    return Target(label, keep, valid, keep, box_BHW)
+
+    def cut(name: str) -> Tensor:
+        return augment.mix(getattr(own, name), box_BHW, None if pasted is None else getattr(pasted, name))
+
+    keep = cut("keep_BHW")
+    weight = None if own.weight_BHW is None else cut("weight_BHW")
+    return Target(cut("label_BHW"), keep, cut("valid_BHW"), weight, keep, box_BHW)
 
 
 @torch.no_grad()

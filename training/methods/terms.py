@@ -87,7 +87,7 @@ class StepLoss:
     def _masked(self, name: str, logits_BKHW: Tensor, view: Labels, counts: dict[str, Tensor]) -> Loss:
         return losses.masked(
             logits_BKHW, view.label_BHW, view.keep_BHW, view.valid_BHW, self.method.normaliser, self.weights[name],
-            count=counts[name],
+            count=counts[name], weight_BHW=view.weight_BHW,
         )  # fmt: skip
 
     def _divergence(self, out: Outputs, targets: Targets, counts: dict[str, Tensor]) -> Loss:

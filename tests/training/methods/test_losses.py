@@ -52,3 +52,21 @@ def test_hard_pixels_are_those_below_the_bar_or_the_least_sure():
         loss = losses.hard(logits, label, 255, sure=bar, least=least)
         assert int(loss.count) == len(used)
         assert float(loss.mean()) == pytest.approx(-np.mean(np.log(used)), rel=1e-5)
+
+
+def test_a_weighted_pixel_counts_its_weight_and_a_dropped_one_nothing():
+    """Divided by the valid pixels, not by the weights: a doubtful batch teaches less. NaN where nothing is kept is no harm."""
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    label = torch.randint(0, 3, (2, 4, 4), generator=g)
+    valid = torch.rand(2, 4, 4, generator=g) < 0.8
+    keep = valid & (torch.rand(2, 4, 4, generator=g) < 0.5)
+    weight = torch.rand(2, 4, 4, generator=g)
+    log_prob = logits.detach().log_softmax(1)
+    total = sum(-float(weight[b, y, x] * log_prob[b, label[b, y, x], y, x]) for b, y, x in keep.nonzero().tolist())
+
+    found = losses.masked(logits, label, keep, valid, "valid", weight_BHW=torch.where(keep, weight, torch.nan)).mean()
+    assert found.item() == pytest.approx(total / int(valid.sum()), rel=1e-5)
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert gradient.isfinite().all()
+    assert (gradient.abs().sum(1) > 0).equal(keep)

@@ -14,6 +14,7 @@ from training.engine import ema
 from training.engine.distributed import Group, Ranks
 from training.methods import augment, student
 from training.methods.s4mc import Refinement
+from training.methods.selection import Labels, mixed
 from training.methods.step import SemiSupervisedStep, Views
 from training.methods.student import Student, student_of
 from training.methods.threshold import Fixed
@@ -22,6 +23,7 @@ ALL = ("supervised", "fixmatch", "unimatch", "s4mc", "s4mc+unimatch", "corrmatch
 VARIANTS = [
     *({"method": m} for m in ALL),
     {"method": "s4mc", "s4mc": {"preset": "ref_b"}},
+    {"method": "s4mc", "s4mc": {"preset": "weighted"}},
     {"method": "unimatch", "unimatch": {"streams": "v1"}},
     {"method": "s4mc+unimatch", "unimatch": {"streams": "v1"}},
     {"method": "corrmatch", "corrmatch": {"variant": "reference"}},
@@ -58,6 +60,18 @@ def test_s4mc_that_refines_nothing_under_a_fixed_bar_is_fixmatch():
     assert_same(inert, plain)
 
 
+def test_weighted_s4mc_that_weighs_and_looks_once_is_the_unweighted():
+    """What is new in the preset, taken out, leaves S4MC; and each part alone changes the gradient."""
+    weighted = build(method="s4mc", s4mc={"preset": "weighted"})
+    how = weighted.refinement
+    plain = replace(build(method="s4mc"), normaliser="valid")
+
+    assert_same(replace(weighted, refinement=replace(how, mirrored=False, weight="equal", label_from="raw")), plain)
+    for one_part in ({"mirrored": True, "weight": "equal"}, {"mirrored": False, "weight": "score"}):
+        with pytest.raises(AssertionError):
+            assert_same(replace(weighted, refinement=replace(how, label_from="raw", **one_part)), plain)
+
+
 def test_corrmatch_without_its_terms_under_a_fixed_bar_is_fixmatch():
     plain = build(method="fixmatch", teacher="self")
     corr = build(method="corrmatch")
@@ -87,6 +101,7 @@ CUTTABLE = (
     {"method": "fixmatch"},
     {"method": "s4mc"},
     {"method": "s4mc", "s4mc": {"preset": "ref_b"}},
+    {"method": "s4mc", "s4mc": {"preset": "weighted"}},
 )
 
 
@@ -310,3 +325,30 @@ def test_the_students_wrapper_is_only_a_wrapper():
     model = Featured().eval()
     image = view(3, 1).image_BCHW
     assert torch.equal(Student(model)(image, student.Rows(3)).labelled, model(image))
+
+
+@pytest.mark.parametrize(
+    ("changes", "way_out"),
+    [
+        ({"method": "s4mc", "teacher": "self"}, "teacher: ema"),
+        ({"method": "s4mc+unimatch", "unimatch": {"streams": "v1"}}, "teacher: ema"),
+        ({"method": "s4mc", "teacher_view": "whole"}, "teacher_view: crop"),
+    ],
+    ids=str,
+)
+def test_weighted_s4mc_is_refused_where_no_teacher_can_look_twice(changes, way_out):
+    tiny_settings.train(**changes)
+    with pytest.raises(ValueError, match=rf"s4mc\.preset weighted .* {way_out}"):
+        tiny_settings.train(**changes, s4mc={"preset": "weighted"})
+
+
+def test_cutmix_moves_weights_with_their_labels():
+    box = torch.zeros(2, 4, 4, dtype=torch.bool)
+    box[0, 1:3, 1:3] = True
+    weight = torch.stack([torch.full((4, 4), 0.25), torch.full((4, 4), 0.75)])
+    label = (weight * 4).long()
+    everywhere = torch.ones(2, 4, 4, dtype=torch.bool)
+    target = mixed(Labels(label, everywhere, everywhere, weight), box, None)
+    assert torch.equal(target.label_BHW.float() / 4, target.weight_BHW)
+    assert target.weight_BHW[0, 1, 1] == 0.75
+    assert [part.weight_BHW.shape for part in target.chunk(2)] == [(1, 4, 4)] * 2
