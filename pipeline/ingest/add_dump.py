@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from pipeline import console as progress
 from pipeline.formats.common.source import name_id
 from pipeline.formats.names import image_files
 from pipeline.formats.names import skipped as passed_over
+from pipeline.formats.names.skipped import Skipped
 from pipeline.imaging import decode
 from pipeline.ingest import dump_layout, dump_registry, remote, webdataset
 from pipeline.ingest.groups import Groups
@@ -36,7 +37,7 @@ class Added(NamedTuple):
     """What became of a delivery. `same_as` names the registered dump it equals, in which case nothing was changed.
 
     `skipped` pairs the names of files that were not taken with the reason. `restored`: that dump's archive was gone
-    from the disk and has been written again.
+    from the disk and has been written again. `recognised`: (what, image and group) where folders are not those of the group.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Added(NamedTuple):
     same_as: str | None
     warm_start: str | None
     restored: bool = False
+    recognised: Sequence[Skipped] = ()
 
 
 def add(
@@ -88,7 +90,8 @@ def add(
         spool, skipped = Path(folder) / "spool.tar", list[tuple[str, str]]()
         tile = params.data.tile if params.data.source == "geotiff" else None
         spooled = _spool(webdataset.members(path, limits, Path(folder), seen), spool, tile, skipped)
-        taken = _arranged(spooled, skipped, _groups(root))
+        groups = _groups(root)
+        taken = _arranged(spooled, skipped, groups)
         if not taken:
             reasons = Counter(reason for _, reason in skipped).most_common(1)
             raise archives.DumpRefused(
@@ -100,7 +103,8 @@ def add(
         places = [(name, lie[taken[name].spooled]) for name in sorted(taken)]
         shards.write_tar(ready, ((name, shards.read(spool, m.offset, m.length)) for name, m in places))
         with atomic.locked(home / ".lock"):
-            return _register(path, name, root, content, len(taken), ready, skipped)
+            added = _register(path, name, root, content, len(taken), ready, skipped)
+            return added._replace(recognised=groups.recognised)
 
 
 class Spooled(NamedTuple):
@@ -166,6 +170,8 @@ def _arranged(spooled: list[Spooled], skipped: list[tuple[str, str]], groups: Gr
     inside = dump_layout.without_wrapping(item.name for item in kept)
     paths_ = {name: short if groups.known(short) == groups.known(name) else name for name, short in inside.items()}
     names = dump_layout.unique(paths_[item.name] for item in kept)
+    for name in names:
+        groups.of(name_id(name.removeprefix("images/")), "dump")  # notes what it takes for what
     return dict(zip(names, kept, strict=True))
 
 
@@ -280,6 +286,8 @@ def _shown(added: Added, source: str) -> list[Table | str]:
     table = Table("outcome", "files", title=f"dump {added.name}: {added.archive}")
     table.add_row("images taken", str(added.images))
     for row in passed_over.rows((reason, name) for name, reason in added.skipped):
+        table.add_row(*map(escape, row))
+    for row in passed_over.counted(added.recognised):
         table.add_row(*map(escape, row))
     start = f"from champion {added.warm_start}" if added.warm_start else "from the encoder's own weights"
     return [table, f"next: `dvc repro` ingests it, trains {start}, and the gate decides"]

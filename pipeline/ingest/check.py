@@ -9,7 +9,7 @@ Masks are stored as index PNG, upright as the decoded image (`pipeline.ingest.im
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from rich.table import Table
 from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.formats.common.source import name_id
+from pipeline.formats.names.skipped import Skipped
 from pipeline.ingest import dump_registry
 from pipeline.ingest.groups import Groups
 from pipeline.ingest.image_check import (
@@ -191,7 +192,19 @@ def ingest(
 
     codes = Counter(f"{entry.code}{' (image kept, unlabelled)' if entry.kept else ''}" for entry in refused)
     with_mask = sum(row.mask_shard is not None for row in writer.rows)
-    return Counter({"images": len(writer.rows), "with mask": with_mask}) + writer.turned + codes
+    said = Counter(
+        {f"{what}, the first: {first}": count for what, (count, first) in _firsts(writer.groups.recognised).items()}
+    )
+    return Counter({"images": len(writer.rows), "with mask": with_mask}) + writer.turned + said + codes
+
+
+def _firsts(found: Iterable[Skipped]) -> dict[str, tuple[int, str]]:
+    """Kind -> how many, and the first."""
+    firsts: dict[str, tuple[int, str]] = {}
+    for kind, name in found:
+        count, first = firsts.get(kind, (0, name))
+        firsts[kind] = (count + 1, first)
+    return firsts
 
 
 def _surviving(results: Iterator[tuple[CheckTask, Checked]], archive: Path) -> Iterator[tuple[CheckTask, Checked]]:

@@ -4,8 +4,7 @@ Deliveries come zipped with their own folder, with `images/` and `masks/` in it,
 that may bring label maps in as photographs, nor hide the group that an image belongs to.
 """
 
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from pipeline.formats.common.source import name_id
 from pipeline.formats.names import matching
@@ -42,34 +41,6 @@ def without_wrapping(names: Iterable[str]) -> dict[str, str]:
     if common and not (common[-1].casefold() == "images" or all(parts[0].casefold() == "images" for parts in below)):
         return {name: _without_images(name) for name in listed}
     return {name: _without_images("/".join(parts)) for name, parts in zip(listed, below, strict=True)}
-
-
-def known_groups(groups: Iterable[str]) -> dict[str, str]:
-    """The source's groups by every spelling that is looked up: as they are, and in one Unicode form and case."""
-    listed = list(groups)
-    return {_spelling(group): group for group in listed} | {group: group for group in listed}
-
-
-def known_group(text: str, known: Mapping[str, str]) -> str:
-    """The group of the source that `text` spells, be it in another Unicode form or case; "" where none is."""
-    return known.get(text) or known.get(_spelling(text), "")
-
-
-def group(name: str, known: Mapping[str, str]) -> str:
-    """The group of the source whose folders stand in the path of a dump's image, the longest; "" where none does.
-
-    Args:
-        name: path of the image.
-        known: as `known_groups`. Held-out places are recognised in it, however deep a delivery nests its folders.
-    """
-    folders = [part for part in name.replace("\\", "/").split("/")[:-1] if part]
-    spans = [folders[start:end] for start in range(len(folders)) for end in range(len(folders), start, -1)]
-    spelt = (known_group("/".join(span), known) for span in sorted(spans, key=len, reverse=True))
-    return next(filter(None, spelt), "")
-
-
-def _spelling(text: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 def _folders(name: str) -> set[str]:

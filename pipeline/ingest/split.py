@@ -13,7 +13,8 @@
 - An unlabelled image whose mask was imported (labels.yaml) is labelled, whatever list or dump it is from. Such masks
   have no say in the drawing: a new label never moves a group to val or test. One in place of the source's own has the
   say that its forerunner had: were its group to drop out, the last of the others would train, be it val's or test's.
-- An unlisted image whose group is in val or test is unused: it would leak the place into training.
+- An unlisted image whose group is in val or test is unused: it would leak the place into training. So is one of a later
+  dump whose folders could be those of several groups, one of which is.
 """
 
 from collections import Counter, defaultdict
@@ -27,6 +28,7 @@ from rich.table import Table
 
 from pipeline import config, paths
 from pipeline import console as progress
+from pipeline.formats.names.known_groups import KnownGroups
 from pipeline.ingest import dump_registry
 from pipeline.stage import Result
 from pipeline.storage import atomic, manifest
@@ -57,11 +59,12 @@ def assign(rows: Sequence[Row], lists: Lists, params: config.Split) -> tuple[lis
     split |= _draw_groups(free, lists, params)
 
     held = {row.group: split[row.name] for row in base if split.get(row.name) in ("val", "test")}
+    known = KnownGroups(row.group for row in base if row.group != row.name)
     out: list[Row] = []
     unused: dict[str, str] = {}
     for row in rows:
         part = split.get(row.name) if row.dump == dump_registry.BASE else None
-        reason = _reason_unused(row, held, lists) if part is None else None
+        reason = _reason_unused(row, held, lists, known) if part is None else None
         if reason is not None:
             part = "unused"
             unused[f"{row.dump}/{row.name}"] = reason
@@ -83,12 +86,18 @@ def _listed_parts(lists: Lists) -> dict[str, str]:
     return part_of
 
 
-def _reason_unused(row: Row, held: Mapping[str, str], lists: Lists) -> str | None:
+def _reason_unused(row: Row, held: Mapping[str, str], lists: Lists, known: KnownGroups) -> str | None:
     """Why an image that neither a list nor the draw placed may not train; None where it may, unlabelled."""
     if row.group in held:
         return f"its group {row.group!r} is in {held[row.group]}"
-    if row.dump == dump_registry.BASE and lists.get("unlabelled") is not None:
-        return "no list names it"
+    if row.dump == dump_registry.BASE:
+        return "no list names it" if lists.get("unlabelled") is not None else None
+    if row.group not in known:
+        for group in known.find(row.name).candidates:
+            if group in held:
+                return (
+                    f"its folders could be those of {group!r}, which is in {held[group]}; name them as the source does"
+                )
     return None
 
 

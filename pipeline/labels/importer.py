@@ -9,123 +9,35 @@ import getpass
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import config, paths
-from pipeline.imaging import decode, label_maps
-from pipeline.imaging.mask_png import Colour
-from pipeline.labels import exporter, parse, registry
+from pipeline.formats.names import skipped
+from pipeline.formats.names.skipped import Skipped
+from pipeline.labels import parse, registry
+from pipeline.labels.collector import Collector, Prelabels, Refusal, TakenLabel
 from pipeline.stage import Exit, Result
 from pipeline.storage import atomic, dvc, manifest, shards
 
-OPEN = ("labelled", "unlabelled")  # splits whose labels may change
-
-
-class Refusal(NamedTuple):
-    """A record that was not taken."""
-
-    name: str
-    code: str
-    reason: str
-
 
 class Imported(NamedTuple):
-    """What became of a delivery. `name` is None where nothing in it was new; `unchanged` counts what is in force already."""
+    """What became of a delivery. `name` is None where nothing in it was new; `unchanged` counts what is in force already.
+    `forgiven`: (rule, name and image) of the labels whose names are not quite those of their images."""
 
     name: str | None
     tool: str
     taken: int
     unchanged: int
     refused: list[Refusal]
-
-
-@dataclass(frozen=True)
-class TakenLabel:
-    """A mask that can be used: the digest of its ids, its name in the tool, and its image as DUMP/NAME."""
-
-    digest: str
-    name: str
-    image: str
-
-
-class Prelabels:
-    """What was handed out to be corrected: a mask that is still the same says nothing new."""
-
-    def __init__(self, root: Path, max_pixels: int) -> None:
-        self._root = root
-        self._max_pixels = max_pixels
-        self._handed_out = exporter.handed_out(root)
-        self._members = exporter.prelabels(root)
-
-    def has(self, image: str, digest: str) -> bool:
-        if digest in self._handed_out.get(image, ()):
-            return True
-        member = self._members.get(image)
-        return member is not None and digest == self._digest(member)
-
-    def _digest(self, member: shards.Member) -> str:
-        data = shards.read(self._root / paths.PRELABELS, member.offset, member.length)
-        return manifest.mask_digest(label_maps.decode_mask(data, max_pixels=self._max_pixels).astype("uint8"))
-
-
-class Collector:
-    """Takes a delivery's records one by one; `taken` by image id, `refused` with the reasons."""
-
-    def __init__(
-        self,
-        rows: Sequence[manifest.Row],
-        palette: Sequence[Colour],
-        prelabels: Prelabels | None,
-        put: Callable[[str, bytes], object],
-    ) -> None:
-        """`prelabels`: masks equal to these are refused; None takes them as correct. `put`: stores a mask's PNG."""
-        self._finder = parse.Finder(rows)
-        self._palette = palette
-        self._prelabels = prelabels
-        self._put = put
-        self.taken: dict[str, TakenLabel] = {}
-        self.refused: list[Refusal] = []
-
-    def add(self, record: parse.Record) -> None:
-        try:
-            self._take(record)
-        except decode.Refused as error:
-            self.refused.append(Refusal(record.name, error.code, str(error)))
-
-    def _take(self, record: parse.Record) -> None:
-        """Raises Refused."""
-        row = self._finder.find(record)
-        self._demand_changeable(row)
-        mask_HW = record.draw(row)
-        if (mask_HW == label_maps.IGNORE).all():
-            raise decode.Refused("mask-all-ignore", "every pixel is ignored: nothing to learn from it")
-
-        digest = manifest.mask_digest(mask_HW)
-        if row.split == "unlabelled" and self._prelabels is not None and self._prelabels.has(row.id, digest):
-            raise decode.Refused(
-                "unchanged-pre-label", "just as it was handed out; --accept-unchanged takes it as correct"
-            )
-        self._put(f"{row.id}.png", label_maps.encode_png(mask_HW, self._palette))
-        self.taken[row.id] = TakenLabel(digest, record.name, f"{row.dump}/{row.name}")
-
-    def _demand_changeable(self, row: manifest.Row) -> None:
-        image = f"{row.dump}/{row.name}"
-        if row.id in self.taken:
-            raise decode.Refused("labels-twice", f"this delivery has labels for {image} already")
-        if row.split in ("val", "test"):
-            raise decode.Refused(
-                "held-out",
-                f"{image} is in {row.split}, which must not change under the gate; correct it in the source itself",
-            )
-        if row.split not in OPEN:
-            raise decode.Refused("unused", f"{image} takes no part: {paths.SPLIT_SUMMARY} says why")
+    forgiven: Sequence[Skipped] = ()
 
 
 def add(
@@ -168,15 +80,14 @@ def add(
             tool = parse.detect(opened) if tool == "auto" else tool
             prelabels = None if accept_unchanged or tool == "labelstudio" else Prelabels(root, max_pixels)
             collector = Collector(rows, palette, prelabels, put)
-            for record in parse.read(opened, tool, classes, params.data, max_pixels):
-                collector.add(record)
+            collector.add_all(parse.read(opened, tool, classes, params.data, max_pixels))
 
         delivery = Delivery(path, tool, by or _user(), spool, collector.taken)
         own = {row.id: row.mask_digest for row in rows if row.split == "labelled" and row.mask_import is None}
         (root / paths.LABELS_LOCK).parent.mkdir(parents=True, exist_ok=True)
         with atomic.locked(root / paths.LABELS_LOCK):
             name, count = _register(root, delivery, names, own)
-        return Imported(name, tool, count, len(collector.taken) - count, collector.refused)
+        return Imported(name, tool, count, len(collector.taken) - count, collector.refused, collector.forgiven)
 
 
 def _user() -> str:
@@ -274,6 +185,8 @@ def _shown(path: Path, result: Imported) -> list[Table | str]:
     table = Table("outcome", "images", title=f"{result.tool}: {path}")
     table.add_row("labels taken", str(result.taken))
     table.add_row("in force already", str(result.unchanged))
+    for rule, line in skipped.counted(result.forgiven):
+        table.add_row(f"matched by {rule}", escape(line))
     for code, count in Counter(item.code for item in result.refused).most_common():
         table.add_row(f"refused: {code}", str(count))
     lines = [f"{item.name}: {item.code}: {item.reason}" for item in result.refused]

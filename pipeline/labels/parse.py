@@ -1,7 +1,6 @@
-"""What came back from a label tool: records with a name and a label map, and which image of ours each one is."""
+"""What came back from a label tool: records with a name and a label map."""
 
 import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,7 +17,6 @@ from pipeline.formats.common import annotations, mask_encoding, parsing, unpack
 from pipeline.formats.common import class_list as class_files
 from pipeline.formats.common.annotations import Picture
 from pipeline.formats.common.source import SourceError, name_id, walk
-from pipeline.formats.common.task import PREFIX, id_prefix
 from pipeline.formats.names import image_files
 from pipeline.imaging import decode, label_maps
 from pipeline.storage import manifest
@@ -242,37 +240,3 @@ def _refuse(ids: Sequence[int], theirs: Sequence[str], names: Sequence[str]) -> 
         listed = ", ".join(annotations.nearest(name, names) for name in alien[:5])
         raise decode.Refused("unknown-class", f"unknown classes: {listed}; rename them in classes.txt")
     raise decode.Refused("mask-class-id", f"ids outside 0..{len(theirs) - 1}: {ids[:5]}; map them to a class or to 255")
-
-
-class Finder:
-    """Which row a record means: by the id that it carries, by the digits before its name, else by its whole name.
-
-    A name counts as a whole (`DUMP/NAME` or `NAME`, what stands before an `images/` in it apart), never by its last
-    part alone: another image of that name would take the labels unseen.
-    """
-
-    def __init__(self, rows: Sequence[manifest.Row]) -> None:
-        self._by_id = {row.id: row for row in rows}
-        self._by_prefix, self._by_name = defaultdict(list), defaultdict(list)
-        for row in rows:
-            self._by_prefix[row.id[:PREFIX]].append(row)
-            self._by_name[row.name].append(row)
-            self._by_name[f"{row.dump}/{row.name}"].append(row)
-
-    def find(self, record: Record) -> manifest.Row:
-        """Raises images.Refused("unknown-image" | "ambiguous-name")."""
-        if record.id in self._by_id:
-            return self._by_id[record.id]
-        found = next(
-            (rows for name in (record.name, *record.names) if (rows := self._by_prefix.get(id_prefix(name) or "", []))),
-            [],
-        )
-        stated = (record.name, *record.names)
-        for name in (*stated, *(name.rpartition("images/")[2] for name in stated)):
-            found = found or self._by_name.get(name, []) or self._by_name.get(name_id(name), [])
-        if not found:
-            raise decode.Refused("unknown-image", "no image of this project has that id or name")
-        if len({row.id for row in found}) > 1:
-            listed = ", ".join(f"{row.dump}/{row.name}" for row in found[:4])
-            raise decode.Refused("ambiguous-name", f"could be {listed}; name it as the export did, or DUMP/NAME")
-        return found[0]

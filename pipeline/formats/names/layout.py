@@ -5,8 +5,8 @@ belong together. What is left of a path is its group.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence, Set
 from typing import Literal
 
 from pipeline.formats.common.source import name_id
@@ -29,6 +29,8 @@ LAYOUT = frozenset(
         "segmentationclassraw", "segmentationobject", "gtfine", "upload", "media",
     }
 )  # fmt: skip
+# Of these, what people call places and things as well: layout only as long as no other place stands beside it.
+_ALSO_NAMES = frozenset({"data", "dataset", "media", "upload", "default", "label", "mask", "annotation"})
 
 
 def split_word(word: str) -> Part | None:
@@ -60,13 +62,35 @@ def is_layout(folder: str) -> bool:
     return folder.casefold() in LAYOUT or split_word(folder) is not None
 
 
-def group_in_path(path: str) -> str:
+def group_in_path(path: str, places: Set[str] = frozenset()) -> str:
     """The folders of an image's path that are neither layout nor a split, joined: `images/val/cam0/x.png` -> `cam0`.
 
-    "" where nothing is left.
+    "" where nothing is left. `places`: as `places_in`; these folders count whatever their names.
     """
-    folders = path.replace("\\", "/").split("/")[:-1]
-    return "/".join(folder for folder in folders if folder and not is_layout(folder))
+    folders = [folder for folder in path.replace("\\", "/").split("/")[:-1] if folder]
+    named = ["/".join(folders[: end + 1]) in places for end in range(len(folders))]
+    return "/".join(
+        folder for folder, is_place in zip(folders, named, strict=True) if is_place or not is_layout(folder)
+    )
+
+
+def places_in(paths: Iterable[str]) -> Set[str]:
+    """Folders, as paths, whose names are layout elsewhere and that stand for a place here: `data/` beside `lab/`.
+
+    A tool makes one folder of such a name, and all images lie below it; where images lie in folders beside it, somebody
+    named it so.
+    """
+    children: dict[str, set[str]] = defaultdict(set)
+    for folder in {path.replace("\\", "/").rpartition("/")[0] for path in paths}:
+        parts = [part for part in folder.split("/") if part]
+        for depth, part in enumerate(parts):
+            children["/".join(parts[:depth])].add(part)
+    places: set[str] = set()
+    for above, names in children.items():
+        own = {name for name in names if not is_layout(name) or name.casefold() in _ALSO_NAMES}
+        if len(own) > 1:
+            places |= {f"{above}/{name}".lstrip("/") for name in own if is_layout(name)}
+    return places
 
 
 def groups(paths: Iterable[str]) -> dict[str, str] | None:
@@ -81,7 +105,9 @@ def groups(paths: Iterable[str]) -> dict[str, str] | None:
         None where the folders tell fewer than two groups apart: one folder around everything says nothing about what
         belongs together, and as a group it would leave val and test empty.
     """
-    found = {name_id(path): (group_in_path(path), split_in_path(path)) for path in paths}
+    listed = list(paths)
+    places = places_in(listed)
+    found = {name_id(path): (group_in_path(path, places), split_in_path(path)) for path in listed}
     if len({group for group, _ in found.values()}) < 2:
         return None
     sides = {stated for stated in found.values() if stated[1]}

@@ -9,11 +9,13 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 EXACT, SAME_NAME = "exact", "same name"  # neither forgives anything
 ABOVE = "folders above images/"
 SHOWN = 4  # names in a reason
+_RECENT = 64  # the rules reduce one name in turn, each from what the one before made of it
 
 # What tools and people append to a mask's name, and put in front of an uploaded file's (Label Studio: 8 hex digits). A suffix
 # comes off the name alone: an image `x_l.png` is the left one of two. A prefix may be on either side, but not on both: those
@@ -39,7 +41,7 @@ class Match(NamedTuple):
 
     image: str | None
     rule: str
-    candidates: tuple[str, ...] = ()
+    candidates: Sequence[str] = ()
 
 
 def _same_name(name: str) -> str:
@@ -55,10 +57,12 @@ def _form(name: str) -> str:
     return unicodedata.normalize("NFC", _slashes(name))
 
 
+@lru_cache(_RECENT)
 def _case(name: str) -> str:
     return unicodedata.normalize("NFC", _form(name).casefold())
 
 
+@lru_cache(_RECENT)
 def _extension(name: str) -> str:
     """Without any image extension, however many: `x.jpg.png` and `x` are one name."""
     path = _LAYOUT.sub("", _case(name))
@@ -67,6 +71,7 @@ def _extension(name: str) -> str:
     return path
 
 
+@lru_cache(_RECENT)
 def _suffix(name: str) -> str:
     path = _extension(name)
     shorter = _extension(_SUFFIX.sub("", path))
@@ -98,11 +103,27 @@ def _tool_prefix(path: str) -> str:
     return found[0] if found else ""
 
 
+def _last_part(image: str) -> str:
+    return _image_prefix(image).rpartition("/")[2]
+
+
+def _name_below(name: str) -> str:
+    return _ABOVE.sub("", _prefix(name))
+
+
+def _image_below(image: str) -> str:
+    return _ABOVE.sub("", _image_prefix(image))
+
+
+Reduce = Callable[[str], str]
+Key = TypeVar("Key")
+
+
 class Rule(NamedTuple):
     """What a name and an image's path are reduced to; equal results answer."""
 
-    of_name: Callable[[str], str]
-    of_image: Callable[[str], str]
+    of_name: Reduce
+    of_image: Reduce
 
 
 # What each rule calls itself in a report, strictest first.
@@ -117,7 +138,7 @@ RULES: dict[str, Rule] = {
     "suffix such as _image": Rule(_suffix, _image_suffix),
     "prefix of a tool": Rule(_prefix, _extension),
     "prefix of a tool, on the image": Rule(_suffix, _image_prefix),
-    ABOVE: Rule(lambda name: _ABOVE.sub("", _prefix(name)), lambda image: _ABOVE.sub("", _image_prefix(image))),
+    ABOVE: Rule(_name_below, _image_below),
 }
 LAST = "folders"  # the last rule: one is the end of the other, and no other image has that last part
 ORDER = (*RULES, LAST)
@@ -129,48 +150,65 @@ class Index:
     def __init__(self, images: Iterable[str]) -> None:
         """`images`: every image's path with its extension, below the source or its images folder."""
         self.images = list(images)
-        self._keys: dict[str, Mapping[str, Sequence[str]]] = {}
+        self._tables: dict[Reduce, Mapping[str, Sequence[str]]] = {}
+        self._by_prefix: dict[Reduce, Mapping[tuple[str, str], Sequence[str]]] = {}
 
-    def find(self, name: str) -> Match:
-        """The image that `name` means: a path with or without folders and extension, as a tool wrote it."""
-        own_prefix = _tool_prefix(name)
+    def find(self, name: str, *, folders: bool = True) -> Match:
+        """The image that `name` means: a path with or without folders and extension, as a tool wrote it.
+
+        Args:
+            folders: also where only the end of a path is that of one image (the rule `LAST`). False where images that the
+                name could mean as well may be missing here.
+        """
         for rule, reduce in RULES.items():
-            answers = self._by(rule).get(reduce.of_name(name), ())
-            if answers := _possible(own_prefix, answers) if rule == ABOVE else answers:
+            key = reduce.of_name(name)
+            if (
+                answers := self._possible(name, key, reduce.of_image)
+                if rule == ABOVE
+                else self._of(key, reduce.of_image)
+            ):
                 return _one(answers, rule)
+        if not folders:
+            return Match(None, LAST)
         wanted = _prefix(name)
-        answers = _possible(own_prefix, self._by_last().get(wanted.rpartition("/")[2], ()))
+        answers = self._possible(name, wanted.rpartition("/")[2], _last_part)
         if len(answers) != 1:
-            return Match(None, LAST, tuple(answers))
+            return Match(None, LAST, answers)
         # cam2/001.png is not cam1/001.png, although no other image has that last part
         image = _image_prefix(answers[0])
         same = f"/{wanted}".endswith(f"/{image}") or f"/{image}".endswith(f"/{wanted}")
         return Match(answers[0], LAST) if same else Match(None, LAST)
 
-    def _by(self, rule: str) -> Mapping[str, Sequence[str]]:
-        if rule not in self._keys:
-            found = defaultdict(list)
-            for image in self.images:
-                found[RULES[rule].of_image(image)].append(image)
-            self._keys[rule] = dict(found)
-        return self._keys[rule]
+    def _of(self, key: str, reduce: Reduce) -> Sequence[str]:
+        """The images that reduce to `key`."""
+        if reduce not in self._tables:
+            self._tables[reduce] = _grouped((reduce(image), image) for image in self.images)
+        return self._tables[reduce].get(key, ())
 
-    def _by_last(self) -> Mapping[str, Sequence[str]]:
-        if LAST not in self._keys:
-            found = defaultdict(list)
-            for image in self.images:
-                found[_image_prefix(image).rpartition("/")[2]].append(image)
-            self._keys[LAST] = dict(found)
-        return self._keys[LAST]
+    def _possible(self, name: str, key: str, reduce: Reduce) -> Sequence[str]:
+        """The images that reduce to `key`, without those of another tool's prefix than the name's own.
+
+        They are looked up by prefix: of 100,000 images called `image.png` none is gone through for each name.
+        """
+        own = _tool_prefix(name)
+        if not own:
+            return self._of(key, reduce)
+        if reduce not in self._by_prefix:
+            pairs = (((reduce(image), _tool_prefix(image)), image) for image in self.images)
+            self._by_prefix[reduce] = _grouped(pairs)
+        with_own, without = (self._by_prefix[reduce].get((key, prefix), ()) for prefix in (own, ""))
+        return [*with_own, *without] if with_own else without
 
 
-def _possible(own_prefix: str, answers: Sequence[str]) -> Sequence[str]:
-    """The answers of a rule that takes prefixes off both sides, without images of another prefix than the name's own."""
-    return [image for image in answers if not own_prefix or _tool_prefix(image) in ("", own_prefix)]
+def _grouped(pairs: Iterable[tuple[Key, str]]) -> dict[Key, list[str]]:
+    found: dict[Key, list[str]] = defaultdict(list)
+    for key, image in pairs:
+        found[key].append(image)
+    return dict(found)
 
 
 def _one(answers: Sequence[str], rule: str) -> Match:
-    return Match(answers[0], rule) if len(answers) == 1 else Match(None, rule, tuple(answers))
+    return Match(answers[0], rule) if len(answers) == 1 else Match(None, rule, answers)
 
 
 class Matched(NamedTuple):

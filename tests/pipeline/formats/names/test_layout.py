@@ -69,6 +69,29 @@ def test_a_folder_in_several_splits_is_a_group_in_each():
     }
 
 
+@pytest.mark.parametrize(
+    ("paths", "groups"),
+    [
+        (["data/1.png", "media/2.png", "lab/3.png"], ["data", "media", "lab"]),
+        (["images/data/1.png", "images/media/2.png"], ["data", "media"]),  # both names people gave
+        (["train/data/1.png", "val/lab/2.png"], ["1.png", "lab"]),  # alone where it stands: layout
+        (["images/default/1.png", "images/Train/2.png"], None),  # CVAT's own, beside a split
+        (["data/cam0/1.png", "data/cam1/2.png"], ["cam0", "cam1"]),
+        (["media/upload/4/1.png", "media/upload/5/2.png"], ["4", "5"]),  # Label Studio's
+        (["data/images/1.png", "lab/images/2.png"], ["data", "lab"]),
+        (["JPEGImages/1.png", "lab/2.png"], ["1.png", "lab"]),  # never a place
+    ],
+)
+def test_words_of_layout_are_groups_where_other_places_stand_beside_them(paths, groups):
+    wanted = None if groups is None else [g.removesuffix(".png") for g in groups]
+    found = layout.groups(paths)
+    got = (
+        None if found is None else [g.rpartition("/")[2] if g in (p[:-4] for p in paths) else g for g in found.values()]
+    )
+
+    assert got == wanted
+
+
 def test_images_are_listed_by_the_split_of_their_folder():
     paths = ["train/b.png", "val/a.png", "train/a.png", "other/c.png"]
 

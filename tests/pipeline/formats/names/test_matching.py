@@ -1,5 +1,6 @@
 """Which image a name means: exactly first, then uniquely; what is unclear is refused by name."""
 
+import sys
 import unicodedata
 
 import pytest
@@ -102,3 +103,35 @@ def test_what_was_forgiven_is_counted_with_the_first():
 
 def test_a_name_that_is_only_a_suffix_stays_itself():
     assert matching.Index(["cam/x.png"]).find("cam/_mask.png").image is None
+
+
+def test_a_path_that_only_ends_alike_is_no_match_where_images_may_be_missing():
+    index = matching.Index(["cam0/x.png"])
+
+    assert index.find("x.png", folders=False).image is None
+    assert index.find("CAM0/X_mask.jpg.png", folders=False).image == "cam0/x.png"
+
+
+def _calls(count: int, name: str) -> int:
+    """How many functions are called to match so many names, none of which can be told."""
+    names = [name.format(n=n) for n in range(count)]
+    images = [f"s/{n}/image.png" for n in range(count)]
+    calls = 0
+
+    def counted(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(counted)
+    try:
+        matching.match(names, images)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["deep/{n}/image.png", "deep/{n}/{n:08x}-image.png", "cam/{n}_mask.png"])
+def test_matching_names_takes_steps_in_proportion_to_their_number(name):
+    small, large = _calls(200, name), _calls(1600, name)
+
+    assert large < 8 * 1.5 * small
