@@ -1,9 +1,9 @@
 """CVAT for images 1.1: annotations.xml, alone or in a zip with images/.
 
-Read: mask, polygon, box and ellipse (both may be turned) by z_order, equal ones in the file's order. What has no area
-(points, polyline, skeleton, cuboid) is counted, and refuses its image's mask where pixels in no shape are background; a tag
-is of the whole image and only counted; `occluded` says nothing about pixels. A mask's run lengths go row by row inside its
-own box and begin with the background. `subset` states an image's split.
+Read: mask, polygon, box and ellipse (both may be turned) by z_order, equal ones in the file's order. What has no area (points,
+polyline, skeleton, cuboid, a polygon of two points) is counted, and refuses its image's mask where pixels in no shape are
+background; a tag is of the whole image and only counted; `occluded` says nothing about pixels. A mask's run lengths go row by
+row inside its own box and begin with the background. `subset` states an image's split.
 
 Written: one mask per region as `regions.regions` cuts them, so that each can be picked, moved and erased alone, and
 ignored pixels as masks of the label `ignore` (or the next free name): every pixel comes back as it was, whatever
@@ -12,7 +12,7 @@ ignored pixels as masks of the label `ignore` (or the next free name): every pix
 
 import io
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 from xml.sax.saxutils import escape, quoteattr
@@ -126,14 +126,16 @@ def _picture(element: Any, path: Path) -> Picture:
         raise SourceError(f"{path}: an <image> without name, width or height ({error}); export it again") from error
     shapes = [Shape(*found) for child in element for found in _shape(child.tag, child.attrib)]
     lost = [
-        (NO_AREA, f"a {child.tag} of {child.attrib.get('label', '')!r}") for child in element if child.tag in _NO_AREA
+        (NO_AREA, f"a {child.tag} of {child.attrib.get('label', '')!r}")
+        for child in element
+        if not _has_area(child.tag, child.attrib)
     ]
     return Picture(name, height, width, shapes, lost=lost, subset=element.attrib.get("subset", ""))
 
 
 def _shape(kind: str, at: dict[str, str]) -> Iterator[tuple[str, Any, int]]:
     """The arguments of a Shape; nothing for what has no area. Numbers are read when the shape is drawn."""
-    if kind not in _DRAW:
+    if kind not in _DRAW or not _has_area(kind, at):
         return
     try:
         level = int(at.get("z_order", "0"))
@@ -152,6 +154,16 @@ def _shape(kind: str, at: dict[str, str]) -> Iterator[tuple[str, Any, int]]:
             ) from error
 
     yield at.get("label", ""), draw, level
+
+
+def _has_area(kind: str, at: Mapping[str, str]) -> bool:
+    """Whether a shape can cover a pixel. What is malformed is said when it is painted, what is no shape counts as one."""
+    if kind == "polygon":
+        pairs = at.get("points", "").split(";")
+        return len(pairs) >= 3 or not all(pair.count(",") == 1 for pair in pairs)
+    if kind == "box":
+        return at.get("xtl") != at.get("xbr", "") and at.get("ytl") != at.get("ybr", "")
+    return kind not in _NO_AREA
 
 
 def _mask(at: dict[str, str], height: int, width: int) -> Patch:

@@ -72,6 +72,7 @@ class Collector:
         self.taken: dict[str, TakenLabel] = {}
         self.refused: list[Refusal] = []
         self.forgiven: list[Skipped] = []
+        self.passed_over: list[Skipped] = []
 
     def add_all(self, records: Iterable[parse.Record]) -> None:
         """Take every record. Those whose names are an image's own come before those that need forgiving, so that a looser
@@ -107,6 +108,7 @@ class Collector:
         except decode.Refused as error:
             self._refuse(record, error)
             return
+        self.passed_over += record.passed_over
         if rule != matching.EXACT:
             self.forgiven.append((rule, f"{record.name} is {row.dump}/{row.name}"))
 

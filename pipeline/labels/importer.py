@@ -30,7 +30,8 @@ from pipeline.storage import atomic, dvc, manifest, shards
 
 class Imported(NamedTuple):
     """What became of a delivery. `name` is None where nothing in it was new; `unchanged` counts what is in force already.
-    `forgiven`: (rule, name and image) of the labels whose names are not quite those of their images."""
+    `forgiven`: (rule, name and image) of the labels whose names are not quite those of their images. `passed_over`: (kind,
+    which) of what the taken labels leave out."""
 
     name: str | None
     tool: str
@@ -38,6 +39,7 @@ class Imported(NamedTuple):
     unchanged: int
     refused: list[Refusal]
     forgiven: Sequence[Skipped] = ()
+    passed_over: Sequence[Skipped] = ()
 
 
 def add(
@@ -87,7 +89,8 @@ def add(
         (root / paths.LABELS_LOCK).parent.mkdir(parents=True, exist_ok=True)
         with atomic.locked(root / paths.LABELS_LOCK):
             name, count = _register(root, delivery, names, own)
-        return Imported(name, tool, count, len(collector.taken) - count, collector.refused, collector.forgiven)
+        unchanged = len(collector.taken) - count
+        return Imported(name, tool, count, unchanged, collector.refused, collector.forgiven, collector.passed_over)
 
 
 def _user() -> str:
@@ -187,6 +190,8 @@ def _shown(path: Path, result: Imported) -> list[Table | str]:
     table.add_row("in force already", str(result.unchanged))
     for rule, line in skipped.counted(result.forgiven):
         table.add_row(f"matched by {rule}", escape(line))
+    for kind, line in skipped.rows(result.passed_over):
+        table.add_row(escape(kind), escape(line))
     for code, count in Counter(item.code for item in result.refused).most_common():
         table.add_row(f"refused: {code}", str(count))
     lines = [f"{item.name}: {item.code}: {item.reason}" for item in result.refused]

@@ -18,6 +18,7 @@ from pipeline.formats.common import class_list as class_files
 from pipeline.formats.common.annotations import Picture
 from pipeline.formats.common.source import SourceError, name_id, walk
 from pipeline.formats.names import image_files
+from pipeline.formats.names.skipped import Skipped
 from pipeline.imaging import decode, label_maps
 from pipeline.storage import manifest
 
@@ -31,13 +32,14 @@ class Record(NamedTuple):
     """`name` as the tool has it, `names` what else the image may be called, `id` the image id where it was carried along.
     `draw(row)` -> ids H x W, 255 = ignore.
 
-    `draw` raises images.Refused where the labels cannot be used.
+    `draw` raises images.Refused where the labels cannot be used. `passed_over`: (kind, which) of what it leaves out.
     """
 
     name: str
     id: str
     draw: Callable[[manifest.Row], NDArray[np.uint8]]
     names: Sequence[str] = ()
+    passed_over: Sequence[Skipped] = ()
 
 
 def detect(path: Path) -> str:
@@ -134,7 +136,8 @@ def _drawn(
     for picture in found:
         if picture.annotated:
             draw = partial(_paint, picture, ids=ids, empty=empty, data=data, max_pixels=max_pixels)
-            yield Record(picture.name, picture.id, draw, picture.names)
+            left_out = [(kind, f"{which} of {picture.name}") for kind, which in (*picture.lost, *picture.overruled)]
+            yield Record(picture.name, picture.id, draw, picture.names, left_out)
 
 
 def _paint(
@@ -160,10 +163,13 @@ def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> It
         listed_pictures = {record["id"]: record for record in parsing.field(document, "images", list)}
         names = {record["id"]: str(record["name"]) for record in parsing.field(document, "categories", list)}
         drawn: dict[Any, list[tuple[str | None, Any]]] = {}
+        lost: dict[Any, list[Skipped]] = {}
         for one in parsing.field(document, "annotations", list):
             # Where pixels in no shape are ignored, what has no area costs nothing.
-            if empty != label_maps.IGNORE or coco_masks.has_area(one.get("segmentation")):
-                image = parsing.hashable(one, "image_id")
+            image = parsing.hashable(one, "image_id")
+            if empty == label_maps.IGNORE and not coco_masks.has_area(one.get("segmentation")):
+                lost.setdefault(image, []).append((annotations.NO_AREA, f"annotation {one.get('id')}"))
+            else:
                 drawn.setdefault(image, []).append((names.get(parsing.hashable(one, "category_id")), one))
     except (parsing.Broken, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path}: not a COCO file with instances ({error!r}); export it again") from error
@@ -183,7 +189,8 @@ def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> It
             png = coco_masks.render(size, mine, ids, empty, max_pixels)
             return label_maps.decode_mask(png, max_pixels=max_pixels).astype(np.uint8)
 
-        yield Record(name, "", draw)
+        left_out = [(kind, f"{which} of {name}") for kind, which in lost.get(number, ())]
+        yield Record(name, "", draw, passed_over=left_out)
 
 
 def check_size(height: Any, width: Any, row: manifest.Row) -> None:

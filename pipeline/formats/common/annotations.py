@@ -51,7 +51,8 @@ class Picture(NamedTuple):
 
     `id`: the image id where the tool carried it along, else "". `names`: what else it may be called, where the tool does not
     say which of several texts is its name. `lost`: (kind, which) of what was drawn and cannot be painted. `annotated`: somebody
-    handed it in, be it without a shape. `subset`: the part of the data set that the tool has it in.
+    handed it in, be it without a shape. `subset`: the part of the data set that the tool has it in. `overruled`: (kind, which)
+    of what others drew on it and does not count.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Picture(NamedTuple):
     lost: Sequence[Lost] = ()
     annotated: bool = True
     subset: str = ""
+    overruled: Sequence[Lost] = ()
 
 
 def lost_reason(lost: Lost) -> str:

@@ -126,6 +126,7 @@ def _makers(labelled: Labelled, images: Mapping[str, Path], data: config.Data, p
     """Image -> who renders its mask. Where what cannot be painted would become background, the mask is refused."""
     makers: dict[str, Maker] = {}
     for image, picture in labelled.pictures.items():
+        labelled.skipped += [(kind, f"{which} of {picture.name}") for kind, which in picture.overruled]
         if picture.lost and data.unannotated == "background":
             reason = annotations.lost_reason(picture.lost[0])
             labelled.refused.append((f"masks/{name_id(image)}.png", annotations.NO_AREA, reason))

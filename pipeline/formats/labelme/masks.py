@@ -21,6 +21,22 @@ def kind_of(shape: Any) -> str:
     return str(shape.get("shape_type") or "polygon") if isinstance(shape, dict) else ""
 
 
+def has_area(shape: Any) -> bool:
+    """Whether a shape can cover a pixel: no point or line, no polygon of two points, no rectangle or circle of a click.
+
+    What is malformed is said when it is painted, so it counts as an area here.
+    """
+    kind = kind_of(shape)
+    points = shape.get("points") if isinstance(shape, dict) else None
+    if kind in NO_AREA or not isinstance(points, list):
+        return kind not in NO_AREA
+    if kind in ("polygon", "oriented_rectangle"):
+        return len(points) >= 3
+    if kind == "rectangle" and len(points) == 2 and all(isinstance(point, list) for point in points):
+        return not any(a == b for a, b in zip(*points, strict=False))
+    return kind != "circle" or len(points) != 2 or points[0] != points[1]
+
+
 def shapes_of(document: Mapping[str, Any]) -> list[Any]:
     found = document.get("shapes")
     return found if isinstance(found, list) else [None]
@@ -58,7 +74,7 @@ def render(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> b
         decode.check_pixels(width, height, max_pixels)
         label_HW = np.full((height, width), empty, np.uint8)
         for shape in shapes_of(document):
-            if kind_of(shape) in NO_AREA:
+            if not has_area(shape):
                 continue
             name = parsing.field(shape, "label", str)
             if name not in ids:

@@ -206,13 +206,13 @@ def _refuse_others(found: Found, key: str, names: Sequence[str]) -> None:
 
 
 def _add_shapes(found: Found, key: str, path: Path, shapes: Sequence[Any]) -> None:
-    lost = [masks.kind_of(shape) for shape in shapes if masks.kind_of(shape) in masks.NO_AREA]
+    lost = [masks.kind_of(shape) for shape in shapes if not masks.has_area(shape)]
     if lost:
         found.lost[key] = lost
     if len(lost) == len(shapes):
         found.empty |= {} if lost else {key: None}
         return
-    drawn = [shape for shape in shapes if isinstance(shape, dict) and masks.kind_of(shape) not in masks.NO_AREA]
+    drawn = [shape for shape in shapes if isinstance(shape, dict) and masks.has_area(shape)]
     found.labels[key] = {shape["label"] for shape in drawn if isinstance(shape.get("label"), str)}
     found.labelled[key] = path
 

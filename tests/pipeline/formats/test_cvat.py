@@ -158,7 +158,6 @@ def test_images_of_one_name_are_told_apart_by_their_subset(tmp_path: Path) -> No
         ('<mask label="wall" rle="" left="2" top="1" width="3" height="2"/>', "bad-shape"),
         ('<mask label="wall" rle="6" left="4" top="1" width="3" height="2"/>', "bad-shape"),
         ('<mask label="wall" rle="6" left="-1" top="1" width="3" height="2"/>', "bad-shape"),
-        ('<polygon label="wall" points="1,1;2,2"/>', "bad-polygon"),
         ('<polygon label="wall" points="1,1;2,2;nan,3"/>', "bad-polygon"),
         ('<polygon label="wall" points="1,1;2"/>', "bad-shape"),
         ('<box label="wall" xtl="1" ytl="1" xbr="2"/>', "bad-shape"),

@@ -163,7 +163,6 @@ def test_two_files_for_one_image_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("item", "code"),
     [
-        (shape(points=[[0, 0], [5, 5]]), "bad-polygon"),
         (shape(points=[[0, 0], [5, 5], [float("nan"), 3]]), "bad-polygon"),
         (shape(kind="spline", points=[[0, 0], [5, 5]]), "bad-shape"),
         (shape(kind="circle", points=[[0, 0]]), "bad-shape"),

@@ -181,7 +181,8 @@ def test_image_names(reference: str, name: str) -> None:
 def test_a_bad_region_refuses_its_task_alone(tmp_path: Path) -> None:
     turned = {**rows(0, 1, "sky"), "image_rotation": 90}
     bad = [
-        [turned], [region("sky", x="a", y=0, width=1, height=1)], [region("sky", "polygonlabels", points=[[1, 2]])],
+        [turned], [region("sky", x="a", y=0, width=1, height=1)],
+        [region("sky", "polygonlabels", points=[[1, 2], [3], [4, 5]])],
         [rows(0, 1, "sky"), {**rows(0, 1, "sky"), "original_width": 11}],
         [{**rows(0, 1, "sky"), "original_width": None}], [region("sky", "brushlabels", format="png", rle=[1])],
         [rows(0, 1, "sly")],
@@ -191,7 +192,7 @@ def test_a_bad_region_refuses_its_task_alone(tmp_path: Path) -> None:
         with pytest.raises(Refused) as caught:
             pictures.paint(picture, pictures.class_ids(NAMES), max_pixels=10**6)
         codes.append(caught.value.code)
-    assert codes == ["bad-shape", "bad-shape", "bad-polygon", "bad-shape", "bad-shape", "bad-rle", "unknown-class"]
+    assert codes == ["bad-shape", "bad-shape", "bad-shape", "bad-shape", "bad-shape", "bad-rle", "unknown-class"]
 
 
 @pytest.mark.parametrize(
