@@ -109,6 +109,7 @@ class Collector:
             self._refuse(record, error)
             return
         self.passed_over += record.passed_over
+        self.forgiven += record.forgiven
         if rule != matching.EXACT:
             self.forgiven.append((rule, f"{record.name} is {row.dump}/{row.name}"))
 

@@ -1,7 +1,7 @@
 """What came back from a label tool: records with a name and a label map."""
 
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.formats.common import annotations, mask_encoding, parsing, unpack
 from pipeline.formats.common import class_list as class_files
 from pipeline.formats.common.annotations import Picture
 from pipeline.formats.common.source import SourceError, name_id, walk
-from pipeline.formats.names import image_files
+from pipeline.formats.names import class_names, image_files
 from pipeline.formats.names.skipped import Skipped
 from pipeline.imaging import decode, label_maps
 from pipeline.storage import manifest
@@ -32,7 +32,8 @@ class Record(NamedTuple):
     """`name` as the tool has it, `names` what else the image may be called, `id` the image id where it was carried along.
     `draw(row)` -> ids H x W, 255 = ignore.
 
-    `draw` raises images.Refused where the labels cannot be used. `passed_over`: (kind, which) of what it leaves out.
+    `draw` raises images.Refused where the labels cannot be used. `passed_over`: (kind, which) of what it leaves out;
+    `forgiven`: of names of classes that are not quite the project's.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Record(NamedTuple):
     draw: Callable[[manifest.Row], NDArray[np.uint8]]
     names: Sequence[str] = ()
     passed_over: Sequence[Skipped] = ()
+    forgiven: Sequence[Skipped] = ()
 
 
 def detect(path: Path) -> str:
@@ -133,11 +135,21 @@ def _only_label_file(path: Path) -> Path:
 def _drawn(
     found: Sequence[Picture], ids: Mapping[str, int], empty: int, data: config.Data, max_pixels: int
 ) -> Iterator[Record]:
+    known = list(ids)
+    meant = class_names.meant({shape.label for picture in found for shape in picture.shapes}, known)
+    ids = {**ids, **{name: ids[class_] for name, class_ in meant.items()}}
     for picture in found:
         if picture.annotated:
+            forgiven = _forgiven({shape.label for shape in picture.shapes}, meant, picture.name)
             draw = partial(_paint, picture, ids=ids, empty=empty, data=data, max_pixels=max_pixels)
             left_out = [(kind, f"{which} of {picture.name}") for kind, which in (*picture.lost, *picture.overruled)]
-            yield Record(picture.name, picture.id, draw, picture.names, left_out)
+            yield Record(picture.name, picture.id, draw, picture.names, left_out, forgiven)
+
+
+def _forgiven(labels: Iterable[Any], meant: Mapping[str, str], image: str) -> list[Skipped]:
+    """What to say of an image's labels that are not quite the names of classes."""
+    loose = sorted(label for label in labels if meant.get(label, label) != label)
+    return [("spelling of a class", f"{label!r} of {image} is {meant[label]!r}") for label in loose]
 
 
 def _paint(
@@ -173,6 +185,8 @@ def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> It
                 drawn.setdefault(image, []).append((names.get(parsing.hashable(one, "category_id")), one))
     except (parsing.Broken, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path}: not a COCO file with instances ({error!r}); export it again") from error
+    meant = class_names.meant(names.values(), list(ids))
+    ids = {**ids, **{name: ids[class_] for name, class_ in meant.items()}}
     for number, record in listed_pictures.items():
         if number not in drawn:
             continue
@@ -190,7 +204,8 @@ def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> It
             return label_maps.decode_mask(png, max_pixels=max_pixels).astype(np.uint8)
 
         left_out = [(kind, f"{which} of {name}") for kind, which in lost.get(number, ())]
-        yield Record(name, "", draw, passed_over=left_out)
+        forgiven = _forgiven({what for what, _ in drawn[number]} - {None}, meant, name)
+        yield Record(name, "", draw, passed_over=left_out, forgiven=forgiven)
 
 
 def check_size(height: Any, width: Any, row: manifest.Row) -> None:
@@ -219,7 +234,8 @@ def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -
     mapped = voc.label_map(path / voc.LABEL_MAP) if (path / voc.LABEL_MAP).exists() else []
     theirs = [c["name"] for c in mapped] or theirs
     table = np.full(256, -1, np.int64)
-    table[: len(theirs)] = [names.index(name) if name in names else -1 for name in theirs]
+    meant = class_names.meant(theirs, names)
+    table[: len(theirs)] = [names.index(meant[name]) if name in meant else -1 for name in theirs]
     table[label_maps.IGNORE] = label_maps.IGNORE
     colours = {tuple(c["color"]): theirs.index(c["name"]) for c in mapped or classes if c["name"] in theirs}
     colours |= {label_maps.IGNORE_COLOUR: label_maps.IGNORE}
@@ -238,7 +254,7 @@ def _folder(path: Path, classes: Sequence[Mapping[str, Any]], max_pixels: int) -
                 _refuse(odd.tolist(), theirs, names)
             return mapped_HW.astype(np.uint8)
 
-        yield Record(name, str(known.get(name_id(name), "")), draw)
+        yield Record(name, str(known.get(name_id(name), "")), draw, forgiven=_forgiven(theirs, meant, name))
 
 
 def _refuse(ids: Sequence[int], theirs: Sequence[str], names: Sequence[str]) -> None:

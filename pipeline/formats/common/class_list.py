@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline import config
 from pipeline.formats.common.source import SourceError
+from pipeline.formats.names import class_names
 from pipeline.imaging import label_maps
 from pipeline.imaging.mask_png import Colour
 
@@ -142,9 +143,11 @@ def named(
 ) -> tuple[Classes, dict[str, int], list[str]]:
     """Classes of a format whose labels carry names: (classes, name -> id, notes).
 
-    With a class file its names count, in its order; a label whose name is not in it becomes 255 (ignore). Without one
-    the labels' own names count, in the order given. With `data.unannotated: background` a class of that name (or labelme's
-    `_background_`) is the background; without a class file it is put first where the labels have none.
+    With a class file its names count, in its order; a label is of the class of its name, or of the only one of that name in
+    another case, Unicode form or with other spaces, and becomes 255 (ignore) where there is none. Without a class file the
+    labels' own names count, in the order given, those that differ in spaces or Unicode form alone as one. With
+    `data.unannotated: background` a class of that name (or labelme's `_background_`) is the background; without a class file
+    it is put first where the labels have none.
 
     Raises:
         SourceError: no name at all, more than 255, or `unannotated: background` with a class file that has no such class.
@@ -152,21 +155,27 @@ def named(
     seen, file, notes = list(dict.fromkeys(names)), read(root, data), list[str]()
     if file is not None:
         classes = file[0]
-        if alien := [name for name in seen if name not in {c["name"] for c in classes}]:
+        known = [c["name"] for c in classes]
+        meant = class_names.meant(seen, known)
+        if alien := [name for name in seen if name not in meant]:
             notes.append(f"not in {data.classes}, so ignored: {', '.join(alien[:8])}{', ...' * (len(alien) > 8)}")
     else:
-        if data.unannotated == "background" and not set(seen) & set(_BACKGROUNDS):
-            seen.insert(0, BACKGROUND)
-        if not 0 < len(seen) <= 255:
-            raise SourceError(f"{root}: the labels name {len(seen)} classes; expected 1 to 255 (id 255 means ignore)")
-        spare, given = label_maps.palette(len(seen)), colours or {}
-        classes = [{"id": k, "name": n, "color": list(given.get(n, spare[k]))} for k, n in enumerate(seen)]
+        meant = class_names.merged(seen)
+        known = list(dict.fromkeys(meant.values()))
+        if data.unannotated == "background" and not any(map(_is_background, known)):
+            known.insert(0, BACKGROUND)
+        if not 0 < len(known) <= 255:
+            raise SourceError(f"{root}: the labels name {len(known)} classes; expected 1 to 255 (id 255 means ignore)")
+        spare, given = label_maps.palette(len(known)), colours or {}
+        classes = [{"id": k, "name": n, "color": list(given.get(n, spare[k]))} for k, n in enumerate(known)]
+        notes += class_names.alike_notes(known)
+    notes += class_names.notes(meant)
     ids = {c["name"]: c["id"] for c in classes}
     if data.unannotated == "background" and background(ids) is None:
         raise SourceError(
             f"{root / str(data.classes)}: data.unannotated: background needs a class named {BACKGROUND}; add the line"
         )
-    return classes, ids | {name: label_maps.IGNORE for name in seen if name not in ids}, notes
+    return classes, ids | {name: ids[meant[name]] if name in meant else label_maps.IGNORE for name in seen}, notes
 
 
 def numbered(count: int) -> Classes:
@@ -175,8 +184,12 @@ def numbered(count: int) -> Classes:
 
 
 def background(ids: Mapping[str, int]) -> int | None:
-    """Id of the background class, by its name."""
-    return next((ids[name] for name in _BACKGROUNDS if name in ids), None)
+    """Id of the background class, by its name in any case."""
+    return next((number for name, number in ids.items() if _is_background(name)), None)
+
+
+def _is_background(name: str) -> bool:
+    return name.strip().casefold() in _BACKGROUNDS
 
 
 def empty_id(data: config.Data, ids: Mapping[str, int]) -> int:

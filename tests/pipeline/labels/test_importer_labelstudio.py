@@ -29,3 +29,16 @@ def test_import_refuses_them_by_the_same_rule_and_counts_what_it_leaves_out(root
     assert codes(result) == {"u/00.png": "bad-shape", "u/01.png": "bad-shape"}
     assert result.taken == 1
     assert result.passed_over == [("shape-without-area", "region line of a/00.png")]
+
+
+def test_a_label_that_is_not_quite_a_class_is_that_class_and_it_is_reported(root: Path) -> None:
+    tasks = [
+        {"id": 1, "data": {"image": "u/00.png"}, "annotations": [annotation(1, rectangle("Wall "))]},
+        {"id": 2, "data": {"image": "u/01.png"}, "annotations": [annotation(1, rectangle("wal"))]},
+    ]
+    Path("back.json").write_text(json.dumps(tasks))
+    result = add(Path("back.json"))
+
+    assert result.taken == 1
+    assert codes(result) == {"u/01.png": "unknown-class"}
+    assert result.forgiven == [("spelling of a class", "'Wall ' of u/00.png is 'wall'")]
