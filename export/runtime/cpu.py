@@ -1,7 +1,10 @@
 """What this machine's processor is and can do, from /proc/cpuinfo; nothing elsewhere."""
 
+import math
 import os
 from pathlib import Path
+
+from export.runtime import container
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -17,11 +20,14 @@ def _processors() -> list[dict[str, str]]:
 
 
 def cores() -> int:
-    """Cores this process may use, hyper-threads counted once where /proc/cpuinfo tells."""
+    """Cores this process may use, hyper-threads counted once where /proc/cpuinfo tells; at most its container's CPU
+    quota, rounded up: more threads would use the quota up early in each period and stand still for the rest."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     told = [p for p in _processors() if "core id" in p and int(p.get("processor", -1)) in usable]
     physical = {(p.get("physical id", "0"), p["core id"]) for p in told}
-    return max(1, min(len(usable), len(physical) or len(usable)))
+    quota = container.cpu_quota()
+    allowed = len(usable) if quota is None else math.ceil(quota)
+    return max(1, min(len(usable), len(physical) or len(usable), allowed))
 
 
 def flags() -> set[str]:
