@@ -75,7 +75,9 @@ def test_the_tools_files_hold_the_same_pre_labels_and_name_each_image(project: c
         task = tasks[image_id]
         place = labelstudio.image_name(task["data"]["image"])
         assert (folder.parent / place).read_bytes() == (folder / "images" / Path(*Path(place).parts[2:])).read_bytes()
-        picture = labelstudio._picture({"data": task["data"], "annotations": task["predictions"]})
+        handed_back = Path("handed_back.json")
+        handed_back.write_text(json.dumps([{"data": task["data"], "annotations": task["predictions"]}]))
+        (picture,) = labelstudio.load(handed_back)
         np.testing.assert_array_equal(annotations.paint(picture, ids, max_pixels=10**6), wanted)
     labels = json.loads((folder / "cvat_labels.json").read_text())
     assert [label["name"] for label in labels] == [*tiny_project.NAMES, "ignore"]
