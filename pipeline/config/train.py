@@ -184,22 +184,6 @@ class Train(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_mirrored_view_has_an_ema_teacher(self) -> "Train":
-        if self.method not in ("s4mc", "s4mc+unimatch") or self.s4mc.preset != "weighted":
-            return self
-        if self.teacher == "self" or (self.teacher == "auto" and self.published_without_ema):
-            raise ValueError(
-                f"s4mc.preset weighted asks the EMA teacher twice, and {self.method} is its own teacher here; set teacher: "
-                "ema, or s4mc.preset: paper"
-            )
-        if self.teacher_view == "whole":
-            raise ValueError(
-                "s4mc.preset weighted looks at the weak view and its mirror image; set teacher_view: crop, or "
-                "s4mc.preset: paper"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _hard_pixels_come_from_a_whole_batch(self) -> "Train":
         if self.accumulate > 1 and self.supervised_loss == "ohem":
             raise ValueError("supervised_loss ohem picks its pixels over a whole batch; set accumulate: 1")

@@ -78,14 +78,16 @@ def masked(
     Divided by the valid pixels (FixMatch), by the kept ones, or by kept^2 / valid (`ratio`: the mean over kept pixels
     times valid / kept, as one public code base has it). With zero kept pixels the loss and its gradient are exactly 0.
     """
-    # where before the product: a non-finite loss at a dropped pixel must not turn into 0 * inf.
     each = F.cross_entropy(logits_BKHW.float(), label_BHW, reduction="none")
     if count is None:
         count = divisor(keep_BHW.sum(), valid_BHW.sum(), normaliser)
-    kept = torch.where(keep_BHW, each, 0.0)
-    if weight_BHW is not None:
-        kept = kept * torch.where(keep_BHW, weight_BHW, 0.0)
-    return Loss(kept.sum(), count, weight)
+    return Loss(_kept(each, keep_BHW, weight_BHW).sum(), count, weight)
+
+
+def _kept(each_BHW: Tensor, keep_BHW: Tensor, weight_BHW: Tensor | None) -> Tensor:
+    # where before the product: a non-finite loss at a dropped pixel must not turn into 0 * inf.
+    kept = torch.where(keep_BHW, each_BHW, 0.0)
+    return kept if weight_BHW is None else kept * torch.where(keep_BHW, weight_BHW, 0.0)
 
 
 def divisor(kept: Tensor, valid: Tensor, normaliser: Normaliser) -> Tensor:
@@ -103,11 +105,14 @@ def divergence(
     weight: float = 1.0,
     *,
     count: Tensor | None = None,
+    weight_BHW: Tensor | None = None,
 ) -> Loss:
-    """KL(target || softmax(logits)) summed over kept pixels, divided by the valid ones (CorrMatch's soft loss).
+    """KL(target || softmax(logits)) summed over kept pixels, each times its `weight_BHW` (None: 1), divided by the valid
+    ones (CorrMatch's soft loss).
 
     target_BKHW: probabilities, detached here; pixels with exactly equal distributions contribute 0.
     """
     target = target_BKHW.detach().float()
     each = F.kl_div(logits_BKHW.float().log_softmax(1), target, reduction="none").sum(1)
-    return Loss(torch.where(keep_BHW, each, 0.0).sum(), valid_BHW.sum() if count is None else count, weight)
+    kept = _kept(each, keep_BHW, weight_BHW)
+    return Loss(kept.sum(), valid_BHW.sum() if count is None else count, weight)

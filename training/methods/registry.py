@@ -153,14 +153,16 @@ def _combine(method: Method, config: Train, total: int) -> Method:
 
     With the quantile, region acceptance gets its own constant: a quantile of scores is no overlap ratio. With CorrMatch's
     slow threshold the refined score is the highest probability, the scale that threshold lives on, and the threshold is
-    fed raw scores: refined ones would push it to 1.
+    fed raw scores: refined ones would push it to 1. Of S4MC's presets, `weighted` is followed here too.
     """
     assert method.correlation is not None
     correlation = method.correlation
     parts = config.s4mc_corrmatch
     if parts.refined_selection or parts.correlated_neighbours:
         score: Literal["margin", "max"] = "margin" if parts.falling_quantile else "max"
-        method = replace(method, refinement=s4mc.Refinement(score=score), strict=parts.falling_quantile)
+        ours = config.s4mc.preset == "weighted" and parts.refined_selection
+        how = s4mc.PRESETS["weighted" if ours else "paper"]
+        method = replace(method, refinement=replace(how, score=score), strict=parts.falling_quantile)
     if parts.falling_quantile:
         method = replace(method, threshold=_partition(config, total))
         correlation = replace(correlation, bar=config.corrmatch.start)

@@ -165,7 +165,6 @@ SCORES = {"margin": margin, "max": max_probability, "neg_entropy": neg_entropy}
 class Refinement:
     """What is refined and how pixels are chosen; the named presets differ only in these values.
 
-    mirrored: the union takes in what the teacher says of the mirrored view too, and the label is that of the union.
     weight: what a kept pixel counts in the loss: as much as any other, or its refined score.
     """
 
@@ -180,13 +179,12 @@ class Refinement:
     strict: bool = True
     alpha_every: Literal["step", "epoch"] = "step"
     normaliser: Literal["kept", "valid", "ratio"] = "kept"
-    mirrored: bool = False
     weight: Literal["equal", "score"] = "equal"
 
 
 # `paper` is the method as published; `ref_a` and `ref_b` are the semantics of the two public code bases, without their
-# defects. `weighted` is ours: the teacher looks twice, and a doubtful pixel teaches less instead of being cut or counted
-# in full (weights by confidence as in SoftMatch, Chen et al., ICLR 2023, here linear in the refined margin).
+# defects. `weighted` is ours: a doubtful pixel teaches less instead of being cut or counted in full (weights by confidence
+# as in SoftMatch, Chen et al., ICLR 2023, here linear in the refined margin).
 PRESETS = {
     "paper": Refinement(),
     "ref_a": Refinement(neighbourhood=4, beta="decay", joint="table", alpha_every="epoch", normaliser="ratio"),
@@ -194,7 +192,7 @@ PRESETS = {
         neighbourhood=4, beta="decay", quantity="confidence", score="max", quantile_from="refined",
         strict=False, alpha_every="epoch", normaliser="valid",
     ),
-    "weighted": Refinement(mirrored=True, label_from="refined", weight="score", normaliser="valid"),
+    "weighted": Refinement(label_from="refined", weight="score", normaliser="valid"),
 }  # fmt: skip
 # Share left out at first and at the end; `paper` and `weighted` take train.s4mc.alpha and train.s4mc.alpha_end.
 ALPHA = {"ref_a": (0.4, 0.0), "ref_b": (0.25, 0.15)}
@@ -206,13 +204,10 @@ def scores(
     how: Refinement,
     table_K: Tensor | None = None,
     refined_BKHW: Tensor | None = None,
-    mirrored_BKHW: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raw score, refined score (both BHW) and pseudo-label (BHW int64) of a probability map.
 
     refined_BKHW: probabilities that another refinement made, in place of `refine`'s.
-    mirrored_BKHW: the teacher's probabilities for the mirrored view, turned back so that pixels correspond. Refined alike,
-    they join the union: p~ + q~ - p~ q~.
     """
     prob = _wide(prob_BKHW)
     raw, label = SCORES[how.score](prob), prob.max(1).indices  # argmax over a strided axis is 6 times slower on a CPU
@@ -222,9 +217,6 @@ def scores(
     refined = refined_BKHW
     if refined is None:
         refined = refine_as_asked(prob, table_K=table_K if how.joint == "table" else None)
-        if mirrored_BKHW is not None:
-            second = refine_as_asked(_wide(mirrored_BKHW))
-            refined = refined + second - refined * second
     if how.label_from == "refined":
         label = refined.max(1).indices
     return raw, SCORES[how.score](refined), label

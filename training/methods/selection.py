@@ -48,7 +48,6 @@ def select(
     ranks: Ranks = ALONE,
     embeddings: Embeddings | None = None,
     observed_BHW: Tensor | None = None,
-    mirrored_BKHW: Tensor | None = None,
 ) -> Selection:
     """Teacher logits -> pseudo-labels and which of them count. Invalid pixels influence neither the bar nor the loss.
 
@@ -56,10 +55,9 @@ def select(
         at: semi-supervised step, from 0; drives the threshold's schedule.
         embeddings: CorrMatch's, for the non-local union.
         observed_BHW: pixels that the bar is computed from; the valid ones if None.
-        mirrored_BKHW: the teacher's logits for the mirrored view, turned back, for a refinement that takes them in.
     """
     assert method.threshold is not None
-    scores = _scores(method, logits_BKHW, valid_BHW, embeddings, mirrored_BKHW)
+    scores = _scores(method, logits_BKHW, valid_BHW, embeddings)
 
     if observed_BHW is None:
         from_refined = method.refinement is not None and method.refinement.quantile_from == "refined"
@@ -77,20 +75,11 @@ def select_above(method: Method, logits_BKHW: Tensor, valid_BHW: Tensor, bar: Te
     return _above(method, _scores(method, logits_BKHW, valid_BHW, None), valid_BHW, bar)
 
 
-def _scores(
-    method: Method,
-    logits_BKHW: Tensor,
-    valid_BHW: Tensor,
-    embeddings: Embeddings | None,
-    mirrored_BKHW: Tensor | None = None,
-) -> Scores:
+def _scores(method: Method, logits_BKHW: Tensor, valid_BHW: Tensor, embeddings: Embeddings | None) -> Scores:
     how, correlation = method.refinement, method.correlation
     if how is None:
         raw, label = _probability(logits_BKHW, valid_BHW).max(1)
         return Scores(raw, raw, label)
-    if mirrored_BKHW is not None:
-        prob, mirrored = (_probability(logits, valid_BHW) for logits in (logits_BKHW, mirrored_BKHW))
-        return Scores(*s4mc.scores(prob, how, method.table_K, mirrored_BKHW=mirrored))
     if correlation is None or not correlation.neighbours or embeddings is None:
         return Scores(*s4mc_triton.scores(logits_BKHW, valid_BHW, how, method.table_K))
 

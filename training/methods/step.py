@@ -99,10 +99,7 @@ class SemiSupervisedStep:
         # Pseudo-labels come from the teacher alone: they are known before the student's first forward pass.
         theirs = self._partner_logits(views)
         logits_BKHW = self._teacher_logits(views.unlabelled, views.uncut_BCHW)
-        chosen = select(
-            self.method, logits_BKHW, views.unlabelled.valid_BHW, at, ranks=self.group.ranks,
-            mirrored_BKHW=self._mirrored_logits(views.unlabelled),
-        )  # fmt: skip
+        chosen = select(self.method, logits_BKHW, views.unlabelled.valid_BHW, at, ranks=self.group.ranks)
         targets = self._targets(chosen, views.unlabelled, strong.boxes, self._pasted(views.partner, theirs, chosen.bar))
         return self._micro_batches(loss, views.labelled, strong, chosen, Targets(targets))
 
@@ -130,14 +127,6 @@ class SemiSupervisedStep:
     @torch.no_grad()
     def _teacher_logits(self, view: View, uncut_BCHW: Tensor | None) -> Tensor:
         return teacher_logits(self.teacher, view, uncut_BCHW)
-
-    @torch.no_grad()
-    def _mirrored_logits(self, view: View) -> Tensor | None:
-        """The teacher's answer to the mirrored view, turned back; None where the refinement does not ask for it."""
-        if self.method.refinement is None or not self.method.refinement.mirrored:
-            return None
-        mirrored_BKHW: Tensor = self.teacher(view.image_BCHW.flip(-1))
-        return mirrored_BKHW.flip(-1)
 
     def _partner_logits(self, views: Views) -> Tensor | None:
         """What the teacher, or the student in eval mode where it is its own teacher, says of the partner."""
@@ -180,7 +169,7 @@ class SemiSupervisedStep:
             observed_BHW = augment.mix(weak.valid_BHW, strong.boxes[0], None if partner is None else partner.valid_BHW)
         chosen = select(
             method, logits_BKHW, weak.valid_BHW, at, ranks=self.group.ranks, embeddings=out.embeddings,
-            observed_BHW=observed_BHW, mirrored_BKHW=self._mirrored_logits(weak),
+            observed_BHW=observed_BHW,
         )  # fmt: skip
 
         mixed_targets = self._targets(chosen, weak, strong.boxes, self._pasted(partner, theirs, chosen.bar))

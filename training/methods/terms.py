@@ -98,7 +98,7 @@ class StepLoss:
             soft_BKHW = augment.mix(soft_BKHW, first.box_BHW)
         return losses.divergence(
             out.strong[0], soft_BKHW, first.sure_BHW, first.valid_BHW, self.weights["divergence"],
-            count=counts["divergence"],
+            count=counts["divergence"], weight_BHW=first.weight_BHW,
         )  # fmt: skip
 
     def total(self, terms: dict[str, Loss]) -> Tensor:

@@ -8,13 +8,11 @@ import torch
 
 from training.methods.s4mc import (
     NEIGHBOURHOODS,
-    PRESETS,
     margin,
     max_probability,
     neg_entropy,
     neighbour_table,
     refine,
-    scores,
     top_two,
 )
 
@@ -211,21 +209,3 @@ def test_neighbour_table_pools_all_masks_as_a_loop_does_and_covers_absent_classe
 def test_bad_options_are_named(options, word):
     with pytest.raises(ValueError, match=word):
         refine(field(), **options)
-
-
-def test_the_mirrored_answer_joins_the_union():
-    """Pixel by pixel: either look, each refined alone, as two independent events; the label and the margin are theirs."""
-    prob, mirrored = field(seed=5), field(seed=6)
-    raw, refined, label = scores(prob, PRESETS["weighted"], mirrored_BKHW=mirrored)
-
-    one, two = oracle(prob, 8, 1, 1.0), oracle(mirrored, 8, 1, 1.0)
-    for b, y, x in np.ndindex(*label.shape):
-        both = sorted(
-            (float(p + q - p * q), -k) for k, (p, q) in enumerate(zip(one[b, :, y, x], two[b, :, y, x], strict=True))
-        )
-        assert int(label[b, y, x]) == -both[-1][1]
-        assert float(refined[b, y, x]) == pytest.approx(both[-1][0] - both[-2][0], abs=1e-12)
-    assert torch.equal(raw, margin(prob))
-    assert (label != prob.argmax(1)).any()  # the second look changes its mind somewhere
-    assert refined.min() >= 0
-    assert refined.max() <= 1
