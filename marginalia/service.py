@@ -13,8 +13,10 @@ app = typer.Typer()
 
 @command(app)
 def serve(
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 3000,
+    host: Annotated[str | None, typer.Option(help="default: HOST of the environment, else 127.0.0.1")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="default: PORT of the environment, else 3000")
+    ] = None,
     bundle: Annotated[Path | None, typer.Option(help="a bundle folder; default: the champion's")] = None,
 ) -> NoReturn:
     """Answer HTTP segmentation requests with the champion's bundle."""

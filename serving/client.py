@@ -356,7 +356,8 @@ class AsyncClient:
 
     def __init__(self, url: str, token: str | None = None, *, deadline_s: float = 60.0, **options: Any) -> None:
         if token is None and options.get("trust_env", True):
-            token = os.environ.get("MARGINALIA_TOKEN") or None
+            given = os.environ.get("MARGINALIA_TOKEN", "").strip()
+            token = given.partition("\n")[0] or None  # of several, one a line, as the service takes them, the first
         self._deadline_s = deadline_s
         self._http = httpx.AsyncClient(base_url=url, headers=_authorization(token), **options)
 

@@ -19,6 +19,7 @@ PREFIX = "MARGINALIA_"
 # MARGINALIA_SERVICE_PORT[_<name>], MARGINALIA_PORT=tcp://..., MARGINALIA_PORT_3000_TCP[_ADDR|_PORT|_PROTO].
 _KUBERNETES = re.compile(r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _KUBERNETES_PORT = re.compile(r"(\w+_)?PORT")
+_ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 _KIB = 1 << 10
 _MIB = 1 << 20
 
@@ -27,21 +28,42 @@ class SettingsError(ValueError):
     """A MARGINALIA_* variable is unknown or wrong; the message names it and what to do."""
 
 
-def _sendable(tokens: SecretStr) -> SecretStr:
-    """One token a line, without the whitespace around it and without empty lines; each has to pass through a header."""
-    lines = [line.strip() for line in tokens.get_secret_value().split("\n")]
+def token_lines(text: str) -> list[str]:
+    """The tokens in a text: one a line, without the whitespace around it and without empty lines.
+
+    Raises:
+        ValueError: there is none, or one that does not pass through a header. The message repeats none of them.
+    """
+    lines = [line.strip() for line in text.split("\n")]
     plain = [line for line in lines if line]
     if not plain or not all(line.isascii() and line.isprintable() for line in plain):
-        advice = "is empty or has other than printable ASCII characters; use such as `openssl rand -hex 32` prints"
-        raise PydanticCustomError("token", advice)
-    return SecretStr("\n".join(plain))
+        raise ValueError(
+            "is empty or has other than printable ASCII characters; use such as `openssl rand -hex 32` prints"
+        )
+    return plain
 
 
-def _lines(tokens: SecretStr | None) -> list[str]:
-    return tokens.get_secret_value().split("\n") if tokens else []
+def _sendable(tokens: SecretStr) -> SecretStr:
+    try:
+        return SecretStr("\n".join(token_lines(tokens.get_secret_value())))
+    except ValueError as error:
+        raise PydanticCustomError("token", str(error)) from error
+
+
+def _origins(text: str) -> str:
+    """Separated by spaces or commas, as browsers write them: a scheme, a host, and a port where it is not the scheme's."""
+    origins = text.replace(",", " ").split()
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            advice = (
+                "is no list of origins such as https://maps.example.org or http://localhost:8080, without a path; or *"
+            )
+            raise PydanticCustomError("origins", advice)
+    return " ".join(origins)
 
 
 Tokens = Annotated[SecretStr, AfterValidator(_sendable)]
+Origins = Annotated[str, AfterValidator(_origins)]
 
 
 class Settings(BaseSettings):
@@ -179,15 +201,30 @@ class Settings(BaseSettings):
     """Bearer token, or several, of those who may change the model, and ask for all else. Unset, `token` may; where that is
     unset too, nobody."""
 
-    @property
-    def tokens(self) -> list[str]:
-        """All that may ask; empty where everybody may."""
-        return [*_lines(self.token), *_lines(self.change_token)] if self.token else []
+    token_file: Path | None = None
+    """File with more of the tokens of `token`, one a line; read again when it changes, so that tokens are replaced without a
+    restart."""
+
+    change_token_file: Path | None = None
+    """File with more of the tokens of `change_token`; as `token_file`."""
+
+    cors_origins: Origins = ""
+    """Origins of web pages that may ask from a browser, separated by spaces or commas; * is every one."""
 
     @property
-    def change_tokens(self) -> list[str]:
-        """All that may change the model; empty where nobody may."""
-        return _lines(self.change_token or self.token)
+    def asks_need_token(self) -> bool:
+        """Whether every request for an answer needs a token."""
+        return self.token is not None or self.token_file is not None
+
+    @property
+    def changes_need_token(self) -> bool:
+        """Whether somebody may change the models, with a token; else nobody may."""
+        return self.asks_need_token or self.change_token is not None or self.change_token_file is not None
+
+    @property
+    def origins(self) -> list[str]:
+        """Origins of web pages that may ask; empty where only the service's own page may."""
+        return self.cors_origins.split()
 
     @property
     def max_body(self) -> int:

@@ -82,7 +82,7 @@ def _request(url: str, token: str | None) -> urllib.request.Request:
     """A GET of `url`; the token goes to that address alone, not along with a redirect."""
     request = urllib.request.Request(url)
     if token is not None:
-        plain = token.strip()  # a secret in a file ends in a newline
+        plain = token.strip().partition("\n")[0].rstrip()  # of several, one a line, the first
         if not plain or not plain.isascii() or not plain.isprintable():
             raise PoolError("MARGINALIA_TOKEN is empty or has other than printable ASCII characters")
         request.add_unredirected_header("Authorization", f"Bearer {plain}")

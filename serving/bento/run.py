@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from serving.bento import usage, working_folder
+from serving.bento import address, usage, working_folder
 
 if TYPE_CHECKING:
     from serving.settings import Settings
@@ -23,16 +23,18 @@ def prepare(bundle: Path | None = None) -> "Settings":
     """Settings with absolute paths, after the bundle was found, verified, loaded and warmed up once.
 
     Raises:
-        StartError: a wrong setting, no or a bad bundle, or a provider that is not to be had.
+        StartError: a wrong setting or file of tokens, no or a bad bundle, or a provider that is not to be had.
     """
     from export.bundle.bundle import BundleError
     from export.runtime.runtime import ProviderError
+    from serving.access.tokens import Roles
     from serving.model import loader
     from serving.model.champion import PointerError
     from serving.settings import SettingsError, from_environment
 
     try:
         settings = from_environment()
+        Roles(settings)
         update: dict[str, Path] = {"champions": settings.champions.absolute()}
         if bundle or settings.bundle:
             update["bundle"] = (bundle or settings.bundle or Path()).absolute()
@@ -78,13 +80,19 @@ def prepared(bundle: Path | None = None) -> "Settings":
     return outcome
 
 
-def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) -> NoReturn:
-    """Serve on `host`:`port` until SIGTERM or SIGINT. Does not return.
+def main(host: str | None = None, port: int | None = None, bundle: Path | None = None) -> NoReturn:
+    """Serve on `host`:`port` until SIGTERM or SIGINT. Does not return. Without them as HOST and PORT say.
 
     Raises:
-        StartError: as `prepare`.
+        StartError: as `prepare`, or it cannot listen there.
     """
     usage.turn_off_tracking()
+    try:
+        listen_host = address.chosen_host(host)
+        listen_port = address.chosen_port(port)
+        address.check_free(listen_host, listen_port, "choose another with --host and --port, or HOST and PORT")
+    except address.AddressError as error:
+        raise StartError(str(error)) from error
     settings = prepared(bundle)
     from serving.settings import PREFIX
 
@@ -94,7 +102,7 @@ def main(host: str = "127.0.0.1", port: int = 3000, bundle: Path | None = None) 
     # glibc gives each thread a heap of its own and keeps what a model that was swapped out left there; the worker is a
     # process of its own and starts with this. Observed: 14 swaps grew 373 to 538 MB, of which trimming gave 172 back.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-    address = ["--host", host, "--port", str(port)]
-    sys.argv = ["bentoml", "serve", "serving.bento.service:Marginalia", *address, *working_folder.options()]
+    options = ["--host", listen_host, "--port", str(listen_port), *working_folder.options()]
+    sys.argv = ["bentoml", "serve", "serving.bento.service:Marginalia", *options]
     runpy.run_module("bentoml", run_name="__main__", alter_sys=True)
     sys.exit(0)

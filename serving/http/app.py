@@ -3,12 +3,15 @@
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.access import origins
+from serving.access.tokens import Role, Roles
 from serving.http import openapi, requests, responses
 from serving.http.batch import BatchHandler
 from serving.http.models import ModelRoutes
@@ -27,7 +30,14 @@ _PAGE_POLICY = (
 )
 
 Handler = Callable[[Request], Awaitable[Response]]
-Route = tuple[str, Handler]  # the method, and what answers it
+
+
+class Route(NamedTuple):
+    """What answers a path, by which method, and whose token it takes where the service has tokens."""
+
+    method: str
+    handler: Handler
+    role: Role = "anyone"
 
 
 def _problem_response(problem: Problem, request_id: str) -> Response:
@@ -37,17 +47,18 @@ def _problem_response(problem: Problem, request_id: str) -> Response:
     )
 
 
-async def _dispatch(request: Request, routes: Mapping[str, Route]) -> Response:
+async def _dispatch(request: Request, routes: Mapping[str, Route], roles: Roles) -> Response:
     """By exact path, so that a path of any bytes gets its 404 here. Raises Problem."""
     if request.scope["path"] not in routes:
         raise Problem(404, "not-found", "nothing here; see /v1/openapi.json")
-    method, handler = routes[request.scope["path"]]
+    method, handler, role = routes[request.scope["path"]]
     if request.method != method and (request.method, method) != ("HEAD", "GET"):
         raise Problem(405, "method", f"use {method} here", {"Allow": method})
+    roles.check(request, role)
     return await handler(request)
 
 
-async def _answer(request: Request, routes: Mapping[str, Route]) -> Response:
+async def _answer(request: Request, routes: Mapping[str, Route], roles: Roles) -> Response:
     """Every answer gets its request id and a log line; every failure the one error shape."""
     start = time.perf_counter()
     began_ns = time.time_ns()
@@ -57,7 +68,7 @@ async def _answer(request: Request, routes: Mapping[str, Route]) -> Response:
 
     code = None
     try:
-        response = await _dispatch(request, routes)
+        response = await _dispatch(request, routes, roles)
     except Exception as error:
         problem = _as_problem(error)
         code = problem.code
@@ -121,16 +132,16 @@ def _api(settings: Settings, manager: ModelManager, segment: SegmentHandler) -> 
     models = ModelRoutes(settings, manager)
     description = JSONResponse(openapi.document(settings)).body
     return {
-        "/v1/segment": ("POST", segment.answer),
-        "/v1/segment/batch": ("POST", BatchHandler(segment).answer),
-        "/v1/model": ("GET", models.current),
-        "/v1/models": ("GET", models.show),
-        "/v1/models/load": ("POST", models.load),
-        "/v1/models/rollback": ("POST", models.rollback),
-        "/v1/models/shadow": ("POST", models.shadow),
-        "/v1/statistics": ("GET", models.statistics),
-        "/v1/openapi.json": ("GET", _constant(bytes(description), "application/json")),
-        "/metrics": ("GET", _show_metrics),
+        "/v1/segment": Route("POST", segment.answer, "caller"),
+        "/v1/segment/batch": Route("POST", BatchHandler(segment).answer, "caller"),
+        "/v1/model": Route("GET", models.current, "caller"),
+        "/v1/models": Route("GET", models.show, "caller"),
+        "/v1/models/load": Route("POST", models.load, "operator"),
+        "/v1/models/rollback": Route("POST", models.rollback, "operator"),
+        "/v1/models/shadow": Route("POST", models.shadow, "operator"),
+        "/v1/statistics": Route("GET", models.statistics, "caller"),
+        "/v1/openapi.json": Route("GET", _constant(bytes(description), "application/json")),
+        "/metrics": Route("GET", _show_metrics),
     }
 
 
@@ -138,7 +149,7 @@ def _web_files() -> dict[str, Route]:
     """The page, and the files that it is made of."""
     policy = {"Content-Security-Policy": _PAGE_POLICY}
     files = [path for path in WEB.iterdir() if path.suffix in _WEB_TYPES]
-    shown = {path.name: ("GET", _constant(path.read_bytes(), _WEB_TYPES[path.suffix], policy)) for path in files}
+    shown = {path.name: Route("GET", _constant(path.read_bytes(), _WEB_TYPES[path.suffix], policy)) for path in files}
     page = shown["index.html"]
     return {"/": page, "/ui": page} | {f"/web/{name}": route for name, route in shown.items()}
 
@@ -152,16 +163,21 @@ async def _send_and_drain(response: Response, request: Request, send: Send) -> N
 
 
 def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, SegmentHandler]:
-    """The ASGI application (HTTP only) over the models, and the handler to close when it ends."""
+    """The ASGI application (HTTP only) over the models, and the handler to close when it ends.
+
+    Raises:
+        SettingsError: a file of tokens is absent or has none.
+    """
+    roles = Roles(settings)
     segment = SegmentHandler(settings, manager)
     routes = _api(settings, manager, segment) | _web_files()
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        response = await _answer(request, routes)
+        response = await _answer(request, routes, roles)
         if response.status_code == 413:
             await _send_and_drain(response, request, send)
         else:
             await response(scope, receive, send)
 
-    return application, segment
+    return origins.admit(application, settings), segment

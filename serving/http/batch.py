@@ -43,7 +43,6 @@ class BatchHandler:
 
     async def answer(self, request: Request) -> Response:
         """POST /v1/segment/batch. Raises Problem for what is wrong with the call; a bad image is a line in the answer."""
-        requests.check_token(request, self.settings)
         query = parse(request.query_params.multi_items(), self.settings)
         kind = negotiate.negotiate(request.headers.get("accept"), query.view, negotiate.MANY_KINDS)
         request.state.answer = kind.view

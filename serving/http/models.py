@@ -168,11 +168,6 @@ class ModelRoutes:
         self._settings = settings
         self._manager = manager
 
-    def _check_may_change(self, request: Request) -> None:
-        """Only with a token may anybody change the models. Raises Problem."""
-        requests.check_change_token(request, self._settings)
-        requests.check_query(request, {})
-
     def _answer(self) -> Response:
         return Response(describe(self._manager, self._settings).model_dump_json(), media_type="application/json")
 
@@ -209,7 +204,6 @@ class ModelRoutes:
 
     async def current(self, request: Request) -> Response:
         """GET /v1/model: what is being served. Raises Problem."""
-        requests.check_token(request, self._settings)
         requests.check_query(request, {})
         runtime = self._manager.current
         if runtime is None:
@@ -218,13 +212,12 @@ class ModelRoutes:
 
     async def show(self, request: Request) -> Response:
         """GET /v1/models."""
-        requests.check_token(request, self._settings)
         requests.check_query(request, {})
         return self._answer()
 
     async def load(self, request: Request) -> Response:
         """POST /v1/models/load: answers when the model is served, or not. Raises Problem."""
-        self._check_may_change(request)
+        requests.check_query(request, {})
         asked = await read_json(request, LoadRequest, self._settings.body_timeout_s)
         async with self._problems():
             folder = champion.named(self._settings, asked.bundle)
@@ -235,14 +228,14 @@ class ModelRoutes:
 
     async def rollback(self, request: Request) -> Response:
         """POST /v1/models/rollback. Raises Problem."""
-        self._check_may_change(request)
+        requests.check_query(request, {})
         async with self._problems():
             self._manager.rollback()
         return self._answer()
 
     async def shadow(self, request: Request) -> Response:
         """POST /v1/models/shadow. Raises Problem."""
-        self._check_may_change(request)
+        requests.check_query(request, {})
         asked = await read_json(request, ShadowRequest, self._settings.body_timeout_s)
         async with self._problems():
             if asked.bundle is None:
@@ -254,6 +247,5 @@ class ModelRoutes:
 
     async def statistics(self, request: Request) -> Response:
         """GET /v1/statistics: `pipeline.storage.served_statistics.ServedStatistics`."""
-        requests.check_token(request, self._settings)
         requests.check_query(request, {})
         return Response(await run_in_threadpool(metrics.STATISTICS.text), media_type="application/json")

@@ -169,8 +169,8 @@ def document(settings: Settings) -> dict[str, Any]:
         **operations(_errors),
     }
     token: list[dict[str, Any]] = [{"token": []}]
-    secured: dict[str, Any] = {"security": token} if settings.token else {}
-    if settings.change_tokens and not settings.token:
+    secured: dict[str, Any] = {"security": token} if settings.asks_need_token else {}
+    if settings.changes_need_token and not settings.asks_need_token:
         for path in CHANGES:
             paths[path]["post"]["security"] = token
     try:

@@ -1,12 +1,10 @@
-"""What may come in: the token, the query, the type and size of the body. Everything else is a `Problem`."""
+"""What may come in: the query, the type and size of the body. Everything else is a `Problem`."""
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from email.message import Message
 
 from starlette.datastructures import UploadFile
@@ -57,47 +55,6 @@ def no_model() -> Problem:
 def image_problem(error: decode.Refused) -> Problem:
     """The answer to bytes that are no image that we take."""
     return Problem(_IMAGE_STATUS.get(error.code, 400), error.code, str(error))
-
-
-def check_token(request: Request, settings: Settings) -> None:
-    """A token that may ask, where the service has one. Raises Problem(401)."""
-    if settings.tokens and not _carries(request, settings.tokens):
-        raise _unauthorized()
-
-
-def check_change_token(request: Request, settings: Settings) -> None:
-    """A token that may change the models. Raises Problem: 403 where there is none, or one that may only ask; 401."""
-    if not settings.change_tokens:
-        raise Problem(
-            403,
-            "no-token",
-            "changing models needs a token and this service has none; set MARGINALIA_TOKEN and start it again",
-        )
-    if _carries(request, settings.change_tokens):
-        return
-    if _carries(request, settings.tokens):
-        raise Problem(
-            403, "not-for-changes", "this token may ask and not change models; send one of MARGINALIA_CHANGE_TOKEN"
-        )
-    raise _unauthorized()
-
-
-def _carries(request: Request, tokens: Sequence[str]) -> bool:
-    """Whether its bearer token is one of `tokens`, compared with all of them, and in constant time over digests, so that
-    the time depends neither on the length nor on which it is."""
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    got = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
-    same = [hmac.compare_digest(hashlib.sha256(token.encode()).digest(), got) for token in tokens]
-    return any(same) and scheme.lower() == "bearer"
-
-
-def _unauthorized() -> Problem:
-    return Problem(
-        401,
-        "unauthorized",
-        "send 'Authorization: Bearer <token>' with this service's token",
-        {"WWW-Authenticate": "Bearer"},
-    )
 
 
 def check_query(request: Request, allowed: dict[str, Collection[str]]) -> dict[str, str]:

@@ -189,7 +189,7 @@ def test_token() -> None:
 
 
 def test_the_token_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MARGINALIA_TOKEN", f"{live_server.TOKEN}\n")
+    monkeypatch.setenv("MARGINALIA_TOKEN", f"{live_server.TOKEN}\r\nthe-next-token\n")
     url = live_server.guarded().url
     with Client(url, mounts={"all://": None}) as known:
         assert known.model()["method"] == "supervised"

@@ -31,7 +31,10 @@ def test_every_setting_is_read_from_its_variable() -> None:
     """Written as text, as an operator would."""
     plain = from_environment({})
     other: dict[str, object] = {"provider": "cpu", "precision": "fp32", "shadow": "x", "threads": 3, "max_batch": 4}
-    other |= {name: Path("x") for name in ("bundle", "champions", "bundles", "statistics")}
+    other |= {
+        name: Path("x") for name in ("bundle", "champions", "bundles", "statistics", "token_file", "change_token_file")
+    }
+    other["cors_origins"] = "https://maps.example.org http://localhost:8080"
     for name in Settings.model_fields.keys() - other.keys() - {"token", "change_token"}:
         default = getattr(plain, name)
         other[name] = not default if isinstance(default, bool) else 2 * default
@@ -76,6 +79,8 @@ def test_defaults_and_values() -> None:
         ("MARGINALIA_TOKEN", "hush\rhush", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
         ("MARGINALIA_TOKEN", "hush\nhush-hüsch", "MARGINALIA_TOKEN: is empty or has other than printable ASCII"),
         ("MARGINALIA_CHANGE_TOKEN", "\n", "MARGINALIA_CHANGE_TOKEN: is empty or"),
+        ("MARGINALIA_CORS_ORIGINS", "hush", "MARGINALIA_CORS_ORIGINS: is no list of origins such as"),
+        ("MARGINALIA_CORS_ORIGINS", "https://good.example, https://bad.example/hush", "without a path"),
         ("MARGINALIA_MAX_SLOWDOWN", "0.9", "MARGINALIA_MAX_SLOWDOWN"),
         ("MARGINALIA_SHADOW_SHARE", "1.1", "MARGINALIA_SHADOW_SHARE"),
     ],

@@ -97,7 +97,7 @@ def point(champions: Path, bundle_folder: Path) -> None:
 
 
 def start(settings: dict[str, str], command: list[str] | None = None, cwd: Path = ROOT) -> Server:
-    """A server over a fresh folder whose champion is the tiny model; "{folder}" in a setting is that folder."""
+    """A server over a fresh folder whose champion is the tiny model; "{folder}" and "{port}" in a setting are its own."""
     folder = Path(tempfile.mkdtemp(prefix="marginalia-server-"))
     made = tiny_onnx.write(folder / "champions" / "first" / "bundle")
     point(folder / "champions", made.folder)
@@ -107,7 +107,9 @@ def start(settings: dict[str, str], command: list[str] | None = None, cwd: Path 
     plain |= {"BENTOML_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
     launch = [sys.executable, *(command or ["-c", START, str(port)])]
     launch = [part.replace("{port}", str(port)) for part in launch]
-    settings = {name: value.replace("{folder}", str(folder)) for name, value in settings.items()}
+    settings = {
+        name: value.replace("{folder}", str(folder)).replace("{port}", str(port)) for name, value in settings.items()
+    }
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(launch, cwd=cwd, env=plain | settings, stdout=log, stderr=log)
     server = Server(f"http://127.0.0.1:{port}", port, folder, process)

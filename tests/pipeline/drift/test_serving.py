@@ -141,8 +141,9 @@ def test_a_service_with_a_token(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         code, said = run(*asked)
         assert (code, "answers only with a token; set MARGINALIA_TOKEN" in said) == (1, True)
         assert run(*asked, "--token", TOKEN)[0] == 0
-        monkeypatch.setenv("MARGINALIA_TOKEN", f"{TOKEN}\n")
-        assert run(*asked)[0] == 0
+        for several in (f"{TOKEN}\n", f"\n {TOKEN}\r\nthe-next-token"):  # as the service's own variable may be
+            monkeypatch.setenv("MARGINALIA_TOKEN", several)
+            assert run(*asked)[0] == 0
 
         Guarded.sent.clear()
         code, said = run("--serving", f"{url}/elsewhere")

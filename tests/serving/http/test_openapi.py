@@ -40,7 +40,7 @@ def inner(value: object) -> Iterator[dict[str, Any]]:
 
 def test_every_route_is_described_and_every_description_is_a_route(server: Server, document: dict[str, Any]) -> None:
     source = Path(__file__).parents[3].joinpath("serving/http/app.py").read_text()
-    routes = {(path, method.lower()) for path, method in re.findall(r'"(/v1/[^"]*)": \("([A-Z]+)"', source)}
+    routes = {(path, method.lower()) for path, method in re.findall(r'"(/v1/[^"]*)": Route\("([A-Z]+)"', source)}
     assert routes
     assert {(path, method) for path, method, _ in operations(document)} == routes
     with server.client() as http:
