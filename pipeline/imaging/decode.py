@@ -55,6 +55,7 @@ _FOREIGN = (
     (b"SIMPLE  =", "FITS"),
 )
 DARK = 8192  # of 65,536
+STRIP_PIXELS = 1 << 18  # that are converted at a time
 _HEADER_PIXELS = 1 << 62
 
 # A damaged EXIF block makes the plugins warn; a damaged picture is an answer to the caller here, not a line on stderr.
@@ -134,24 +135,40 @@ def check_aspect(width: int, height: int, max_aspect: float | None) -> None:
 
 
 def to_rgb(image: ImageFile) -> Image_HWC:
-    """Decoded Pillow image -> H x W x 3 by the rules in the module's docstring."""
+    """Decoded Pillow image -> H x W x 3 by the rules in the module's docstring.
+
+    Strip by strip, so that what a kind needs on the way (16 bits a sample, alpha) is never there for the whole image.
+    """
     mode = image.mode
-    if mode.startswith("I;16"):
-        wide_HW = np.asarray(image).astype(np.uint16)
-        check_range(int(wide_HW.max()))
-        grey = (wide_HW >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if mode in ("F", "I", "LAB") or mode.startswith(("I;", "F;")):
+    if mode in ("F", "I", "LAB") or (mode.startswith(("I;", "F;")) and not mode.startswith("I;16")):
         raise Refused(
             "unsupported-depth",
             f"pixels of kind {mode} have no stated range; convert the image to 8 or 16 bits per channel",
         )
-    if "transparency" in image.info or "A" in mode or "a" in mode:
-        rgba = np.asarray(image.convert("RGBA"))
-        colour = rgba[:, :, :3].astype(np.uint16) * rgba[:, :, 3:] + np.uint16(127)
-        rgb_HWC: Image_HWC = (colour // np.uint16(255)).astype(np.uint8)
-        return rgb_HWC
-    return np.array(image if mode == "RGB" else image.convert("RGB"))
+    rgb_HWC = np.empty((image.height, image.width, 3), np.uint8)
+    brightest = 0
+    step = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, step):
+        strip = image.crop((0, top, image.width, min(top + step, image.height)))
+        rows = rgb_HWC[top : top + step]
+        if mode.startswith("I;16"):
+            wide_HW = np.asarray(strip).astype(np.uint16)
+            brightest = max(brightest, int(wide_HW.max()))
+            rows[:] = (wide_HW >> 8)[:, :, None]
+        elif "transparency" in image.info or "A" in mode or "a" in mode:
+            rows[:] = _on_black(np.asarray(strip.convert("RGBA")))
+        else:
+            rows[:] = np.asarray(strip if mode == "RGB" else strip.convert("RGB"))
+    check_range(brightest)
+    return rgb_HWC
+
+
+def _on_black(rgba_HWC: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    colour_HWC = rgba_HWC[:, :, :3].astype(np.uint16)
+    colour_HWC *= rgba_HWC[:, :, 3:]
+    colour_HWC += np.uint16(127)
+    colour_HWC //= np.uint16(255)
+    return colour_HWC
 
 
 def check_range(brightest: int) -> None:
@@ -199,15 +216,20 @@ def decode(data: bytes, *, max_pixels: int, max_aspect: float | None = None) -> 
 
 def decode_turned(data: bytes, *, max_pixels: int, max_aspect: float | None = None) -> tuple[Image_HWC, int]:
     """`decode`, and the orientation 1..8 by which the stored picture was turned."""
+    rgb_HWC, orientation = _decoded(data, max_pixels, max_aspect)
+    return orient(rgb_HWC, orientation), orientation
+
+
+def _decoded(data: bytes, max_pixels: int, max_aspect: float | None) -> tuple[Image_HWC, int]:
+    """The stored picture and its orientation; what the decoder holds ends here, before the picture is turned."""
     kind, image = open_header(data, max_pixels)
     check_aspect(*image.size, max_aspect)
     orientation = orientation_of(image)
     try:
         image.load()
-        rgb_HWC = to_rgb(image)
+        return to_rgb(image), orientation
     except Refused:
         raise
     except Exception as error:
         code = "truncated" if "truncated" in str(error) else "corrupt"
         raise Refused(code, f"the {kind} cannot be decoded ({short(error)}); send the original file again") from error
-    return orient(rgb_HWC, orientation), orientation

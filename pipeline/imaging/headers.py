@@ -3,14 +3,16 @@
 import io
 import struct
 import zlib
+from typing import BinaryIO
 
 from PIL import TiffImagePlugin
 
 _ORIENTATION = 0x0112
-_TILE_WIDTH, _TILE_LENGTH = 322, 323
-_SUBFILE_TYPE, _BITS, _SAMPLES = 254, 258, 277
+TILE_WIDTH, TILE_LENGTH, ROWS_PER_STRIP = 322, 323, 278
+_SUBFILE_TYPE, BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 254, 258, 277
 _NO_PAGE = 1 | 4  # reduced resolution, transparency mask
 MAX_DIRECTORIES = 32
+_HEADER_BYTES = 32 << 20  # of a JPEG before its scan: a camera's previews fit, the decoder keeps all of it
 
 
 class Refused(ValueError):
@@ -109,7 +111,7 @@ def exif_orientation(exif: bytes) -> int:
 
 def check_tiff(image: TiffImagePlugin.TiffImageFile, max_pixels: int) -> None:
     """Refuse a second page (looking one directory ahead, not walking all of them) and tiles larger than the budget."""
-    tile = [image.tag_v2.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_LENGTH)]
+    tile = [image.tag_v2.get(tag, 1) for tag in (TILE_WIDTH, TILE_LENGTH)]
     if not all(isinstance(side, int) for side in tile) or tile[0] * tile[1] > max(max_pixels, 1 << 20):
         raise Refused(
             "too-many-pixels",
@@ -139,8 +141,35 @@ def tiff_samples(data: bytes) -> str:
         file = io.BytesIO(data)
         file.seek(directory.next)
         directory.load(file)
-        bits, bands = directory.get(_BITS, (1,)), directory.get(_SAMPLES, 1)
+        bits, bands = directory.get(BITS_PER_SAMPLE, (1,)), directory.get(SAMPLES_PER_PIXEL, 1)
         taken = bands <= 4 and (bands == 1 or max(bits) <= 8)
         return "" if taken else f"{bands} bands of {', '.join(map(str, sorted(set(bits))))} bits"
     except Exception:  # it may be damaged in any way, and only the message gets worse
         return ""
+
+
+def jpeg_one_scan(file: BinaryIO) -> bool:
+    """True for a sequential JPEG with all components in its first scan: libjpeg then decodes with a few rows in memory.
+
+    ITU-T T.81, B.1.1.3 (markers), B.2.2 (frame header), B.2.3 (scan header). Raises Refused("corrupt" | "truncated").
+    """
+    at, frame, components = 2, 0, 0
+    end = file.seek(0, io.SEEK_END)
+    while at < min(end, _HEADER_BYTES):
+        file.seek(at)
+        head = file.read(10)
+        if len(head) < 5:
+            break
+        if head[0] != 0xFF:
+            raise Refused("corrupt", f"byte {at} of the JPEG should begin a marker; send the original file again")
+        if head[1] in (0xFF, 0x01) or 0xD0 <= head[1] <= 0xD8:  # fill bytes and markers without a body
+            at += 1 if head[1] == 0xFF else 2
+            continue
+        if head[1] == 0xDA:
+            return frame in (0xC0, 0xC1) and components == head[4]
+        if 0xC0 <= head[1] <= 0xCF and head[1] not in (0xC4, 0xC8, 0xCC) and len(head) == 10:
+            frame, components = head[1], head[9]
+        at += 2 + int.from_bytes(head[2:4], "big")
+    raise Refused(
+        "truncated" if at >= end else "corrupt", f"no picture in the first {at} bytes of the JPEG; send the whole file"
+    )

@@ -9,9 +9,9 @@ What needs how much memory, for w x h pixels reduced to a width of s:
   elsewhere, and for images turned by their orientation, it is within one grey level.
 - JPEG of one scan, reduced at least 4 times: libjpeg decodes at 1/2, 1/4 or 1/8 of the size (its DCT scaling, through
   Pillow's `draft`), and the rest is resized. That is another filter than the whole decode's: see `_SPARE`.
-- Everything else is decoded whole, 7 bytes a pixel at the peak, and has a limit of its own: progressive and
-  multi-scan JPEG (libjpeg holds all coefficients), JPEG at native resolution (Pillow gives no rows before the last one),
-  WebP, BMP, interlaced PNG, TIFF in one compressed strip.
+- Everything else is decoded whole, at the cost that `pipeline.imaging.decode_cost` counts, and has a limit of its own:
+  progressive and multi-scan JPEG (libjpeg holds all coefficients), JPEG at native resolution (Pillow gives no rows before
+  the last one), WebP, BMP, interlaced PNG, TIFF in one compressed strip.
 """
 
 import io
@@ -26,6 +26,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from pipeline.imaging import decode, png_bands, tiff_bands
 from pipeline.imaging.decode import Image_HWC, Refused
+from pipeline.imaging.headers import jpeg_one_scan
 
 # A JPEG is scaled by its decoder to no less than so many times the wanted size, the larger where that is at most
 # _SPARE_PIXELS; the resize does the rest. Against decoding all of it, on 81 photographs in one of 4320 x 3240 reduced to
@@ -33,7 +34,6 @@ from pipeline.imaging.decode import Image_HWC, Refused
 # with 1.
 _SPARE, _SPARE_PIXELS = (4, 2), 8_000_000
 _COLUMNS = 64
-_HEADER_BYTES = 32 << 20  # of a JPEG before its scan: a camera's previews fit, the decoder keeps all of it
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def open_picture(file: BinaryIO, limits: LargeImageLimits) -> LargeImage:
         if tiff.by_rows:
             bands = partial(tiff_bands.bands, file, tiff)
     elif kind == "JPEG":
-        scan = _one_scan(file)
+        scan = jpeg_one_scan(file)
         image, several = _jpeg(file), False
         width, height = image.size
         orientation = decode.orientation_of(image)
@@ -223,30 +223,3 @@ def _shrink_jpeg(file: BinaryIO, target: tuple[int, int], spare: int) -> Image_H
     # The box is the image without the part of a pixel by which the scaled one is larger.
     box = drafted[1] if drafted else None
     return np.asarray(scaled.resize((target[1], target[0]), Image.Resampling.BILINEAR, box=box))
-
-
-def _one_scan(file: BinaryIO) -> bool:
-    """True for a sequential JPEG with all components in its first scan: libjpeg then decodes with a few rows in memory.
-
-    ITU-T T.81, B.1.1.3 (markers), B.2.2 (frame header), B.2.3 (scan header). Raises Refused("corrupt" | "truncated").
-    """
-    at, frame, components = 2, 0, 0
-    end = file.seek(0, io.SEEK_END)
-    while at < min(end, _HEADER_BYTES):
-        file.seek(at)
-        head = file.read(10)
-        if len(head) < 5:
-            break
-        if head[0] != 0xFF:
-            raise Refused("corrupt", f"byte {at} of the JPEG should begin a marker; send the original file again")
-        if head[1] in (0xFF, 0x01) or 0xD0 <= head[1] <= 0xD8:  # fill bytes and markers without a body
-            at += 1 if head[1] == 0xFF else 2
-            continue
-        if head[1] == 0xDA:
-            return frame in (0xC0, 0xC1) and components == head[4]
-        if 0xC0 <= head[1] <= 0xCF and head[1] not in (0xC4, 0xC8, 0xCC) and len(head) == 10:
-            frame, components = head[1], head[9]
-        at += 2 + int.from_bytes(head[2:4], "big")
-    raise Refused(
-        "truncated" if at >= end else "corrupt", f"no picture in the first {at} bytes of the JPEG; send the whole file"
-    )
