@@ -165,6 +165,9 @@ class Settings(BaseSettings):
     idle_timeout_s: PositiveFloat = 75.0
     """Seconds for which a connection may lie idle between two requests."""
 
+    drain_s: PositiveFloat | None = None
+    """Seconds for which requests under way may go on after SIGTERM; unset, as long as the slowest kind may take."""
+
     # Changing the model
 
     bundles: Path | None = None
@@ -225,6 +228,11 @@ class Settings(BaseSettings):
     def origins(self) -> list[str]:
         """Origins of web pages that may ask; empty where only the service's own page may."""
         return self.cors_origins.split()
+
+    @property
+    def drain_limit_s(self) -> float:
+        """Seconds between SIGTERM and the end of the last request; whoever starts the service has to wait a little longer."""
+        return self.drain_s or max(self.timeout_s, self.large_timeout_s, self.many_timeout_s)
 
     @property
     def max_body(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import bentoml
 
 from serving import settings
-from serving.bento import usage, working_folder
+from serving.bento import parent, usage, working_folder
 
 if TYPE_CHECKING:
     from serving.bento.worker import Worker
@@ -50,8 +50,10 @@ def _worker() -> "Worker":
 if _in_worker:
     working_folder.go_back()
     _worker()
-elif _settings.provider not in ("auto", "cpu"):
-    _refuse_absent_provider()
+else:
+    parent.announce_end()
+    if _settings.provider not in ("auto", "cpu"):
+        _refuse_absent_provider()
 
 
 # BentoML's own request metrics and access log repeat whatever path a caller sends, as a label and unescaped: off.

@@ -3,11 +3,13 @@
 import gc
 import os
 import signal
+from collections.abc import Callable
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import settings
-from serving.bento import uvicorn_protocol
+from serving.bento import uvicorn_protocol, uvicorn_server
 from serving.http import app
 from serving.model.manager import ModelManager
 from serving.model.watcher import ChampionWatcher
@@ -23,11 +25,17 @@ class Front:
     So BentoML's own addresses are closed, and no path with a newline meets its router, which has no match for it.
     """
 
-    def __init__(self, bentoml: ASGIApp, ours: ASGIApp) -> None:
-        self._bentoml, self._ours = bentoml, ours
+    def __init__(self, bentoml: ASGIApp, ours: ASGIApp, is_draining: Callable[[], bool]) -> None:
+        self._bentoml, self._ours, self._is_draining = bentoml, ours, is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (self._bentoml if scope["path"] in _PROBES else self._ours)(scope, receive, send)
+        async def send_last(message: Message) -> None:
+            """While the server ends, each answer is the last one of its connection, and says so."""
+            if message["type"] == "http.response.start" and self._is_draining():
+                MutableHeaders(scope=message)["Connection"] = "close"
+            await send(message)
+
+        await (self._bentoml if scope["path"] in _PROBES else self._ours)(scope, receive, send_last)
 
 
 class Worker:
@@ -43,7 +51,9 @@ class Worker:
         self._watcher.start()
         ours, self.handler = app.build(chosen, self.models)
         self.handler.health.on_lost = _leave
-        uvicorn_protocol.install(chosen, lambda bentoml: Front(bentoml, ours))
+        self._draining = False
+        uvicorn_protocol.install(chosen, lambda bentoml: Front(bentoml, ours, lambda: self._draining))
+        uvicorn_server.install(chosen, self._drain)
         self._writer = prediction_stats.StatisticsWriter(
             metrics.STATISTICS,
             chosen.statistics,
@@ -63,6 +73,11 @@ class Worker:
         gc.enable()
         gc.set_threshold(5000, 10, 100_000)
 
+    def _drain(self) -> None:
+        """From now on it is not ready; what is under way goes on."""
+        self._draining = True
+        metrics.ready(False)
+
     def stop(self) -> None:
         """End the watcher, let the running work finish, write the statistics."""
         self._watcher.stop()
@@ -72,8 +87,8 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """True once a warmed-up model answers."""
-        return self.models.current is not None and self.alive
+        """True once a warmed-up model answers, until the server begins to end."""
+        return self.models.current is not None and self.alive and not self._draining
 
     @property
     def alive(self) -> bool:

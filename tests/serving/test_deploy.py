@@ -327,3 +327,18 @@ def test_the_settings_bear_what_kubernetes_adds_for_this_service() -> None:
         assert settings.from_environment() == without_links
         assert settings.ignored() == sorted(links)
     assert KUBERNETES["Deployment"]["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
+def test_what_is_under_way_has_the_time_to_end() -> None:
+    """Before the container is killed: the pause before SIGTERM, the longest answer, and the rest of the end."""
+    rest_s = 20
+    compose = {k: v for k, v in SERVICES["marginalia"]["environment"].items() if v is not None}
+    with environment(compose):
+        longest = settings.from_environment().drain_limit_s
+    assert int(SERVICES["marginalia"]["stop_grace_period"].removesuffix("s")) >= longest + rest_s
+    pod = KUBERNETES["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    with environment({item["name"]: item["value"] for item in container["env"] if "value" in item}):
+        longest = settings.from_environment().drain_limit_s
+    before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] >= before + longest + rest_s

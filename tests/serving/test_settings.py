@@ -31,6 +31,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
     """Written as text, as an operator would."""
     plain = from_environment({})
     other: dict[str, object] = {"provider": "cpu", "precision": "fp32", "shadow": "x", "threads": 3, "max_batch": 4}
+    other["drain_s"] = 20.0
     other |= {
         name: Path("x") for name in ("bundle", "champions", "bundles", "statistics", "token_file", "change_token_file")
     }
