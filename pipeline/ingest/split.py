@@ -7,8 +7,8 @@
 - Each group draws a number in 0..1 by a hash of `split.seed` and its name: below `split.test` it is test, within
   `split.val` above that it is val, else it trains. So a new group never moves another one, and no training place turns
   into a test place; in return the shares are of groups and only approximate. Two exceptions keep few groups useful: the
-  group with the highest draw always trains, and a part that nobody drew gets the lowest group that is left. Those a
-  later group can replace, which is warned about.
+  group with the highest draw always trains, and a part that nobody drew gets the lowest group that is left; so test
+  leaves one for val where it drew all but that. Those a later group can replace, which is warned about.
 - Images without a mask are unlabelled; later archives are, too.
 - An unlabelled image whose mask was imported (labels.yaml) is labelled, whatever list or dump it is from. Such masks
   have no say in the drawing: a new label never moves a group to val or test. One in place of the source's own has the
@@ -117,10 +117,13 @@ def _draw_groups(free: Sequence[Row], lists: Lists, params: config.Split) -> dic
 
     split: dict[str, str] = {}
     edge = 0.0
+    waiting = sum(share > 0 for share in shares.values())
     for part, share in shares.items():
         edge += share
+        waiting -= share > 0
         below = sum(draw(group, params.seed) < edge for group in order[:-1])
-        count = max(below, min(1, len(order) - 1)) if share > 0 and order else 0
+        spare = max(len(order) - 1 - waiting, min(1, len(order) - 1))
+        count = min(max(below, 1), spare) if share > 0 and order else 0
         for group in order[:count]:
             split |= dict.fromkeys(groups[group], part)
         order = order[count:]

@@ -73,7 +73,7 @@ def test_a_new_group_moves_no_other_one(seed: int, new: list[str]) -> None:
 def test_few_groups_still_fill_every_part() -> None:
     for seed in range(40):
         counts = Counter(parts([row(n, n) for n in "abc"], seed=seed, val=0.1, test=0.2).values())
-        assert all(counts[part] >= 1 for part in ("test", "labelled"))
+        assert all(counts[part] >= 1 for part in ("test", "val", "labelled"))
         assert sum(counts.values()) == 3
         assert Counter(parts([row("a", "a")], seed=seed).values()) == {"labelled": 1}
         assert Counter(parts([row(n, n) for n in "ab"], seed=seed).values()) == {"labelled": 1, "test": 1}
