@@ -6,6 +6,7 @@ A mask is read as stored: no EXIF turning (Pillow turns TIFF by itself), no resa
 
 import colorsys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -96,24 +97,41 @@ def _grey_step(data: bytes, kind: str) -> int:
 
 
 def from_colours(pixels_HWC: Image_HWC, colours: Mapping[Colour, int]) -> Ids:
-    """H x W x 3 -> ids by exact colour. Raises Refused("unknown-colour") that names the first five and their pixels."""
-    packed = pixels_HWC.astype(np.uint32)
-    packed_HW = packed[..., 0] << 16 | packed[..., 1] << 8 | packed[..., 2]
-    found, inverse, counts = np.unique(packed_HW, return_inverse=True, return_counts=True)
-    table = {r << 16 | g << 8 | b: value for (r, g, b), value in colours.items()}
-    unknown = [(int(colour), int(n)) for colour, n in zip(found, counts, strict=True) if int(colour) not in table]
-    if unknown:
-        named = ", ".join(f"#{colour:06x} ({n} pixels)" for colour, n in unknown[:5])
-        first = " ".join(map(str, unknown[0][0].to_bytes(3, "big")))
-        raise Refused(
-            "unknown-colour",
-            f"the mask has {len(unknown)} colours of no class: {named}; give each to a class in the class file, or end that "
-            f"file with `ignore {first}` where it means none",
-        )
-    ids = [table[int(colour)] for colour in found]
-    lookup = np.array(ids, dtype=np.uint8 if max(ids) <= 255 else np.uint16)
-    ids_HW: Ids = lookup[inverse.reshape(packed_HW.shape)]
-    return ids_HW
+    """H x W x 3 -> ids by exact colour, uint8 where the colours in use have ids that fit.
+
+    Raises:
+        Refused: "unknown-colour", with the first five and their pixels.
+    """
+    packed_HW = pixels_HWC[..., 0].astype(np.uint32)
+    for channel in (1, 2):
+        packed_HW <<= np.uint32(8)
+        packed_HW |= pixels_HWC[..., channel]
+    ids_HW = _colour_table(tuple(sorted(colours.items())))[packed_HW]
+    if not ids_HW.all():
+        raise _unknown_colours(packed_HW[ids_HW == 0])
+    ids_HW -= np.uint16(1)
+    narrow_HW: Ids = ids_HW.astype(np.uint8) if ids_HW.max(initial=0) <= IGNORE else ids_HW
+    return narrow_HW
+
+
+@lru_cache(4)
+def _colour_table(colours: tuple[tuple[Colour, int], ...]) -> NDArray[np.uint16]:
+    """Id + 1 of each of the 2^24 colours, 0 for one of no class. The system gives memory only to the pages in use."""
+    table = np.zeros(1 << 24, np.uint16)
+    for (red, green, blue), value in colours:
+        table[red << 16 | green << 8 | blue] = value + 1
+    return table
+
+
+def _unknown_colours(packed_N: NDArray[np.uint32]) -> Refused:
+    found, counts = np.unique(packed_N, return_counts=True)
+    named = ", ".join(f"#{colour:06x} ({n} pixels)" for colour, n in zip(found[:5], counts[:5], strict=True))
+    first = " ".join(map(str, int(found[0]).to_bytes(3, "big")))
+    return Refused(
+        "unknown-colour",
+        f"the mask has {len(found)} colours of no class: {named}; give each to a class in the class file, or end that "
+        f"file with `ignore {first}` where it means none",
+    )
 
 
 def palette(k: int) -> list[Colour]:
@@ -257,6 +275,35 @@ def _listed_counts(counts: Sequence[Any]) -> NDArray[np.int64]:
 
 def from_rle(rle: Mapping[str, Any], *, max_pixels: int = 1 << 28) -> NDArray[np.bool_]:
     """COCO run lengths, list or text form -> boolean H x W. Raises Refused("bad-rle" | "too-many-pixels")."""
+    counts, height, width = _checked_runs(rle, max_pixels)
+    inside = np.arange(len(counts)) % 2 == 1
+    mask_WH = np.repeat(inside, counts).reshape(width, height)
+    return np.ascontiguousarray(mask_WH.T)
+
+
+def rle_patch(
+    rle: Mapping[str, Any], *, max_pixels: int = 1 << 28
+) -> tuple[tuple[int, int], int, int, NDArray[np.bool_]]:
+    """As `from_rle`, of the box alone that holds every pixel inside: ((H, W), its first row, its first column, the box)."""
+    counts, height, width = _checked_runs(rle, max_pixels)
+    edges = np.cumsum(counts)[: len(counts) // 2 * 2].reshape(-1, 2)  # begin and end of each run inside
+    edges = edges[edges[:, 0] < edges[:, 1]]
+    if not len(edges):
+        return (height, width), 0, 0, np.zeros((0, 0), np.bool_)
+
+    (first, begin), (last, end) = np.divmod(edges[:, 0], height), np.divmod(edges[:, 1] - 1, height)
+    left, right = int(first[0]), int(last[-1]) + 1
+    beyond = bool((first < last).any())  # a run that goes on in the next column holds its bottom and that one's top
+    top, bottom = (0, height) if beyond else (int(begin.min()), int(end.max()) + 1)
+
+    bounds = np.concatenate(([0], edges.ravel() - left * height, [(right - left) * height]))
+    inside = np.arange(len(bounds) - 1) % 2 == 1
+    mask_WH = np.repeat(inside, np.diff(bounds)).reshape(right - left, height)
+    return (height, width), top, left, np.ascontiguousarray(mask_WH[:, top:bottom].T)
+
+
+def _checked_runs(rle: Mapping[str, Any], max_pixels: int) -> tuple[NDArray[np.int64], int, int]:
+    """(run lengths that add up to the pixels, height, width)."""
     try:
         height, width = (int(side) for side in rle["size"])
         counts = _unpack_counts(rle["counts"]) if isinstance(rle["counts"], str) else _listed_counts(rle["counts"])
@@ -272,7 +319,4 @@ def from_rle(rle: Mapping[str, Any], *, max_pixels: int = 1 << 28) -> NDArray[np
     if not fits or counts.sum() != size:
         total = sum(counts.tolist())
         raise Refused("bad-rle", f"run lengths sum to {total}, not {height} x {width}, or one is negative")
-
-    inside = np.arange(len(counts)) % 2 == 1
-    mask_WH = np.repeat(inside, counts).reshape(width, height)
-    return np.ascontiguousarray(mask_WH.T)
+    return counts, height, width

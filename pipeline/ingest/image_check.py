@@ -82,17 +82,17 @@ def check_mask(
             "mask-size",
             f"the mask is {ids_HW.shape[1]} x {ids_HW.shape[0]}, the image {shape[1]} x {shape[0]}; export it again",
         )
-    void_HW = (ids_HW == 255) | (ids_HW == 65535)
-    found, counts = np.unique(ids_HW[~void_HW].astype(np.int64), return_counts=True)
-    if (alien := found >= classes).any():
-        listed = ", ".join(f"{i} ({n} px)" for i, n in list(zip(found[alien], counts[alien], strict=True))[:5])
+    pixels_K = np.bincount(ids_HW.ravel())
+    found = [int(k) for k in np.flatnonzero(pixels_K) if k not in (255, 65535)]
+    if alien := [k for k in found if k >= classes]:
+        listed = ", ".join(f"{k} ({pixels_K[k]} px)" for k in alien[:5])
         reason = f"ids outside 0..{classes - 1}: {listed}; map them to a class or to 255 (ignore)"
         raise decode.Refused("mask-class-id", reason)
-    if void_HW.all():
+    if not found:
         raise decode.Refused(
             "mask-all-ignore", "every pixel is ignored (255 or 65535): nothing to learn; drop the mask"
         )
-    label_HW = np.where(void_HW, 255, ids_HW).astype(np.uint8)
+    label_HW = ids_HW.astype(np.uint8)  # 65535 becomes 255
     if stored:
         return decode.orient(label_HW, orientation), TURNED
     unclear = orientation > 1 and (orientation < 5 or shape[0] == shape[1])

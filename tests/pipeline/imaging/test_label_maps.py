@@ -129,6 +129,17 @@ def test_colour_masks_need_the_classes_colours() -> None:
     assert wide.dtype == np.uint16
 
 
+def test_colours_become_ids_as_one_by_one() -> None:
+    rng = np.random.default_rng(7)
+    colours = {tuple(map(int, c)): n for n, c in enumerate(rng.integers(0, 256, (200, 3)))}
+    colours = dict(list(colours.items())[:199]) | {(255, 255, 255): 255, (0, 0, 0): 0}
+    listed = list(colours)
+    pixels_HWC = np.array(listed, np.uint8)[rng.integers(0, len(listed), (37, 41))]
+    expected = [[colours[tuple(map(int, pixel))] for pixel in row] for row in pixels_HWC]
+    found_HW = label_maps.from_colours(pixels_HWC, colours)
+    assert (found_HW.dtype, found_HW.tolist()) == (np.uint8, expected)
+
+
 def test_what_is_no_mask() -> None:
     grey = Image.fromarray(np.zeros((8, 8), np.uint8))
     assert code(save(grey, "JPEG")) == "lossy-mask"
@@ -338,3 +349,14 @@ def test_run_lengths_of_columns_in_bands(label: np.ndarray, data: st.DataObject)
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, width - 1)).filter(lambda x: x < width))))
     got = label_maps.column_rles(np.split(label, cuts, axis=1), height, width)
     assert got == {int(value): label_maps.to_rle(label == value) for value in np.unique(label)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.02, 0.2, 0.7, 1.0]))
+def test_the_box_of_run_lengths_is_what_the_whole_mask_holds(seed: int, height: int, width: int, share: float) -> None:
+    mask_HW = np.random.default_rng(seed).random((height, width)) < share
+    size, top, left, box_HW = label_maps.rle_patch(label_maps.to_rle(mask_HW))
+    whole_HW = np.zeros(size, np.bool_)
+    whole_HW[top : top + box_HW.shape[0], left : left + box_HW.shape[1]] = box_HW
+    np.testing.assert_array_equal(whole_HW, mask_HW)
+    assert not box_HW.size or (box_HW.any(axis=0)[[0, -1]].all() and box_HW.any())
