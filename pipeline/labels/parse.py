@@ -172,17 +172,17 @@ def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> It
     """One label file, painted as `masks.render` does: the largest annotation first."""
     document = parsing.read_json(path)
     try:
-        listed_pictures = {record["id"]: record for record in parsing.field(document, "images", list)}
-        names = {record["id"]: str(record["name"]) for record in parsing.field(document, "categories", list)}
+        listed_pictures = {_identifier(record): record for record in parsing.field(document, "images", list)}
+        names = {_identifier(record): str(record["name"]) for record in parsing.field(document, "categories", list)}
         drawn: dict[Any, list[tuple[str | None, Any]]] = {}
         lost: dict[Any, list[Skipped]] = {}
         for one in parsing.field(document, "annotations", list):
             # Where pixels in no shape are ignored, what has no area costs nothing.
-            image = parsing.hashable(one, "image_id")
+            image = parsing.identifier(one, "image_id")
             if empty == label_maps.IGNORE and not coco_masks.has_area(one.get("segmentation")):
                 lost.setdefault(image, []).append((annotations.NO_AREA, f"annotation {one.get('id')}"))
             else:
-                drawn.setdefault(image, []).append((names.get(parsing.hashable(one, "category_id")), one))
+                drawn.setdefault(image, []).append((names.get(parsing.identifier(one, "category_id") or ""), one))
     except (parsing.Broken, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path}: not a COCO file with instances ({error!r}); export it again") from error
     meant = class_names.meant(names.values(), list(ids))
@@ -206,6 +206,13 @@ def _coco(path: Path, ids: Mapping[str, int], empty: int, max_pixels: int) -> It
         left_out = [(kind, f"{which} of {name}") for kind, which in lost.get(number, ())]
         forgiven = _forgiven({what for what, _ in drawn[number]} - {None}, meant, name)
         yield Record(name, "", draw, passed_over=left_out, forgiven=forgiven)
+
+
+def _identifier(record: Any) -> str:
+    """Raises Broken where the record has no id."""
+    if (found := parsing.identifier(record, "id")) is None:
+        raise parsing.Broken("a record has no id")
+    return found
 
 
 def check_size(height: Any, width: Any, row: manifest.Row) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.formats.common import parsing, rasterize
+from pipeline.formats.common.annotations import Patch, filled, union
 from pipeline.imaging import decode, label_maps
 
 MAX_HELD = 1 << 30  # bytes of one image's annotations, each cut to its box
@@ -54,50 +55,42 @@ def render(
         decode.check_pixels(width, height, max_pixels)
     except parsing.Broken as error:
         raise decode.Refused("label-file", str(error)) from error
-    pieces: list[tuple[int, tuple[slice, slice], rasterize.Mask_HW, int]] = []
+    pieces: list[tuple[int, Patch, int]] = []
     held = 0
     for name, annotation in annotations:
         where = f"annotation {parsing.hashable(annotation, 'id')}"
         if name is None:
             raise decode.Refused("label-file", f"{where}: no category {annotation.get('category_id')!r:.40}")
         try:
-            inside_HW = pixels(annotation.get("segmentation"), height, width)
+            patch = pixels(annotation.get("segmentation"), height, width)
         except decode.Refused as error:
             raise decode.Refused(error.code, f"{where}: {error}") from error
-        window = _window(inside_HW)
-        held += inside_HW[window].size
+        held += patch.mask_HW.size
         if held > MAX_HELD:
             raise decode.Refused("label-file", f"{where}: the image's annotations cover {held} pixels; merge some")
-        pieces.append((int(inside_HW.sum()), window, inside_HW[window].copy(), ids[name]))
+        pieces.append((int(patch.mask_HW.sum()), patch, ids[name]))
     label_HW = np.full((height, width), empty, np.uint8)
-    for _, window, inside_HW, number in sorted(pieces, key=lambda piece: -piece[0]):
-        label_HW[window][inside_HW] = number
+    for _, (top, left, inside_HW), number in sorted(pieces, key=lambda piece: -piece[0]):
+        rows, columns = inside_HW.shape
+        label_HW[top : top + rows, left : left + columns][inside_HW] = number
     return label_maps.encode_png(label_HW)
 
 
-def _window(inside_HW: rasterize.Mask_HW) -> tuple[slice, slice]:
-    """The rows and columns that hold every pixel inside."""
-    spans = [np.flatnonzero(inside_HW.any(axis=axis)) for axis in (1, 0)]
-    rows, columns = (slice(int(s[0]), int(s[-1]) + 1) if s.size else slice(0, 0) for s in spans)
-    return rows, columns
-
-
-def pixels(segmentation: Any, height: int, width: int) -> rasterize.Mask_HW:
-    """COCO's segmentation -> H x W: polygons (their union), or run lengths, column by column, as text or list.
+def pixels(segmentation: Any, height: int, width: int) -> Patch:
+    """COCO's segmentation in its own box: polygons (their union), or run lengths, column by column, as text or list.
 
     Raises:
         images.Refused: "bad-polygon", "bad-rle" (wrong total, or another size than the image's), "shape-without-area".
     """
     if isinstance(segmentation, dict):
-        inside_HW = label_maps.from_rle(segmentation, max_pixels=height * width)
-        if inside_HW.shape != (height, width):
-            raise decode.Refused(
-                "bad-rle", f"run lengths of {inside_HW.shape} for an image of {(height, width)} rows and columns"
-            )
-        return inside_HW
+        size, top, left, inside_HW = label_maps.rle_patch(segmentation, max_pixels=height * width)
+        if size != (height, width):
+            raise decode.Refused("bad-rle", f"run lengths of {size} for an image of {(height, width)} rows and columns")
+        return Patch(top, left, inside_HW)
     if not isinstance(segmentation, list) or not has_area(segmentation):
         raise decode.Refused(
             "shape-without-area", "no segmentation (a box alone is no mask); draw it, or delete the annotation"
         )
-    rings = [rasterize.ring(points) for points in _rings(segmentation) if not _too_short(points)]
-    return rasterize.union(rings, height, width)
+    return union(
+        [filled(rasterize.ring(points), height, width) for points in _rings(segmentation) if not _too_short(points)]
+    )

@@ -34,7 +34,7 @@ def find(root: Path, file: Path, annotation: Any) -> Path:
     )
 
 
-def render(path: Path, annotation: Any, numbers: Mapping[int, int], empty: int, max_pixels: int) -> bytes:
+def render(path: Path, annotation: Any, numbers: Mapping[str, int], empty: int, max_pixels: int) -> bytes:
     """Panoptic PNG -> PNG of class ids. `numbers` are the class ids of the categories; `empty` stands for segment 0.
 
     Raises:
@@ -53,8 +53,8 @@ def render(path: Path, annotation: Any, numbers: Mapping[int, int], empty: int, 
         table = {0: empty}
         for segment in parsing.field(annotation, "segments_info", list):
             number = parsing.whole(segment.get("id"), "a segment's id")
-            category = parsing.whole(segment.get("category_id"), "a segment's category_id")
-            if category not in numbers or number == 0 or number in table:
+            category = parsing.identifier(segment, "category_id")
+            if category is None or category not in numbers or number == 0 or number in table:
                 raise parsing.Broken(f"segment {number}: no category {category}, or the segment is described twice")
             table[number] = numbers[category]
     except (parsing.Broken, AttributeError) as error:

@@ -12,8 +12,9 @@ would become background.
 
 Images are looked for by file_name in the source, its images/, the folder of the JSON file, and the folder that the JSON
 file's name ends in or whose split it states (instances_train2017.json -> train2017/, Train.json -> train/), then by
-`pipeline.formats.names.matching` among all images. That end also says which images are val or test. Each image is a group
-of its own, or belongs to the folder in its file_name.
+`pipeline.formats.names.matching` among all images. That end also says which images are val or test; of an image that files
+of several splits list, see `pipeline.formats.coco.parts`. Each image is a group of its own, or belongs to the folder in its
+file_name.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 from pipeline import config
 from pipeline.formats.coco import masks, panoptic
 from pipeline.formats.coco.images import CocoImages
+from pipeline.formats.coco.parts import Parts
 from pipeline.formats.common import annotations as annotations_
 from pipeline.formats.common import class_list as class_lists
 from pipeline.formats.common import parsing, split_lists
@@ -36,14 +38,12 @@ _OTHERS = ("captions_", "person_keypoints_", "image_info_")
 
 
 class CocoImage(NamedTuple):
-    """One image of the label files. `key` is its name id, `name` its file_name; `part` is val, test or train, as the label
-    file's name or the folders say."""
+    """One image of the label files. `key` is its name id, `name` its file_name."""
 
     key: str
     path: Path
     name: str
     size: masks.CocoSize
-    part: str
 
 
 @dataclass
@@ -54,7 +54,8 @@ class CocoLabels:
     # name id -> (class name or None where the category is unknown, annotation)
     drawn: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
     # name id -> PNG, its annotation, category id -> name
-    panoptic: dict[str, tuple[Path, Any, dict[int, str]]] = field(default_factory=dict)
+    panoptic: dict[str, tuple[Path, Any, dict[str, str]]] = field(default_factory=dict)
+    parts: Parts = field(default_factory=Parts)
     names: list[str] = field(default_factory=list)
     refused: list[tuple[str, str, str]] = field(default_factory=list)
     # name id -> the first annotation of it that covers no pixel
@@ -85,7 +86,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     paths = [f"{key}{found.pictures[key].path.suffix}" for key in keys]
     stated = {name_id(found.pictures[key].name): key for key in keys}
     aliases = (stated if len(stated) == len(keys) else {}) | {f"images/{key}": key for key in keys}
-    parts = {part: [key for key in keys if found.pictures[key].part == part] for part in ("val", "test")}
+    parts = {part: [key for key in keys if found.parts.of(key) == part] for part in ("val", "test")}
     parts = {part: members for part, members in parts.items() if members}
     splits = split_lists.decide(root, data.lists, set(keys), aliases, parts, made.keys())
     files: list[tuple[str, Path | Maker]] = [
@@ -104,6 +105,7 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
             f"{len(keys)} images, {len(made)} with labels; pixels in no shape: {data.unannotated}",
             *annotations_.no_shapes_notes(len(keys) - len(made), data.unannotated, data.no_shapes),
             *images.forgiven(),
+            *found.parts.notes(),
             *notes,
             *splits.notes,
         ],
@@ -161,15 +163,17 @@ def _collect(images: CocoImages, path: Path, found: CocoLabels, *, named: bool) 
         pictures = parsing.field(document, "images", list)
         annotations = parsing.field(document, "annotations", list)
         categories = parsing.field(document, "categories", list)
-        names = {parsing.whole(c.get("id"), "id"): parsing.field(c, "name", str) for c in categories}
+        names = {_category_id(category): parsing.field(category, "name", str) for category in categories}
     except (parsing.Broken, AttributeError, SourceError) as error:
         if not named:
             found.skipped.append((f"no COCO file ({str(error).removeprefix(f'{path}: ')})", path.name))
             return False
         raise SourceError(f"{path}: not a COCO file: {error}") from error
-    found.names.extend(name for _, name in sorted(names.items()) if name not in found.names)
+    in_order = sorted(names, key=lambda number: (not number.isdecimal(), int(number) if number.isdecimal() else 0))
+    found.names.extend(name for name in map(names.__getitem__, in_order) if name not in found.names)
 
-    by_id: dict[Any, str] = {}
+    by_id: dict[str, str] = {}
+    parts: dict[str, layout.Part] = {}
     taken: set[str] = set()
     for record in pictures:
         key = _add_picture(images, record, by_id, found, path)
@@ -177,11 +181,15 @@ def _collect(images: CocoImages, path: Path, found: CocoLabels, *, named: bool) 
             reason = f"{path.name} names this image, or another with its name id, twice"
             found.refused.append((f"labels/{path.name}:images", "duplicate-name", f"{key}: {reason}"))
         elif key is not None:
-            by_id[parsing.hashable(record, "id")] = key
+            by_id[str(parsing.identifier(record, "id"))] = key
+            parts[key] = _part(images.root, path, found.pictures[key].name)
+            found.parts.add(key, parts[key], path.name, annotated=False)
             taken.add(key)
     for number, annotation in enumerate(annotations):
-        key = by_id.get(parsing.hashable(annotation, "image_id"))
+        key = by_id.get(parsing.identifier(annotation, "image_id") or "")
         where = f"labels/{path.name}:annotations[{number}]"
+        if key is not None:
+            found.parts.add(key, parts[key], path.name, annotated=True)
         if key is None:
             known = isinstance(annotation, dict) and isinstance(annotation.get("image_id"), int | str | float)
             reason = f"image_id {annotation['image_id']!r:.40} is no image here" if known else "it has no image_id"
@@ -194,8 +202,7 @@ def _collect(images: CocoImages, path: Path, found: CocoLabels, *, named: bool) 
         elif not masks.has_area(annotation.get("segmentation")):
             found.no_area.setdefault(key, f"annotation {annotation.get('id')} ({where})")
         else:
-            category: Any = parsing.hashable(annotation, "category_id")
-            what = names.get(category)
+            what = names.get(parsing.identifier(annotation, "category_id") or "")
             _demand_one_version(found, key, what, path)
             found.drawn.setdefault(key, []).append((what, annotation))
     return True
@@ -211,7 +218,15 @@ def _demand_one_version(found: CocoLabels, key: str, what: Any, path: Path) -> N
         )
 
 
-def _part(root: Path, path: Path, name: str) -> str:
+def _category_id(category: Any) -> str:
+    """Raises Broken where it has none."""
+    found = parsing.identifier(category, "id")
+    if found is None:
+        raise parsing.Broken(f"a category's id is {category.get('id')!r:.40}, neither text nor a whole number from 0")
+    return found
+
+
+def _part(root: Path, path: Path, name: str) -> layout.Part:
     """train, val or test: by a word in the label file's name (instances_val2017.json), by its folder (valid/), by the
     image's folders."""
     own = layout.split_in_name(path.stem)
@@ -220,11 +235,11 @@ def _part(root: Path, path: Path, name: str) -> str:
 
 
 def _add_picture(
-    images: CocoImages, record: Any, by_id: Mapping[Any, str], found: CocoLabels, file: Path
+    images: CocoImages, record: Any, by_id: Mapping[str, str], found: CocoLabels, file: Path
 ) -> str | None:
     """Name id of one entry of `images`, None (and a refusal) where it cannot be used."""
     try:
-        number, name = parsing.hashable(record, "id"), parsing.field(record, "file_name", str)
+        number, name = parsing.identifier(record, "id"), parsing.field(record, "file_name", str)
         if number is None or number in by_id:
             raise parsing.Broken(f"its id {number!r:.40} is missing or stands there twice")
     except parsing.Broken as error:
@@ -239,7 +254,7 @@ def _add_picture(
 
     key = name_id(path.relative_to(images.root).as_posix().removeprefix("images/"))
     size = masks.CocoSize(record.get("height"), record.get("width"))
-    known = found.pictures.setdefault(key, CocoImage(key, path, name, size, _part(images.root, file, name)))
+    known = found.pictures.setdefault(key, CocoImage(key, path, name, size))
     if known.path != path:
         found.refused.append((f"images/{name}", "duplicate-name", f"same name id as {known.path.name}; rename one"))
         return None

@@ -70,6 +70,8 @@ class Picture(NamedTuple):
 def lost_reason(lost: Lost) -> str:
     """Why a mask is refused for something that cannot be painted, and what to do."""
     kind, which = lost
+    if kind == NO_LABEL:
+        return f"{which} has no label, and its pixels would become background; choose its label, or delete it"
     return f"{which}: {LOST}" if kind == NO_AREA else f"{kind}: {which}: {LOST}"
 
 
@@ -140,10 +142,28 @@ def polygon(points: Points | Sequence[Sequence[float]], height: int, width: int)
     Raises:
         Refused: "bad-polygon", as `rasterize.ring`.
     """
-    ring = rasterize.ring(np.asarray(points, np.float64).ravel().tolist())
+    return filled(rasterize.ring(np.asarray(points, np.float64).ravel().tolist()), height, width)
+
+
+def filled(ring: Points, height: int, width: int) -> Patch:
+    """As `polygon`, of a ring that `rasterize.ring` made."""
     left, top = (int(v) for v in np.clip(np.floor(ring.min(axis=0)), 0, (width, height)))
     right, bottom = (int(v) for v in np.clip(np.ceil(ring.max(axis=0)), (left, top), (width, height)))
-    return Patch(top, left, rasterize.fill([ring - (left, top)], bottom - top, right - left))
+    return Patch(top, left, rasterize.fill([ring], bottom - top, right - left, (top, left)))
+
+
+def union(patches: Sequence[Patch]) -> Patch:
+    """The pixels that any of the patches (one or more) holds, in one box around all."""
+    if len(patches) == 1:
+        return patches[0]
+    top, left = min(patch.top for patch in patches), min(patch.left for patch in patches)
+    bottom = max(patch.top + patch.mask_HW.shape[0] for patch in patches)
+    right = max(patch.left + patch.mask_HW.shape[1] for patch in patches)
+    mask_HW = np.zeros((bottom - top, right - left), np.bool_)
+    for y, x, part_HW in patches:
+        height, width = part_HW.shape
+        mask_HW[y - top : y - top + height, x - left : x - left + width] |= part_HW
+    return Patch(top, left, mask_HW)
 
 
 def turned(corners: Points, degrees: float, centre: tuple[float, float]) -> Points:

@@ -65,6 +65,12 @@ def hashable(record: Any, name: str) -> int | str | None:
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
+def identifier(record: Any, name: str) -> str | None:
+    """record[name] as the text of an id: 3, 3.0 and "3" are one. None where it is no text and no whole number from 0."""
+    value = hashable(record, name)
+    return None if value is None or (isinstance(value, int) and value < 0) else str(value)
+
+
 def number(value: Any, what: str) -> float:
     """A finite number. Raises Broken."""
     # NaN fails the comparison too; math.isfinite overflows at whole numbers of 400 digits, which JSON may hold

@@ -41,44 +41,47 @@ def ring(points: Any) -> NDArray[np.float64]:
     return values.reshape(-1, 2)
 
 
-def fill(rings: Sequence[NDArray[np.float64]], height: int, width: int) -> Mask_HW:
+def fill(rings: Sequence[NDArray[np.float64]], height: int, width: int, origin: tuple[int, int] = (0, 0)) -> Mask_HW:
     """Rings (N x 2 float64 of x, y; closed by themselves) -> H x W, True where a centre is inside by even-odd.
 
     All rings count together, so a ring inside another is a hole. Parts outside the image are cut off.
+
+    Args:
+        origin: row and column of the image that the first pixel is, to fill a part of it with the same bits.
 
     Raises:
         images.Refused("bad-polygon"): a ring crosses the rows more than `MAX_CROSSINGS` times, which no drawn one does.
     """
     filled_HW = np.zeros((height, width), np.bool_)
     flat = filled_HW.reshape(-1)
-    places = [rows * width + columns for rows, columns in (_crossings(points, height, width) for points in rings)]
+    places = [
+        rows * width + columns for rows, columns in (_crossings(points, height, width, origin) for points in rings)
+    ]
     # Each ring crosses a row an even number of times, so in order the crossings are begins and ends of what is inside.
     for begin, end in np.sort(np.concatenate([*places, np.empty(0, np.intp)])).reshape(-1, 2).tolist():
         flat[begin:end] = True
     return filled_HW
 
 
-def _crossings(points: NDArray[np.float64], height: int, width: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Where the ring crosses the rows' centre lines: (row, first column whose centre is at or right of it) each."""
+def _crossings(
+    points: NDArray[np.float64], height: int, width: int, origin: tuple[int, int]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Where the ring crosses the rows' centre lines: (row, first column whose centre is at or right of it) each.
+
+    Shifted coordinates would round otherwise than the image's, so the arithmetic is in those.
+    """
+    top, left = origin
     a, b = points, np.roll(points, -1, axis=0)
     upper, lower = np.where(a[:, 1:] <= b[:, 1:], a, b), np.where(a[:, 1:] <= b[:, 1:], b, a)
-    first = np.clip(np.ceil(upper[:, 1] - 0.5), 0, height).astype(np.intp)  # rows with y0 <= r + 0.5 < y1
-    counts = np.clip(np.ceil(lower[:, 1] - 0.5), 0, height).astype(np.intp) - first
+    first = np.clip(np.ceil(upper[:, 1] - 0.5), top, top + height).astype(np.intp)  # rows with y0 <= r + 0.5 < y1
+    counts = np.clip(np.ceil(lower[:, 1] - 0.5), top, top + height).astype(np.intp) - first
     if counts.sum() > MAX_CROSSINGS:
         raise decode.Refused("bad-polygon", f"a polygon whose outline crosses rows {counts.sum()} times; simplify it")
     edge = np.repeat(np.arange(len(points)), counts)
     rows = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + first[edge]
     (x0, y0), (x1, y1) = upper[edge].T, lower[edge].T
     at = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
-    return rows, np.clip(np.ceil(at - 0.5), 0, width).astype(np.intp)
-
-
-def union(rings: Sequence[NDArray[np.float64]], height: int, width: int) -> Mask_HW:
-    """Each ring filled by itself; a pixel counts when any of them holds it (COCO's meaning of several polygons)."""
-    out_HW = np.zeros((height, width), np.bool_)
-    for points in rings:
-        out_HW |= fill([points], height, width)
-    return out_HW
+    return rows - top, np.clip(np.ceil(at - 0.5) - left, 0, width).astype(np.intp)
 
 
 def box(x0: float, y0: float, x1: float, y1: float, height: int, width: int) -> Mask_HW:

@@ -79,13 +79,14 @@ def own(
     """A format's own val and test ids -> (lists, ids to leave out, notes).
 
     Public data sets keep their test labels back. Then the val list is the test set, as it is in papers, and val is drawn
-    from the training images by `split.val`: a score on images that also chose the checkpoint would flatter. Test images
-    without labels are left out altogether: a benchmark's test set is not to be trained on, not even unlabelled.
+    from the training images by `split.val`: a score on images that also chose the checkpoint would flatter. Val and test
+    images without labels are left out altogether: who held them back did not mean them to be trained on, not even unlabelled.
     """
     lists: dict[str, list[str] | None] = dict.fromkeys(LISTS)
     held = {part: [key for key in parts.get(part, ()) if key in masked] for part in ("val", "test")}
-    left_out = set(parts.get("test", ())) - masked
-    notes = [f"left out: {len(left_out)} test images without labels"] if left_out else []
+    without = {part: set(parts.get(part, ())) - masked for part in ("val", "test")}
+    notes = [f"left out: {len(keys)} {part} images without labels" for part, keys in without.items() if keys]
+    left_out = without["val"] | without["test"]
     if held["test"]:
         lists |= {"val": held["val"] or None, "test": held["test"]}
     elif held["val"]:

@@ -91,7 +91,7 @@ def test_an_annotation_of_no_image_is_listed(tmp_path: Path, annotation: Any) ->
     assert list(tiny_labels.labels(source)) == ["good"]
 
 
-@pytest.mark.parametrize("annotation", [{"category_id": 9}, {"category_id": {}}, {"category_id": "1"}, {}])
+@pytest.mark.parametrize("annotation", [{"category_id": 9}, {"category_id": {}}, {"category_id": "one"}, {}])
 def test_an_unknown_category_refuses_the_mask(tmp_path: Path, annotation: dict[str, Any]) -> None:
     root = tree(tmp_path, [GOOD | {"image_id": 1}, {"image_id": 2, "segmentation": [BOX]} | annotation])
     assert tiny_labels.refusals(tiny_labels.read(coco.read, root, "coco")) == {"masks/bad.png": "label-file"}

@@ -299,3 +299,58 @@ def test_images_of_one_name_are_told_apart_by_the_split_that_the_label_file_stat
     source = read(tmp_path)
     assert {name for name, _ in source.files if name.startswith("masks/")} == {"masks/train/a.png", "masks/Val/a.png"}
     assert source.lists["test"] == ["Val/a"]
+
+
+def split_files(root: Path, annotated: dict[str, list[int]], images: int = 4) -> Source:
+    """Label files by name that all list the images 0.png, 1.png...; each annotates those of its numbers."""
+    for number in range(images):
+        tiny_source.put(root, f"images/{number}.png", b"x")
+    listed = [{"id": n, "file_name": f"{n}.png", "width": 6, "height": 4} for n in range(images)]
+    for number, (file, numbers) in enumerate(annotated.items()):
+        drawn = [{"id": n, "image_id": n, "category_id": number, "segmentation": [box(0, 0, 3, 4)]} for n in numbers]
+        categories = [{"id": n, "name": f"class {n}"} for n in range(len(annotated))]
+        document = {"images": listed, "annotations": drawn, "categories": categories}
+        tiny_source.put(root, f"annotations/{file}.json", json.dumps(document).encode())
+    return read(root)
+
+
+def test_images_that_train_and_val_files_both_list_are_of_the_one_that_annotates_them(tmp_path: Path) -> None:
+    source = split_files(tmp_path, {"instances_train": [0, 1], "instances_val": [2, 3]})
+
+    assert source.lists["test"] == ["2", "3"]
+    line = "4, the first: 0 is train"
+    assert f"images listed by several splits, of the one that annotates them: {line}" in source.notes
+
+
+def test_an_image_that_train_and_val_annotate_is_evaluated_on_and_it_is_said(tmp_path: Path) -> None:
+    source = split_files(tmp_path, {"instances_train": [0, 1, 2], "stuff_val": [2, 3]})
+
+    assert source.lists["test"] == ["2", "3"]
+    files = "instances_train.json and stuff_val.json"
+    assert (
+        f"images annotated for several splits, taken for evaluation: 1, the first: 2 is val ({files})" in source.notes
+    )
+
+
+def test_an_image_that_val_lists_and_nobody_annotates_is_not_trained_on(tmp_path: Path) -> None:
+    source = split_files(tmp_path, {"instances_train": [0, 1], "instances_val": [2]})
+
+    assert [name for name, _ in source.files if name.startswith("images/")] == [f"images/{n}.png" for n in range(3)]
+    assert "left out: 1 val images without labels" in source.notes
+
+
+def test_ids_may_be_text_and_a_number_in_quotes_is_that_number(tmp_path: Path) -> None:
+    """Of images, categories and annotations; Roboflow and home-made exports write "7", "img_001" or "cat"."""
+    drawn = [
+        {"image_id": "photo a", "category_id": "mat", "segmentation": [box(0, 0, 3, 4)]},
+        {"image_id": "6", "category_id": 7.0, "segmentation": [box(3, 0, 6, 4)]},
+    ]
+    size = {"width": 6, "height": 4}
+    images = [{"id": "photo a", "file_name": "a.png"} | size, {"id": 6, "file_name": "b.png"} | size]
+    categories = [{"id": "mat", "name": "mat"}, {"id": "7", "name": "cup"}]
+    source = read(tree(tmp_path, drawn, images=images, categories=categories))
+
+    assert [c["name"] for c in source.classes] == ["cup", "mat"]
+    found = tiny_labels.labels(source)
+    np.testing.assert_array_equal(found["a"], [[1] * 3 + [255] * 3] * 4)
+    np.testing.assert_array_equal(found["b"], [[255] * 3 + [0] * 3] * 4)
