@@ -1,6 +1,7 @@
 """What an operator can set: environment variables named MARGINALIA_*."""
 
 import difflib
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -62,8 +63,23 @@ def _origins(text: str) -> str:
     return " ".join(origins)
 
 
+def _address(text: str) -> str:
+    host, _, port = text.strip().rpartition(":")
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]") if host.startswith("[") else host)
+        good = (":" not in host or host.startswith("[")) and port.isascii() and 1 <= int(port) <= 65535
+    except ValueError:
+        good = False
+    if not good:
+        raise PydanticCustomError(
+            "address", "is no address with a port, such as 127.0.0.1:3010, 0.0.0.0:3010 or [::]:3010"
+        )
+    return text.strip()
+
+
 Tokens = Annotated[SecretStr, AfterValidator(_sendable)]
 Origins = Annotated[str, AfterValidator(_origins)]
+Address = Annotated[str, AfterValidator(_address)]
 
 
 class Settings(BaseSettings):
@@ -188,6 +204,11 @@ class Settings(BaseSettings):
     shadow_share: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the images, 0 to 1, that the shadow sees."""
 
+    admin_address: Address | None = None
+    """Address and port of a second listener, with connections of its own, for probes, metrics, statistics and changes of the
+    model; all but the probes are there alone then. Plain HTTP, so of a machine or a network of one's own. Unset, everything
+    answers at the one port."""
+
     # What is written down, and who may ask
 
     statistics: Path | None = None
@@ -228,6 +249,14 @@ class Settings(BaseSettings):
     def origins(self) -> list[str]:
         """Origins of web pages that may ask; empty where only the service's own page may."""
         return self.cors_origins.split()
+
+    @property
+    def admin(self) -> tuple[str, int] | None:
+        """The IP address and port of the second listener."""
+        if self.admin_address is None:
+            return None
+        host, _, port = self.admin_address.rpartition(":")
+        return host.removeprefix("[").removesuffix("]"), int(port)
 
     @property
     def drain_limit_s(self) -> float:

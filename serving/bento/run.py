@@ -80,6 +80,16 @@ def prepared(bundle: Path | None = None) -> "Settings":
     return outcome
 
 
+def _check_admin(admin: tuple[str, int], public: tuple[str, int]) -> None:
+    hint = "set MARGINALIA_ADMIN_ADDRESS to another one"
+    if admin[1] == public[1]:
+        raise StartError(f"port {admin[1]} is the one for callers; {hint}")
+    try:
+        address.check_free(*admin, hint)
+    except address.AddressError as error:
+        raise StartError(str(error)) from error
+
+
 def main(host: str | None = None, port: int | None = None, bundle: Path | None = None) -> NoReturn:
     """Serve on `host`:`port` until SIGTERM or SIGINT. Does not return. Without them as HOST and PORT say.
 
@@ -94,6 +104,8 @@ def main(host: str | None = None, port: int | None = None, bundle: Path | None =
     except address.AddressError as error:
         raise StartError(str(error)) from error
     settings = prepared(bundle)
+    if settings.admin is not None:
+        _check_admin(settings.admin, (listen_host, listen_port))
     from serving.settings import PREFIX
 
     os.environ[PREFIX + "CHAMPIONS"] = str(settings.champions)

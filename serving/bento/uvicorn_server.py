@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import uvicorn
 
+from serving.bento.admin import AdminServer
 from serving.bento.parent import Parent
 from serving.bento.uvicorn_protocol import Connection
 from serving.settings import Settings
@@ -27,12 +28,15 @@ class Server(uvicorn.Server):
 
     settings: Settings
     on_drain: Callable[[], None]
+    admin: AdminServer | None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._parent = Parent()
         if self._parent.pipe is not None:
             asyncio.get_running_loop().add_reader(self._parent.pipe, self._on_parents_end)
         await super().startup(sockets)
+        if self.admin is not None:
+            await self.admin.start()
 
     def _on_parents_end(self) -> None:
         """SIGTERM follows where it ends; where it was killed, this is all."""
@@ -55,6 +59,8 @@ class Server(uvicorn.Server):
         cut = asyncio.get_running_loop().call_later(limit_s, self._tell_of_cut)
         await super().shutdown(sockets)
         cut.cancel()
+        if self.admin is not None:  # last, so that probes and metrics follow the end
+            await self.admin.stop()
         metrics.event("drained")
 
     async def _stop_listening(self, sockets: Iterable[socket.socket]) -> None:
@@ -86,8 +92,9 @@ def _is_idle(connection: object) -> bool:
     return isinstance(connection, Connection) and not connection.busy
 
 
-def install(settings: Settings, on_drain: Callable[[], None]) -> None:
-    """Make BentoML's worker serve with `Server`; `on_drain` is called when it begins to end."""
+def install(settings: Settings, on_drain: Callable[[], None], admin: AdminServer | None) -> None:
+    """Make BentoML's worker serve with `Server`, and `admin` beside it; `on_drain` is called when it begins to end."""
+    Server.admin = admin
     Server.settings = settings
     Server.on_drain = staticmethod(on_drain)
     uvicorn.Server = Server  # type: ignore[misc]

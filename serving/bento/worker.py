@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import settings
 from serving.bento import uvicorn_protocol, uvicorn_server
+from serving.bento.admin import AdminServer
 from serving.http import app
 from serving.model.manager import ModelManager
 from serving.model.watcher import ChampionWatcher
@@ -53,7 +54,7 @@ class Worker:
         self.handler.health.on_lost = _leave
         self._draining = False
         uvicorn_protocol.install(chosen, lambda bentoml: Front(bentoml, ours, lambda: self._draining))
-        uvicorn_server.install(chosen, self._drain)
+        uvicorn_server.install(chosen, self._drain, self._admin(chosen))
         self._writer = prediction_stats.StatisticsWriter(
             metrics.STATISTICS,
             chosen.statistics,
@@ -72,6 +73,11 @@ class Worker:
         gc.freeze()
         gc.enable()
         gc.set_threshold(5000, 10, 100_000)
+
+    def _admin(self, chosen: settings.Settings) -> AdminServer | None:
+        if chosen.admin is None:
+            return None
+        return AdminServer(chosen, app.build_admin(chosen, self.models, lambda: self.ready, lambda: self.alive))
 
     def _drain(self) -> None:
         """From now on it is not ready; what is under way goes on."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.access import origins
@@ -128,21 +128,39 @@ async def _show_metrics(request: Request) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _api(settings: Settings, manager: ModelManager, segment: SegmentHandler) -> dict[str, Route]:
-    models = ModelRoutes(settings, manager)
-    description = JSONResponse(openapi.document(settings)).body
+def _answers(settings: Settings, manager: ModelManager, segment: SegmentHandler) -> dict[str, Route]:
+    """What callers ask."""
     return {
         "/v1/segment": Route("POST", segment.answer, "caller"),
         "/v1/segment/batch": Route("POST", BatchHandler(segment).answer, "caller"),
-        "/v1/model": Route("GET", models.current, "caller"),
+        "/v1/model": Route("GET", ModelRoutes(settings, manager).current, "caller"),
+    }
+
+
+def _operations(settings: Settings, manager: ModelManager) -> dict[str, Route]:
+    """What operators and their machines ask."""
+    models = ModelRoutes(settings, manager)
+    return {
         "/v1/models": Route("GET", models.show, "caller"),
         "/v1/models/load": Route("POST", models.load, "operator"),
         "/v1/models/rollback": Route("POST", models.rollback, "operator"),
         "/v1/models/shadow": Route("POST", models.shadow, "operator"),
         "/v1/statistics": Route("GET", models.statistics, "caller"),
-        "/v1/openapi.json": Route("GET", _constant(bytes(description), "application/json")),
         "/metrics": Route("GET", _show_metrics),
     }
+
+
+def _with_description(settings: Settings, routes: dict[str, Route]) -> dict[str, Route]:
+    """The routes, and the one that describes them."""
+    described = JSONResponse(openapi.document(settings, {*routes, "/v1/openapi.json"})).body
+    return routes | {"/v1/openapi.json": Route("GET", _constant(bytes(described), "application/json"))}
+
+
+def _probe(state: Callable[[], bool], good: str, bad: str) -> Route:
+    async def show(request: Request) -> Response:
+        return PlainTextResponse(good + "\n") if state() else PlainTextResponse(bad + "\n", 503)
+
+    return Route("GET", show)
 
 
 def _web_files() -> dict[str, Route]:
@@ -162,15 +180,8 @@ async def _send_and_drain(response: Response, request: Request, send: Send) -> N
     await send({"type": "http.response.body", "body": b""})
 
 
-def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, SegmentHandler]:
-    """The ASGI application (HTTP only) over the models, and the handler to close when it ends.
-
-    Raises:
-        SettingsError: a file of tokens is absent or has none.
-    """
+def _application(settings: Settings, routes: Mapping[str, Route]) -> ASGIApp:
     roles = Roles(settings)
-    segment = SegmentHandler(settings, manager)
-    routes = _api(settings, manager, segment) | _web_files()
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -180,4 +191,34 @@ def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, SegmentHa
         else:
             await response(scope, receive, send)
 
+    return application
+
+
+def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, SegmentHandler]:
+    """The ASGI application (HTTP only) over the models, and the handler to close when it ends.
+
+    Where there is an address for operators, it leaves out what `build_admin` answers.
+
+    Raises:
+        SettingsError: a file of tokens is absent or has none.
+    """
+    segment = SegmentHandler(settings, manager)
+    routes = _answers(settings, manager, segment)
+    if settings.admin is None:
+        routes |= _operations(settings, manager)
+    application = _application(settings, _with_description(settings, routes) | _web_files())
     return origins.admit(application, settings), segment
+
+
+def build_admin(
+    settings: Settings, manager: ModelManager, is_ready: Callable[[], bool], is_alive: Callable[[], bool]
+) -> ASGIApp:
+    """The application for operators: probes, metrics, statistics, and changes of the model.
+
+    Raises:
+        SettingsError: as `build`.
+    """
+    ready = _probe(is_ready, "ready", "not ready")
+    alive = _probe(is_alive, "alive", "a restart is needed")
+    probes = {"/livez": alive, "/healthz": alive, "/readyz": ready}
+    return _application(settings, _with_description(settings, _operations(settings, manager)) | probes)

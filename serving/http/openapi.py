@@ -1,6 +1,6 @@
 """The service described as OpenAPI 3.1, built from the pydantic models that the answers are made of."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -146,8 +146,8 @@ def _description() -> dict[str, Any]:
     return {"operationId": "openapi", "summary": "This document", "security": [], "responses": {"200": answer}}
 
 
-def document(settings: Settings) -> dict[str, Any]:
-    """The whole OpenAPI document, with this service's limits in words."""
+def document(settings: Settings, offered: Collection[str]) -> dict[str, Any]:
+    """The OpenAPI document of the `offered` paths, with this service's limits in words."""
     answered = (SegmentAnswer, FeatureCollection, Line, ErrorAnswer, ModelAnswer, ModelsAnswer, ServedStatistics)
     _, schemas = models_json_schema(
         [*((model, "serialization") for model in answered), (LoadRequest, "validation"), (ShadowRequest, "validation")],
@@ -168,10 +168,11 @@ def document(settings: Settings) -> dict[str, Any]:
         "/v1/openapi.json": {"get": _description()},
         **operations(_errors),
     }
+    paths = {path: described for path, described in paths.items() if path in offered}
     token: list[dict[str, Any]] = [{"token": []}]
     secured: dict[str, Any] = {"security": token} if settings.asks_need_token else {}
     if settings.changes_need_token and not settings.asks_need_token:
-        for path in CHANGES:
+        for path in paths.keys() & set(CHANGES):
             paths[path]["post"]["security"] = token
     try:
         release = version("marginalia-seg")

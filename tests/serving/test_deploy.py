@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.storage import atomic
 from serving import settings
+from serving.bento import address
 from serving.telemetry import metrics
 from tests.support.image_files import save
 from tests.support.live_server import ROOT, Server, free_port, until
@@ -180,10 +181,10 @@ def test_the_service_in_compose_and_its_scrape() -> None:
     assert service["build"]["target"] in stages()
     with environment({k: v for k, v in service["environment"].items() if v is not None}):
         settings.from_environment()
-    exposed = dict(stages()["service"])["EXPOSE"]
+    _, admin = dict(stages()["service"])["EXPOSE"].split()
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     (scrape,) = config["scrape_configs"]
-    assert scrape["static_configs"] == [{"targets": [f"marginalia:{exposed}"]}]
+    assert scrape["static_configs"] == [{"targets": [f"marginalia:{admin}"]}]
     there = {Path(volume["target"]).name: Path(volume["target"]).parent for volume in mounts("prometheus")}
     assert all(there[name] == there["prometheus.yml"] for name in config["rule_files"])
 
@@ -215,6 +216,22 @@ def test_all_that_is_written_goes_to_two_folders() -> None:
     owner, group = users[-1].split(":")
     assert {f"--owner={owner}", f"--group={group}"} <= set(made)
     assert pod["securityContext"]["fsGroup"] == int(group)
+
+
+def test_the_image_listens_where_it_says() -> None:
+    variables = {}
+    for word, rest in stages()["service"]:
+        if word == "ENV":
+            variables |= dict(pair.split("=", 1) for pair in rest.split())
+    exposed = dict(stages()["service"])["EXPOSE"].split()
+    with environment(variables):
+        admin = settings.from_environment().admin
+        assert admin is not None
+        assert exposed == [str(address.chosen_port(None)), str(admin[1])]
+        assert (address.chosen_host(None), admin[0]) == ("0.0.0.0", "0.0.0.0")
+    (asked,) = [rest for word, rest in stages()["service"] if word == "HEALTHCHECK"]
+    assert f"127.0.0.1:{admin[1]}/readyz" in asked
+    assert set(exposed) <= {port.rpartition(":")[2] for port in SERVICES["marginalia"]["ports"]}
 
 
 def test_the_image_runs_as_nobody_in_particular_without_a_shell() -> None:
@@ -260,7 +277,7 @@ def test_the_health_check_tells_ready_from_gone(server: Server) -> None:
     assert python == "python"
 
     def run(port: int) -> int:
-        asked = [part.replace(":3000/", f":{port}/") for part in arguments]
+        asked = [part.replace(":3010/", f":{port}/") for part in arguments]
         assert asked != arguments
         return subprocess.run([sys.executable, *asked], capture_output=True).returncode
 
@@ -273,10 +290,11 @@ def test_kubernetes_asks_the_right_questions(http: httpx.Client) -> None:
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert str(ports["http"]) == dict(stages()["packed"])["EXPOSE"]
+    assert [str(ports["http"]), str(ports["admin"])] == dict(stages()["packed"])["EXPOSE"].split()
+    assert spec["template"]["metadata"]["annotations"]["prometheus.io/port"] == str(ports["admin"])
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         asked = container[probe]["httpGet"]
-        assert asked["port"] in ports
+        assert asked["port"] == "admin"
         assert http.get(asked["path"]).status_code == 200
     assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
     assert pod["securityContext"]["runAsNonRoot"] is True

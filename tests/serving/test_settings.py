@@ -31,7 +31,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
     """Written as text, as an operator would."""
     plain = from_environment({})
     other: dict[str, object] = {"provider": "cpu", "precision": "fp32", "shadow": "x", "threads": 3, "max_batch": 4}
-    other["drain_s"] = 20.0
+    other |= {"drain_s": 20.0, "admin_address": "[::1]:3010"}
     other |= {
         name: Path("x") for name in ("bundle", "champions", "bundles", "statistics", "token_file", "change_token_file")
     }
@@ -82,6 +82,10 @@ def test_defaults_and_values() -> None:
         ("MARGINALIA_CHANGE_TOKEN", "\n", "MARGINALIA_CHANGE_TOKEN: is empty or"),
         ("MARGINALIA_CORS_ORIGINS", "hush", "MARGINALIA_CORS_ORIGINS: is no list of origins such as"),
         ("MARGINALIA_CORS_ORIGINS", "https://good.example, https://bad.example/hush", "without a path"),
+        *(
+            ("MARGINALIA_ADMIN_ADDRESS", wrong, "MARGINALIA_ADMIN_ADDRESS: is no address with a port")
+            for wrong in ("hush", "3010", "hush:3010", "127.0.0.1:", "127.0.0.1:0", "::1:3010", "127.0.0.1:70000")
+        ),
         ("MARGINALIA_MAX_SLOWDOWN", "0.9", "MARGINALIA_MAX_SLOWDOWN"),
         ("MARGINALIA_SHADOW_SHARE", "1.1", "MARGINALIA_SHADOW_SHARE"),
     ],
