@@ -12,6 +12,7 @@ from pipeline.config import Input
 from pipeline.imaging import resize
 from pipeline.storage import manifest
 from pipeline.storage.manifest import Row
+from training.reader.order import order
 
 CACHE_BYTES = 2 << 30
 
@@ -68,21 +69,6 @@ class Images:
             return Sample(scaled, torch.full((height, width), self.ignore, dtype=torch.int32))
         placed = resize.apply_mask(label, plan, ignore=self.ignore)[:height, :width]
         return Sample(scaled, torch.from_numpy(placed.astype(np.int32)))
-
-
-def order(length: int, seed: int, start: int, count: int, stream: int = 0) -> list[int]:
-    """Items start..start+count of an endless stream of seeded permutations of range(length).
-
-    Every item occurs once before any occurs twice, across batch borders too; any position can be asked for directly,
-    so a resumed run needs only the step.
-    """
-    found: list[int] = []
-    while len(found) < count:
-        epoch, offset = divmod(start + len(found), length)
-        # A zero at the end would change nothing: stream 0 is the one that there was before there were others.
-        permutation = np.random.default_rng([seed, epoch, stream]).permutation(length)
-        found += permutation[offset : offset + count - len(found)].tolist()
-    return found
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The order of samples, batches read ahead, and a reader that dies."""
+"""Batches read ahead, and a reader that dies."""
 
 import contextlib
 import threading
@@ -10,17 +10,8 @@ from tests.support import tiny_project
 from tests.support.command_line import marginalia
 from tests.support.training.tiny_samples import Memory
 from training.engine import checkpoint
-from training.engine.data import Batches, Images, ReadError, order
-
-
-def test_order_visits_everything_once_per_epoch_and_from_anywhere():
-    stream = order(7, seed=3, start=0, count=35)
-    for epoch in range(5):
-        assert sorted(stream[7 * epoch : 7 * epoch + 7]) == list(range(7))
-    assert stream[:7] != stream[7:14]
-    assert order(7, seed=3, start=11, count=9) == stream[11:20]
-    assert order(7, seed=4, start=0, count=7) != stream[:7]
-    assert sorted(order(2, seed=0, start=0, count=6)) == [0, 0, 0, 1, 1, 1]  # fewer images than the batch
+from training.engine.data import Batches, Images, ReadError
+from training.reader.order import order
 
 
 def test_batches_read_ahead_gives_the_same_batches():
