@@ -4,7 +4,7 @@ Run in a project whose split exists (after `make demo`):
     python benchmarks/seeds.py [--runs supervised ceiling fixmatch s4mc s4mc:s4mc.alpha_end=0.2] [--seeds 0 1 2]
         [--on val] [--out FILE] [--start champions/ID/student.safetensors]
 The settings are params.yaml's; a run changes train.method, train.seed and what follows its colon, and nothing else. With
---start all begin with those weights, as a retraining does: s4mc against s4mc:offline=0.9, say.
+--start all begin with those weights, as a retraining does: s4mc against fixmatch, say.
 Gains are over labels alone of the same seed; `ceiling` learns the hidden labels of the unlabelled images, and the share is
 that of its gain. Choose settings with --on val, and look at test once.
 With --out, finished runs are kept in the file and not repeated. On 2 cores a demo run takes 5 to 8 minutes.
@@ -134,8 +134,6 @@ def main() -> None:
     }  # fmt: skip
     if kept and kept["about"] != about:
         parser.error(f"{arguments.out} holds runs of other settings or data; name another file, or remove it")
-    if any("offline=" in run for run in arguments.runs) and not arguments.start:
-        parser.error("offline= is for a training that starts from a champion: name its weights with --start")
     judged = [row for row in rows if row.split == arguments.on]
     results = kept["runs"] if kept else {}
     for seed in arguments.seeds:

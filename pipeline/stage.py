@@ -160,6 +160,11 @@ def warn(text: str) -> None:
     _say(f"warning: {text}", "yellow")
 
 
+def note(text: str) -> None:
+    """Print a line at once that a person wants to know while the work goes on."""
+    _say(text, "cyan")
+
+
 def _say(text: str, style: str) -> None:
     from rich.console import Console
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline import paths
 from pipeline.config import Params
-from pipeline.records.training import TrainingRecord, TrainingSummary
-from pipeline.stage import Result, warn
+from pipeline.records.training import GivenLabels, TrainingRecord, TrainingSummary
+from pipeline.stage import Result, note, warn
 from pipeline.storage import atomic, manifest
 from pipeline.storage.manifest import Row
 from training import inference, warm_start
@@ -24,8 +24,8 @@ from training.engine import checkpoint, distributed, source_identity, trainer
 from training.engine.data import Batches, Images
 from training.engine.live_log import LiveLog
 from training.engine.validation import Validator
-from training.methods import registry, s4mc
-from training.methods.pseudo_labels import relabel
+from training.methods import pseudo_labels, registry, s4mc
+from training.methods.pseudo_labels import Given
 from training.models import segmenter
 from training.split_data import SplitData
 
@@ -35,14 +35,14 @@ class Prepared:
     """Everything that the trainer needs, and what the outputs say about it.
 
     start_at: weights that the training begins with, if any. seen: short ids of the images that it learns from.
-    offline: images with labels of `training.methods.pseudo_labels`; None: not asked for, or no champion to ask.
+    given: what was measured of pseudo-labels from outside; None: none were given.
     """
 
     task: trainer.Task
     start_at: Path | None
     seen: str
     precision_on: str
-    offline: int | None
+    given: GivenLabels | None
 
 
 def prepare(
@@ -68,36 +68,46 @@ def prepare(
         epoch_steps=max(1, math.ceil(len(pool) / (settings.batch_unlabelled * us.world))),
         table_K=class_table(labelled, n_classes, data.ignore) if registry.needs_table(settings) else None,
     )
-    identity = identity_of(params, data, start_at, us.world)
-    offline = None
-    if settings.offline is not None and start_at is not None:
-        model.to(inference.device())
-        offline = relabel(
-            model, pool, len(data.unlabelled), least=settings.offline, ignore=data.ignore, stride=params.input.stride,
-            kept=checkpoint.folder(identity) / "offline.npz" if us.rank == 0 else None,
-        )  # fmt: skip
+    given = None
+    if settings.pseudo_labels is not None:
+        given = pseudo_labels.given(settings.pseudo_labels, images_of(data.unlabelled, params, data.ignore), n_classes)
+        if us.rank == 0:
+            tell(given, settings.pseudo_labels)
 
     sizes = settings.batch_labelled, settings.batch_unlabelled
     task = trainer.Task(
         model,
         method,
-        Batches(labelled, pool, sizes, settings.seed, us.rank, us.world, offline),
+        Batches(labelled, pool, sizes, settings.seed, us.rank, us.world, given.images if given else None),
         n_classes=n_classes,
         ignore=data.ignore,
-        identity=identity,
+        identity=identity_of(params, data, start_at, us.world, given.digest if given else None),
         validate=Validator(images_of(data.val, params, data.ignore), n_classes, params.input.stride, data.ignore, us),
         stride=params.input.stride,
     )
     precision_on = "hidden labels" if data.has_hidden_labels else "labels it trains on"
-    return Prepared(task, start_at, warm_start.short_ids(seen), precision_on, None if offline is None else len(offline))
+    return Prepared(task, start_at, warm_start.short_ids(seen), precision_on, given.measured if given else None)
+
+
+def tell(given: Given, folder: Path) -> None:
+    """What the masks of `folder` are worth, before the first step."""
+    found = given.measured
+    if given.refused:
+        warn(f"{found.refused} pseudo-labels are not used, the first: {given.refused[0]}")
+    right = "nothing to measure them against: no unlabelled image has a hidden label"
+    if found.precision is not None and found.weighted_precision is not None:
+        right = f"{found.precision:.1%} of the labels are right, {found.weighted_precision:.1%} by confidence"
+    note(f"pseudo-labels of {folder}: {found.images} images, {found.coverage:.1%} of their pixels; {right}")
 
 
 def images_of(rows: Sequence[Row], params: Params, ignore: int) -> Images:
     return Images(rows, params.input, ignore=ignore, max_pixels=params.ingest.max_pixels)
 
 
-def identity_of(params: Params, data: SplitData, start_at: Path | None, world: int) -> dict[str, Any]:
-    """Everything that shapes a run: a checkpoint with another identity is not continued."""
+def identity_of(
+    params: Params, data: SplitData, start_at: Path | None, world: int, given: str | None = None
+) -> dict[str, Any]:
+    """Everything that shapes a run: a checkpoint with another identity is not continued. given: digest of pseudo-labels."""
     return {
         "params": params.model_dump(mode="json", include={"model", "input", "train"}),
         "split": data.split_hash,
@@ -105,6 +115,7 @@ def identity_of(params: Params, data: SplitData, start_at: Path | None, world: i
         "labels": data.label_hash,
         "start": atomic.sha256(start_at) if start_at is not None else None,
         "world": world,
+        "given": given,
         "code": source_identity.digest(params.model.architecture),
         "torch": torch.__version__,
     }
@@ -132,7 +143,7 @@ def describe(
         precision_on=ready.precision_on,
         labelled=len(ready.task.batches.labelled),
         unlabelled=len(data.unlabelled),
-        offline=ready.offline,
+        pseudo_labels=ready.given,
         seconds=round(seconds, 1),
         warm_start=str(ready.start_at) if ready.start_at else None,
         torch=torch.__version__,
@@ -208,7 +219,7 @@ def history_lines(history: Sequence[dict[str, float]]) -> str:
 
 
 def table(training: TrainingSummary) -> Table:
-    columns = ("labelled", "unlabelled", "offline", "steps", "val_miou", "best_step", "kept", "precision")
+    columns = ("labelled", "unlabelled", "steps", "val_miou", "best_step", "kept", "precision")
     title = f"train: {training.method} ({training.preset}), {training.seconds} s on {training.device}"
     shown = Table(title=title)
     for column in columns:
@@ -216,6 +227,9 @@ def table(training: TrainingSummary) -> Table:
     values = [getattr(training, column) for column in columns]
     shown.add_row(*("-" if value is None else str(value) for value in values))
     shown.caption = f"precision of kept pseudo-labels against {training.precision_on}"
+    if (given := training.pseudo_labels) is not None:
+        right = "-" if given.weighted_precision is None else f"{given.weighted_precision:.3f}"
+        shown.caption += f"; {given.images} pseudo-labels from outside, precision by confidence {right}"
     return shown
 
 

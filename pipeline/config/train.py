@@ -1,5 +1,6 @@
 """Section `train`: the method, what belongs to each method, and the training loop."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -87,8 +88,7 @@ class Train(Section):
     # What the EMA teacher looks at: the weak view, or the whole image, its answer being cut like the weak view.
     teacher_view: Literal["crop", "whole"]
     threshold_rule: Literal["auto", "fixed", "quantile", "class_max"]  # auto: as the method was published
-    # After a warm start: the champion's labels of unlabelled images, where its refined margin is at least this.
-    offline: Share | None
+    pseudo_labels: Path | None  # a folder of masks that another model made of unlabelled images
 
     steps: Positive
     # BatchNorm and in-batch CutMix both need a partner.

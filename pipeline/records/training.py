@@ -5,6 +5,25 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
+class GivenLabels(BaseModel):
+    """Pseudo-labels that a training was given (`train.pseudo_labels`), as measured before its first step.
+
+    Attributes:
+        images: with a mask that is used. refused: masks that are not.
+        coverage: share of their pixels with a label, 0..1.
+        precision: share of the labels that are right, where a hidden label is known; None: nowhere.
+        weighted_precision: the same, each pixel counting its confidence.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    images: int
+    refused: int
+    coverage: float
+    precision: float | None
+    weighted_precision: float | None
+
+
 class TrainingSummary(BaseModel):
     """One training, as `dvc metrics`, the comparison and the student's own description have it (reports/train/train.json).
 
@@ -13,8 +32,7 @@ class TrainingSummary(BaseModel):
         val_miou: in percent, of the last teacher; None without val images.
         kept, precision: of the pseudo-labels at the end, in 0..1; None where the method has none, or nothing was kept.
         precision_on: the labels that the precision was measured against.
-        labelled, unlabelled: images. offline: of those, with labels made before the training; None: not asked for, or no
-            champion to ask.
+        labelled, unlabelled: images. pseudo_labels: given from outside for some of those; None: none were.
         seconds: wall time. warm_start: weights that it began with.
     """
 
@@ -31,7 +49,7 @@ class TrainingSummary(BaseModel):
     precision_on: str
     labelled: int
     unlabelled: int
-    offline: int | None
+    pseudo_labels: GivenLabels | None
     seconds: float
     warm_start: str | None
     torch: str

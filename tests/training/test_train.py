@@ -30,7 +30,7 @@ SETTINGS = {
 
 ENDED = TrainingSummary(
     method="s4mc", preset="paper", steps=4, seed=0, best_step=None, val_miou=None, kept=0.5, precision=0.25,
-    precision_on="hidden labels", labelled=3, unlabelled=3, offline=None, seconds=1.5, warm_start=None, torch="2",
+    precision_on="hidden labels", labelled=3, unlabelled=3, pseudo_labels=None, seconds=1.5, warm_start=None, torch="2",
     machine="m", device="cpu", split_hash="s", data_hash="d",
 )  # fmt: skip
 

@@ -23,10 +23,14 @@ class ReadError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sample:
-    """image_HWC uint8 RGB at working size (not padded); label_HW int32 with `ignore` where unknown."""
+    """image_HWC uint8 RGB at working size (not padded); label_HW int32 with `ignore` where unknown.
+
+    weight_HW: what each labelled pixel counts, uint8 with 255 for in full; None: all in full.
+    """
 
     image_HWC: Tensor
     label_HW: Tensor
+    weight_HW: Tensor | None = None
 
 
 class Images:
@@ -85,14 +89,15 @@ class Batches:
 
     def __init__(
         self, labelled: Images, unlabelled: Images, sizes: tuple[int, int], seed: int, rank: int = 0, world: int = 1,
-        offline: Images | None = None,
+        given: Images | None = None,
     ) -> None:  # fmt: skip
         if not len(labelled):
             raise ValueError(
                 "the split has no labelled training image; add masks under masks/ or check data.lists.labelled in params.yaml"
             )
         self.labelled, self.unlabelled, self.sizes, self.seed = labelled, unlabelled, sizes, seed
-        self.offline = offline if offline is not None and len(offline) else None  # for part of each labelled batch
+        # Labels from outside: part of each labelled batch.
+        self.given = given if given is not None and len(given) else None
         self.rank, self.world = rank, world  # each rank takes its own stretch of one common order
         self._reader = ThreadPoolExecutor(1)
         self._next: tuple[int, bool, Future[Batch]] | None = None
@@ -100,18 +105,18 @@ class Batches:
     def _read(self, step: int, with_unlabelled: bool) -> Batch:
         n_labelled, n_unlabelled = self.sizes
         turn = step * self.world + self.rank
-        n_offline = 0
-        if self.offline is not None:  # their share, and half at most
-            share = len(self.offline) / (len(self.offline) + len(self.labelled))
-            n_offline = min(n_labelled // 2, round(n_labelled * share))
-        n_true = n_labelled - n_offline
+        n_given = 0
+        if self.given is not None:  # their share, and half at most
+            share = len(self.given) / (len(self.given) + len(self.labelled))
+            n_given = min(n_labelled // 2, round(n_labelled * share))
+        n_true = n_labelled - n_given
         first = order(len(self.labelled), 2 * self.seed, turn * n_true, n_true)
         third, second = list[int](), list[int]()
-        if self.offline is not None:
-            third = order(len(self.offline), self.seed, turn * n_offline, n_offline, stream=1)
+        if self.given is not None:
+            third = order(len(self.given), self.seed, turn * n_given, n_given, stream=1)
         if with_unlabelled:
             second = order(len(self.unlabelled), 2 * self.seed + 1, turn * n_unlabelled, n_unlabelled)
-        parts = [(self.labelled, first), (self.offline or self.labelled, third), (self.unlabelled, second)]
+        parts = [(self.labelled, first), (self.given or self.labelled, third), (self.unlabelled, second)]
         names = [images.rows[i].name for images, chosen in parts for i in chosen]
         true, made, without = ([images[i] for i in chosen] for images, chosen in parts)
         return Batch(true + made, without, names)

@@ -27,7 +27,12 @@ class Cropper:
         labels = [sample.label_HW for sample in samples]
         image, label, sizes = augment.stack(images, labels, self.ignore)
         image, label = augment.send(image, self.device), augment.send(label, self.device)
-        return augment.crop(image, label, sizes, self.config.crop, self.config.scale, self.ignore, generator)
+        weight = None
+        if any(sample.weight_HW is not None for sample in samples):
+            weight = augment.send(_weights(samples, label.shape), self.device)
+        return augment.crop(
+            image, label, sizes, self.config.crop, self.config.scale, self.ignore, generator, weight_BHW=weight
+        )
 
     def views(self, batch: Batch, generator: Generator, *, partner: bool) -> Views:
         """Views of a batch; of its unlabelled images, where it has any, a second one too if the method wants a partner."""
@@ -36,6 +41,16 @@ class Cropper:
             return Views(labelled)
         unlabelled = self.crop(batch.unlabelled, generator)
         return Views(labelled, unlabelled, self.crop(batch.unlabelled, generator) if partner else None)
+
+
+def _weights(samples: list[Sample], shape: torch.Size) -> Tensor:
+    """weight_BHW uint8 of a batch, padded as its labels are; 255 where a sample has none of its own."""
+    weight_BHW = torch.full(tuple(shape), 255, dtype=torch.uint8)
+    for weight_HW, sample in zip(weight_BHW, samples, strict=True):
+        if sample.weight_HW is not None:
+            height, width = sample.weight_HW.shape
+            weight_HW[:height, :width] = sample.weight_HW
+    return weight_BHW
 
 
 @torch.no_grad()

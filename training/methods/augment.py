@@ -27,13 +27,14 @@ class Window:
 class View:
     """A cropped batch. image_BCHW float in 0..255; label_BHW int64 with ignore outside; valid_BHW: pixel lies in the photo.
 
-    window: where it was cut.
+    window: where it was cut. weight_BHW: what each labelled pixel counts, float in 0..1; None: all in full.
     """
 
     image_BCHW: Tensor
     label_BHW: Tensor
     valid_BHW: Tensor
     window: Window | None = None
+    weight_BHW: Tensor | None = None
 
 
 def send(value: Tensor, device: torch.device) -> Tensor:
@@ -68,12 +69,15 @@ def crop(
     generator: Generator,
     *,
     flip: bool = True,
+    weight_BHW: Tensor | None = None,
 ) -> View:
     """Scale each image by U(scale), cut a random window of `size` (height, width), flip half of them.
 
     Where the scaled image is smaller than the window it lies at the top left (right if flipped); the rest is 0, ignored
     and not valid.
     Scale 1 copies source pixels (up to float rounding).
+
+    weight_BHW: what each labelled pixel counts, uint8 with 255 for in full; cut like the labels.
     """
     n, (out_h, out_w) = len(image_BCHW), size
     device = image_BCHW.device
@@ -94,7 +98,8 @@ def crop(
     # Half a pixel inside the photograph: bilinear weights never reach the padding of `stack`.
     window = Window(rows.minimum(height - 0.5), columns.minimum(width - 0.5), valid)
     label = _sample(label_BHW.float()[:, None], window, "nearest")[:, 0].long()
-    return View(cut(image_BCHW.float(), window), torch.where(valid, label, ignore), valid, window)
+    weight = None if weight_BHW is None else _sample(weight_BHW.float()[:, None] / 255, window, "nearest")[:, 0]
+    return View(cut(image_BCHW.float(), window), torch.where(valid, label, ignore), valid, window, weight)
 
 
 def _sample(value_BCHW: Tensor, window: Window, mode: str) -> Tensor:

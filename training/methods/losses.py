@@ -30,10 +30,20 @@ class Loss:
 
 
 def supervised(
-    logits_BKHW: Tensor, label_BHW: Tensor, ignore: int, weight: float = 1.0, *, count: Tensor | None = None
+    logits_BKHW: Tensor,
+    label_BHW: Tensor,
+    ignore: int,
+    weight: float = 1.0,
+    *,
+    count: Tensor | None = None,
+    weight_BHW: Tensor | None = None,
 ) -> Loss:
-    """Cross entropy over pixels that are not `ignore`."""
-    total = F.cross_entropy(logits_BKHW.float(), label_BHW, ignore_index=ignore, reduction="sum")
+    """Cross entropy over pixels that are not `ignore`, each times its `weight_BHW` (None: 1), divided by their number."""
+    if weight_BHW is None:
+        total = F.cross_entropy(logits_BKHW.float(), label_BHW, ignore_index=ignore, reduction="sum")
+    else:
+        each = F.cross_entropy(logits_BKHW.float(), label_BHW, ignore_index=ignore, reduction="none")
+        total = (each * weight_BHW).sum()
     return Loss(total, (label_BHW != ignore).sum() if count is None else count, weight)
 
 
@@ -46,12 +56,13 @@ def hard(
     sure: float = 0.7,
     least: int = 100_000,
     add: Reduce = alone,
+    weight_BHW: Tensor | None = None,
 ) -> Loss:
     """Online hard example mining: cross entropy over pixels whose true class has probability <= max(sure, the
     `least`-th smallest such probability), the rule of the published Cityscapes recipes.
 
     The bar is found by histograms (`threshold.order_statistic`): no sort, no transfer to the host. Which pixels count is
-    known only then, hence `add`, which sums a tensor over ranks.
+    known only then, hence `add`, which sums a tensor over ranks. weight_BHW: as in `supervised`; it chooses nothing.
     """
     known = label_BHW != ignore
     each = F.cross_entropy(logits_BKHW.float(), label_BHW, ignore_index=ignore, reduction="none")
@@ -59,7 +70,7 @@ def hard(
     rank = torch.full((), least, dtype=torch.int64, device=probability.device)
     bar = threshold.order_statistic(probability, known, rank, add).clamp_min(sure)
     used = known & (probability <= bar)
-    return Loss(torch.where(used, each, 0.0).sum(), add(used.sum()), weight)
+    return Loss(_kept(each, used, weight_BHW).sum(), add(used.sum()), weight)
 
 
 def masked(

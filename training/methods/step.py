@@ -179,7 +179,7 @@ class SemiSupervisedStep:
         )
 
         counts = loss.counts(views.labelled.label_BHW, targets)
-        terms = loss.terms(out, views.labelled.label_BHW, targets, counts)
+        terms = loss.terms(out, views.labelled.label_BHW, targets, counts, views.labelled.weight_BHW)
         total = loss.total(terms)
         _backward(total)
         return StepResult(loss.over_ranks(terms), total.detach(), chosen)
@@ -195,6 +195,7 @@ class SemiSupervisedStep:
             )
         counts = loss.counts(labelled.label_BHW, targets)
         images, labels = labelled.image_BCHW.chunk(chunks), labelled.label_BHW.chunk(chunks)
+        weights = [None] * chunks if labelled.weight_BHW is None else labelled.weight_BHW.chunk(chunks)
         strong_parts = [image.chunk(chunks) for image in strong.images]
         target_parts = [target.chunk(chunks) for target in targets.strong]
         spared_parts = [None] * chunks if strong.spared_B is None else strong.spared_B.chunk(chunks)
@@ -208,7 +209,7 @@ class SemiSupervisedStep:
             last = c + 1 == chunks
             with nullcontext() if last else self.group.hold(self.student):  # ranks wait for one another only once
                 out = self.student(torch.cat([images[c], *views]), rows, dropout, spared_parts[c])
-                terms = loss.terms(out, labels[c], Targets([part[c] for part in target_parts]), counts)
+                terms = loss.terms(out, labels[c], Targets([part[c] for part in target_parts]), counts, weights[c])
                 part_total = loss.total(terms)
                 _backward(part_total)
 

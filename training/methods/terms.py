@@ -54,8 +54,18 @@ class StepLoss:
             counts[name] = valid if name == "divergence" else losses.divisor(kept, valid, self.method.normaliser)
         return counts
 
-    def terms(self, out: Outputs, label_BHW: Tensor, targets: Targets, counts: dict[str, Tensor]) -> dict[str, Loss]:
-        """The terms of one batch or micro-batch. counts: from `counts`, over all micro-batches."""
+    def terms(
+        self,
+        out: Outputs,
+        label_BHW: Tensor,
+        targets: Targets,
+        counts: dict[str, Tensor],
+        weight_BHW: Tensor | None = None,
+    ) -> dict[str, Loss]:
+        """The terms of one batch or micro-batch. counts: from `counts`, over all micro-batches.
+
+        weight_BHW: what each labelled pixel counts; None: 1.
+        """
         logits = {"supervised": out.labelled}
         if out.corr is not None:
             logits["supervised_corr"] = out.corr[0]
@@ -69,20 +79,30 @@ class StepLoss:
 
         weights = self.weights
         terms = {
-            name: self._supervised(name, value, label_BHW, counts) for name, value in logits.items() if name in weights
+            name: self._supervised(name, value, label_BHW, counts, weight_BHW)
+            for name, value in logits.items()
+            if name in weights
         }
         terms |= {name: self._masked(name, value, view, counts) for name, value, view in pairs if name in weights}
         if targets.weak is not None and out.corr is not None and "divergence" in weights:
             terms["divergence"] = self._divergence(out, targets, counts)
         return terms
 
-    def _supervised(self, name: str, logits_BKHW: Tensor, label_BHW: Tensor, counts: dict[str, Tensor]) -> Loss:
+    def _supervised(
+        self,
+        name: str,
+        logits_BKHW: Tensor,
+        label_BHW: Tensor,
+        counts: dict[str, Tensor],
+        weight_BHW: Tensor | None,
+    ) -> Loss:
         method, weight = self.method, self.weights[name]
         if method.hard:
             return losses.hard(
-                logits_BKHW, label_BHW, self.ignore, weight, sure=method.sure, least=method.hard, add=self.ranks.add
-            )
-        return losses.supervised(logits_BKHW, label_BHW, self.ignore, weight, count=counts[name])
+                logits_BKHW, label_BHW, self.ignore, weight, sure=method.sure, least=method.hard, add=self.ranks.add,
+                weight_BHW=weight_BHW,
+            )  # fmt: skip
+        return losses.supervised(logits_BKHW, label_BHW, self.ignore, weight, count=counts[name], weight_BHW=weight_BHW)
 
     def _masked(self, name: str, logits_BKHW: Tensor, view: Labels, counts: dict[str, Tensor]) -> Loss:
         return losses.masked(
