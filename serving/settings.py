@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from export.bundle.manifest import Precision, Provider
-from export.runtime import cpu
+from export.runtime import container, cpu
 from pipeline import paths
 
 PREFIX = "MARGINALIA_"
@@ -118,8 +118,15 @@ class Settings(BaseSettings):
     max_batch: PositiveInt | None = None
     """Images of one size that run together if they wait together; unset, 8 on a GPU and 1 on the CPU."""
 
-    max_pixels_at_once: PositiveInt = 100_000_000
-    """Pixels of all images under way."""
+    long_at_once: PositiveInt = 2
+    """Images at work at once that take long: native resolution, huge ones, and those whose decoder needs much memory."""
+
+    long_queue: NonNegativeInt = 8
+    """Such images that may wait for a place."""
+
+    memory_mb: PositiveFloat | None = None
+    """MiB for decoding and answering all images at work: half of it for long work, a quarter each for ordinary images and
+    for those of calls of many. Unset, half of the container's limit, or a quarter of the machine's memory."""
 
     max_bodies_mb: PositiveFloat = 256.0
     """MiB of all request bodies under way."""
@@ -264,6 +271,15 @@ class Settings(BaseSettings):
         return self.drain_s or max(self.timeout_s, self.large_timeout_s, self.many_timeout_s)
 
     @property
+    def memory(self) -> int:
+        """Bytes that the images at work may take together."""
+        if self.memory_mb is not None:
+            return int(self.memory_mb * _MIB)
+        limit = container.memory_limit()
+        machine = container.machine_memory()
+        return limit // 2 if limit is not None and limit < machine else machine // 4
+
+    @property
     def max_body(self) -> int:
         """Largest request body in bytes."""
         return int(self.max_body_mb * _MIB)
@@ -280,9 +296,9 @@ class Settings(BaseSettings):
 
     @property
     def max_bodies(self) -> int:
-        """Largest sum of the bodies under way in bytes; one body of the largest size always has room beside another."""
+        """Largest sum of the bodies under way in bytes; half of it, which large ones may fill, has room for the largest."""
         largest_call = int(self.many_mb * _MIB)
-        return max(int(self.max_bodies_mb * _MIB), 2 * self.max_body, self.max_body + largest_call)
+        return max(int(self.max_bodies_mb * _MIB), 2 * max(self.max_body, largest_call))
 
 
 def _variables() -> list[str]:

@@ -4,6 +4,7 @@ Limits nest: a group has at most what each of those above it has, so the smalles
 a quota may use what the machine has.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def memory_limit(mounts: Path = MOUNTS, membership: Path = MEMBERSHIP) -> int | 
             if word.isdigit() and int(word) < UNLIMITED:
                 limits.append(int(word))
     return min(limits, default=None)
+
+
+def machine_memory() -> int:
+    """Bytes of the machine's memory, whoever holds them."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _groups(controller: str, mounts: Path, membership: Path) -> Iterator[Path]:

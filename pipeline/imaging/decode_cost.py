@@ -20,6 +20,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.imaging import decode, headers
 from pipeline.imaging.headers import Refused
+from pipeline.imaging.large_image import LargeImage
 
 OVERHEAD = 16 << 20  # strips that are converted at a time, tables, blocks up to 32 MB that the heap keeps
 _OUT = 3  # of the answer's pixel
@@ -104,3 +105,36 @@ def _texts(data: bytes) -> int:
     """Of a PNG: what its compressed texts may become."""
     packed = data.count(b"zTXt") + data.count(b"iTXt")
     return min(packed * _TEXT, _TEXTS)
+
+
+def shrink_bytes(picture: LargeImage, height: int, width: int) -> int:
+    """Of `picture.shrunk(height, width)`: as many rows as are read at a time, or the whole image, and what comes of it.
+
+    Reads a file that must be decoded as a whole. Raises Refused, as that.
+    """
+    out = 2 * _OUT * height * width
+    if picture.bands is not None:
+        between = _OUT * max(picture.height * width, height * picture.width)
+        return _band(picture) + between + out
+    if drafted := picture.drafted(height, width):
+        return (_WIDEST + _OUT + _WIDEST) * drafted + out + OVERHEAD
+    between = (_OUT + _WIDEST) * picture.pixels + _WIDEST * picture.height * width
+    return max(_whole(picture), between) + out
+
+
+def rows_bytes(picture: LargeImage) -> int:
+    """Of `picture.rows()`. Reads a file that must be decoded as a whole. Raises Refused, as that."""
+    if picture.bands is not None and picture.orientation == 1:
+        return _band(picture)
+    return _whole(picture)
+
+
+def _band(picture: LargeImage) -> int:
+    """Some sixteen bytes a pixel: packed, unpacked, unfiltered, as the decoder's picture, as RGB."""
+    return 16 * picture.band_pixels + OVERHEAD
+
+
+def _whole(picture: LargeImage) -> int:
+    """With the encoded bytes, which are read for it."""
+    data = picture.read()
+    return decode_bytes(data, picture.limits.whole_pixels)[2] + len(data)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.TiffImagePlugin import TiffImageFile
 
-from pipeline.imaging.decode import Image_HWC, Refused, open_header, short
+from pipeline.imaging.decode import STRIP_PIXELS, Image_HWC, Refused, open_header, short
 from pipeline.imaging.mask_png import IGNORE as IGNORE
 from pipeline.imaging.mask_png import IGNORE_COLOUR as IGNORE_COLOUR
 from pipeline.imaging.mask_png import Colour as Colour
@@ -169,10 +169,14 @@ def overlay(
     tint = (_lookup(colours).astype(np.uint16) * weight + 128).astype(np.uint16)
     keep = np.full(256, 256 - weight, np.uint16)
     tint[IGNORE], keep[IGNORE] = 0, 256
-    blended = image_HWC * keep[label_HW][:, :, None]
-    blended += tint[label_HW]
-    blended >>= 8
-    return blended.astype(np.uint8)
+    blended_HWC = np.empty_like(image_HWC)
+    step = max(1, STRIP_PIXELS // label_HW.shape[1])
+    for top in range(0, len(label_HW), step):  # 16 bits a sample, so not for the whole image
+        rows = np.s_[top : top + step]
+        strip = image_HWC[rows] * keep[label_HW[rows]][:, :, None]
+        strip += tint[label_HW[rows]]
+        blended_HWC[rows] = strip >> 8
+    return blended_HWC
 
 
 def to_rle(mask_HW: NDArray[np.bool_], *, compressed: bool = True) -> dict[str, Any]:

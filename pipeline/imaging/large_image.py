@@ -50,8 +50,8 @@ class LargeImageLimits:
 class LargeImage:
     """An image whose header was read. `height`, `width` are upright pixels, `orientation` is what stored rows need.
 
-    `bands` reads stored rows from the top, None where the kind needs the whole image; `scan` says that the decoder of a
-    JPEG can scale.
+    `bands` reads stored rows from the top, `band_pixels` at a time, None where the kind needs the whole image; `scan` says
+    that the decoder of a JPEG can scale.
     """
 
     kind: str
@@ -61,6 +61,7 @@ class LargeImage:
     file: BinaryIO
     limits: LargeImageLimits
     bands: Callable[[], Iterator[Image_HWC]] | None
+    band_pixels: int = 0
     scan: bool = False
 
     @property
@@ -74,10 +75,20 @@ class LargeImage:
         if self.bands is not None:
             source = (self.width, self.height) if turned else (self.height, self.width)
             return decode.orient(_shrink_bands(self.bands(), source, stored), self.orientation)
-        spare = _spare(self.height, self.width, height, width) if self.scan else None
+        spare = self._spare(height, width)
         if spare is not None:
             return decode.orient(_shrink_jpeg(self.file, stored, spare), self.orientation)
         return _resize(self._whole(), height, width)
+
+    def drafted(self, height: int, width: int) -> int | None:
+        """Pixels that a JPEG's decoder would make on the way to that size, where it would scale; None elsewhere."""
+        spare = self._spare(height, width)
+        if spare is None:
+            return None
+        return self.pixels // _draft_factor(self.height, self.width, spare * height, spare * width) ** 2
+
+    def _spare(self, height: int, width: int) -> int | None:
+        return _spare(self.height, self.width, height, width) if self.scan else None
 
     def rows(self) -> Iterator[Image_HWC]:
         """The upright image in bands of rows from the top, n x width x 3. Raises Refused."""
@@ -112,9 +123,13 @@ class LargeImage:
             )
 
     def _whole(self) -> Image_HWC:
+        return decode.decode(self.read(), max_pixels=self.limits.whole_pixels)
+
+    def read(self) -> bytes:
+        """The encoded bytes. Raises Refused("too-many-pixels" | "body-too-large") where the image is too large for that."""
         self._check_whole()
         self.file.seek(0)
-        return decode.decode(self.file.read(), max_pixels=self.limits.whole_pixels)
+        return self.file.read()
 
 
 def size(data: bytes) -> tuple[int, int]:
@@ -136,18 +151,20 @@ def open_picture(file: BinaryIO, limits: LargeImageLimits) -> LargeImage:
     """
     file.seek(0)
     kind = decode.sniff(file.read(256))
-    orientation, scan = 1, False
+    orientation, scan, band_pixels = 1, False, 0
     bands: Callable[[], Iterator[Image_HWC]] | None = None
     if kind == "PNG":
         png = png_bands.layout(file)
         height, width, orientation, several = png.height, png.width, png.orientation, png.animated
         if png.by_rows:
             bands = partial(png_bands.bands, file, png)
+            band_pixels = max(png_bands.BAND_PIXELS, width)
     elif kind == "TIFF":
         tiff = tiff_bands.layout(file)
         height, width, orientation, several = tiff.height, tiff.width, tiff.orientation, tiff.several
         if tiff.by_rows:
             bands = partial(tiff_bands.bands, file, tiff)
+            band_pixels = tiff.piece_height * max(width, tiff.piece_width)
     elif kind == "JPEG":
         scan = jpeg_one_scan(file)
         image, several = _jpeg(file), False
@@ -166,7 +183,7 @@ def open_picture(file: BinaryIO, limits: LargeImageLimits) -> LargeImage:
         raise Refused("animated", "several frames or pages have no single image to segment; send one")
     if orientation >= 5:
         height, width = width, height
-    return LargeImage(kind, height, width, orientation, file, limits, bands, scan)
+    return LargeImage(kind, height, width, orientation, file, limits, bands, band_pixels, scan)
 
 
 def _resize(image_HWC: Image_HWC, height: int, width: int) -> Image_HWC:
@@ -199,11 +216,16 @@ def _jpeg(file: BinaryIO) -> JpegImageFile:
 def _spare(height: int, width: int, to_height: int, to_width: int) -> int | None:
     """By how much a JPEG's decoder should stay above the wanted size; None where it would not scale."""
     for spare in _SPARE:
-        ratio = min(height // (spare * to_height), width // (spare * to_width))
-        factor = max(f for f in (8, 4, 2, 1) if f <= max(1, ratio))
+        factor = _draft_factor(height, width, spare * to_height, spare * to_width)
         if factor > 1 and (spare == _SPARE[-1] or height * width <= _SPARE_PIXELS * factor**2):
             return spare
     return None
+
+
+def _draft_factor(height: int, width: int, to_height: int, to_width: int) -> int:
+    """By how much libjpeg scales both sides down to stay at `to_height` x `to_width` or above."""
+    ratio = min(height // to_height, width // to_width)
+    return max(factor for factor in (8, 4, 2, 1) if factor <= max(1, ratio))
 
 
 def _shrink_jpeg(file: BinaryIO, target: tuple[int, int], spare: int) -> Image_HWC:

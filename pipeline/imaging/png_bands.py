@@ -23,7 +23,7 @@ from pipeline.imaging.decode import Image_HWC, Refused, to_rgb
 from pipeline.imaging.headers import exif_orientation
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_BAND_BYTES = 1 << 20  # of pixels as the decoder holds them, 4 bytes each; copies on the way take some ten times that
+BAND_PIXELS = 1 << 18  # of four bytes each, as the decoder holds them; copies on the way take some ten times that
 _PIECE = 1 << 16
 # An encoder writes chunks of 8 KiB and more; a file that is all chunk headers would only cost time.
 _MOST_CHUNKS, _LARGEST_KEPT = 1 << 18, 1 << 20
@@ -124,7 +124,7 @@ def bands(file: BinaryIO, found: PngLayout) -> Iterator[Image_HWC]:
         Refused: "truncated" or "corrupt", also for a wrong checksum anywhere in the file, at the latest after the last
         band; "unsupported-depth" is not possible here.
     """
-    rows = max(1, _BAND_BYTES // max(found.row_bytes, 4 * found.width))
+    rows = max(1, 4 * BAND_PIXELS // max(found.row_bytes, 4 * found.width))
     above: NDArray[np.uint8] = np.zeros(found.row_bytes, np.uint8)
     pieces = _inflated(file, found, rows)
     for filtered in pieces:

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from serving.admission.lanes import overloaded
 from serving.http import batch_body, negotiate, requests
 from serving.http.batch_body import Sent
 from serving.http.negotiate import Kind
@@ -50,7 +51,7 @@ class BatchHandler:
         self.segment.check(query)
         self._check_room()  # before the body is read: what would be refused now
         with ExitStack() as stack:
-            body = await self._read(request, stack.enter_context(self.segment.admission.body()))
+            body = await self._read(request, stack.enter_context(self.segment.admission.body(is_large=True)))
             self._check_room()
             self._calls += 1
             stack.callback(self._left)
@@ -61,7 +62,7 @@ class BatchHandler:
 
     def _check_room(self) -> None:
         if self._calls >= self.settings.many_calls:
-            raise Problem(503, "overloaded", "too many calls of many images; try again", {"Retry-After": "2"})
+            raise overloaded("too many calls of many images", self.segment.admission.many.expected_wait_s() + 2)
 
     def _left(self) -> None:
         self._calls -= 1
@@ -82,10 +83,12 @@ class BatchHandler:
         self, sent: Sequence[Sent], kind: Kind, query: Query
     ) -> AsyncGenerator[SegmentResult | Problem, None]:
         """What became of each image, in order."""
+        # No more than are worked on: the line of the others stays short.
+        at_once = self.settings.long_at_once if query.resolution == "full" else self.settings.concurrency
         under_way: deque[asyncio.Task[SegmentResult | Problem]] = deque()
         try:
             for image in sent:
-                if len(under_way) >= self.settings.concurrency:
+                if len(under_way) >= at_once:
                     yield await under_way.popleft()
                 under_way.append(asyncio.create_task(self._one(image, kind, query)))
             while under_way:
@@ -112,10 +115,11 @@ class BatchHandler:
     async def _patiently(self, data: bytes, kind: Kind, query: Query) -> SegmentResult:
         """As a single request is answered, but while the server is overloaded it is tried again. Raises Problem."""
         clock = asyncio.get_running_loop().time
-        end = clock() + self.settings.timeout_s
+        is_long = query.resolution == "full"
+        end = clock() + (self.settings.large_timeout_s if is_long else self.settings.timeout_s)
         while True:
             try:
-                return await self.segment.process(data, kind, query)
+                return await self.segment.process(data, kind, query, is_one_of_many=True)
             except Problem as problem:
                 if problem.code != "overloaded" or clock() + PAUSE_S > end:
                     raise

@@ -1,13 +1,11 @@
-"""Huge images, and native resolution at any size: read in bands, run, and encoded in bands. One huge image at a time.
+"""Huge images, and native resolution at any size: read in bands, run, and encoded in bands.
 
 What is held, for w x h pixels: the image never, except the kinds that `pipeline.imaging.large_image` has to decode whole; with
 `resolution=fit` h x (model's width) pixels while reducing; with `resolution=full` one row of windows. The answer's label map
 is made band by band and goes to the encoder at once, so the answer is held as its encoded bytes only.
 """
 
-import contextlib
 import io
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO, TypeVar
@@ -32,9 +30,7 @@ Bands = Iterator[tuple[Labels, Labels]]  # (class ids, confidence), n x width ea
 _ROWS = ("mask", "confidence")  # views that are made row by row; json by columns, which windows do not give
 _BAND_PIXELS = 1 << 20
 _OVERLAP = 4  # windows overlap by at least 1 / _OVERLAP of their side
-_MOST_RUNS = 4_000_000  # in a JSON answer: some 30 MB of text and 200 MB on the way
-
-_one = threading.Lock()
+MOST_RUNS = 4_000_000  # in a JSON answer: some 30 MB of text and 200 MB on the way
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,11 @@ def image_limits(settings: Settings) -> large_image.LargeImageLimits:
     )
 
 
+def opened(data: bytes | BinaryIO) -> BinaryIO:
+    """An image in memory or on disk as a file."""
+    return io.BytesIO(data) if isinstance(data, bytes) else data
+
+
 def segment(
     file: BinaryIO, kind: Kind, query: Query, model: WindowModel, settings: Settings
 ) -> tuple[responses.Rendered, dict[str, float]]:
@@ -85,31 +86,16 @@ def segment(
 
     Raises:
         decode.Refused: the bytes are no image that we take.
-        Problem: 503 another huge image is being worked on; 422 the answer would be too large for its view.
+        Problem: 422 the answer would be too large for its view.
     """
     picture = large_image.open_picture(file, image_limits(settings))
-    with _turn_of(picture, settings):
-        image = _large_image(picture, kind, query, model)
-        _check_view(image, settings.large_pixels)
+    image = _large_image(picture, kind, query, model)
+    _check_view(image, settings.large_pixels)
 
-        body = _from_windows(image) if query.resolution == "full" else _from_model_size(image)
+    body = _from_windows(image) if query.resolution == "full" else _from_model_size(image)
 
-        observed = responses.summarise(image.count, model.bundle.manifest, None)
-        return responses.Rendered(body, observed, _asked(image)), image.timer.timings()
-
-
-@contextlib.contextmanager
-def _turn_of(picture: large_image.LargeImage, settings: Settings) -> Iterator[None]:
-    """One huge image at a time; others need no turn. Raises Problem(503)."""
-    if picture.pixels <= settings.large_pixels:
-        yield
-        return
-    if not _one.acquire(blocking=False):
-        raise Problem(503, "overloaded", "another huge image is being worked on; try again", {"Retry-After": "5"})
-    try:
-        yield
-    finally:
-        _one.release()
+    observed = responses.summarise(image.count, model.bundle.manifest, None)
+    return responses.Rendered(body, observed, _asked(image)), image.timer.timings()
 
 
 def _large_image(picture: large_image.LargeImage, kind: Kind, query: Query, model: WindowModel) -> _LargeImage:
@@ -256,11 +242,11 @@ def _image_below(image: _LargeImage) -> NDArray[np.uint8]:
 def _encode_json(image: _LargeImage, label_hw: Labels, rows: Places, columns: Places) -> bytes:
     """Run lengths go down the columns, so the label map is made in bands of columns. Raises Problem(422)."""
     runs = int(((label_hw[1:] != label_hw[:-1]).sum(axis=0) + 1)[columns].sum())
-    if runs > _MOST_RUNS:
+    if runs > MOST_RUNS:
         raise Problem(
             422,
             "too-large-for-view",
-            f"the answer would have {runs} run lengths, more than {_MOST_RUNS}; ask for a smaller size or view=mask",
+            f"the answer would have {runs} run lengths, more than {MOST_RUNS}; ask for a smaller size or view=mask",
         )
 
     step = max(1, _BAND_PIXELS // image.height)

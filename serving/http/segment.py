@@ -1,15 +1,14 @@
 """The hot path: one image in, one answer out. Decode, run and encode in one worker thread of several.
 
-At most `concurrency` requests are at work at once, two of them at the model (`serving.model.batcher`); while these run, others
-are decoded and encoded. The rest wait in line, and work that is no longer waited for is dropped where it has not begun.
+At most `concurrency` ordinary requests are at work at once, and others in lanes of their own (`serving.admission`); two are at
+the model (`serving.model.batcher`), and while these run, others are decoded and encoded. The rest wait in line, and work that
+is no longer waited for is dropped where it has not begun.
 """
 
 import asyncio
 import contextlib
 import contextvars
 import functools
-import io
-import math
 import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Coroutine, Mapping
@@ -24,9 +23,12 @@ from starlette.responses import Response
 
 from export.bundle.bundle import Bundle
 from export.runtime.runtime import Runtime, Segmentation, restored
-from pipeline.imaging import decode, large_image, resize
+from pipeline.imaging import decode, resize
+from serving.admission import cost
+from serving.admission.admission import Admission
+from serving.admission.cost import Cost
+from serving.admission.lanes import Place
 from serving.http import large_images, requests, responses, spool
-from serving.http.admission import Admission
 from serving.http.large_images import WindowModel
 from serving.http.negotiate import Kind, negotiate
 from serving.http.query import Query, parse
@@ -111,13 +113,37 @@ def largest_batch(runtime: Runtime, settings: Settings) -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """An image's work in a worker thread, and what is occupied until that has ended: room for `pixels`, and `held`."""
+    """An image's work in a worker thread, and what is occupied until that has ended: a place, and what else is `held`."""
 
     job: ImageJob
     future: "Future[SegmentResult]"
-    pixels: int
-    timeout_s: float
+    place: Place
     held: contextlib.ExitStack | None
+
+
+class _Patience:
+    """Waits for what a request needs next, while the caller is there and its deadline has not passed."""
+
+    def __init__(self, timeout_s: float, gone: Gone | None) -> None:
+        self.timeout_s = timeout_s
+        self._clock = asyncio.get_running_loop().time
+        self._end = self._clock() + timeout_s
+        self._watcher = asyncio.ensure_future(gone()) if gone else None
+
+    async def until(self, awaited: "asyncio.Future[Any]") -> None:
+        """Returns when that is done. Raises Problem: 499 the caller has gone, 504 too late."""
+        waiting: set[asyncio.Future[Any]] = {awaited, self._watcher} if self._watcher else {awaited}
+        done, _ = await asyncio.wait(waiting, timeout=max(0.0, self._end - self._clock()), return_when=FIRST_COMPLETED)
+        if awaited in done:
+            return
+        if done:
+            raise Problem(499, "disconnected", "the connection was closed before the answer was there")
+        raise Problem(504, "deadline", f"not done within {self.timeout_s:g} seconds; try again")
+
+    def close(self) -> None:
+        """Look after the caller no longer."""
+        if self._watcher:
+            self._watcher.cancel()
 
 
 class SegmentHandler:
@@ -127,7 +153,9 @@ class SegmentHandler:
         self.settings = settings
         self.manager = manager
         self.admission = Admission(settings)
-        self._workers = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="worker")
+        # A thread for each place of each lane, so that what has its turn begins at once.
+        threads = 2 * settings.concurrency + settings.long_at_once
+        self._workers = ThreadPoolExecutor(threads, thread_name_prefix="worker")
         self._batcher = Batcher(lambda runtime: largest_batch(runtime, settings), metrics.batched)
         self.health = ModelHealth(manager, self._workers)
 
@@ -143,10 +171,11 @@ class SegmentHandler:
         request.state.answer = kind.view
         body_kind = requests.body_kind(request)
         self.check(query)
-        self.admission.check()
+        size = requests.stated_size(request) or 0
+        self.check_room(is_long=query.resolution == "full" or size > self.settings.max_body)
 
         with contextlib.ExitStack() as held:
-            hold = held.enter_context(self.admission.body())
+            hold = held.enter_context(self.admission.body(is_large=size > spool.SPOOLED))
             data = await spool.read_body(request, self.settings, body_kind, hold)
             gone = functools.partial(requests.gone, request)
             result = await self.process(data, kind, query, gone, held)
@@ -164,6 +193,11 @@ class SegmentHandler:
             raise requests.no_model()
         return runtime
 
+    def check_room(self, *, is_long: bool) -> None:
+        """Refuse what its lane would refuse now, before the body is read. Raises Problem."""
+        lane = self.admission.long if is_long else self.admission.ordinary
+        lane.check(self.settings.large_timeout_s if is_long else self.settings.timeout_s)
+
     async def process(
         self,
         data: bytes | BinaryIO,
@@ -171,6 +205,8 @@ class SegmentHandler:
         query: Query,
         gone: Gone | None = None,
         held: contextlib.ExitStack | None = None,
+        *,
+        is_one_of_many: bool = False,
     ) -> SegmentResult:
         """One image's bytes -> its answer, admitted and limited like every request.
 
@@ -181,32 +217,36 @@ class SegmentHandler:
             Problem: what the bytes are, no room, too late, or gone.
         """
         runtime = self.current()
+        submitted = time.perf_counter()
         try:
-            pixels = await self._pixels(data)
+            counted = await self._cost(data, kind, query, runtime)
         except decode.Refused as error:
             raise requests.image_problem(error) from error
-        is_large = large_images.is_large(pixels, query, self.settings)
-        pixels = max(pixels, math.prod(query.pixels() or (0,)))  # the answer may be asked for larger
-        pixels = min(pixels, self.settings.large_pixels)  # a huge one is never held
+        lane = self.admission.lane(counted.size, is_long=counted.is_large, is_one_of_many=is_one_of_many)
+        timeout_s = self.settings.large_timeout_s if lane == "long" else self.settings.timeout_s
 
-        self.admission.enter(pixels)
-        job = ImageJob(data)
-        phases = self._segment_in_bands if is_large else self._segment
-        future = self._workers.submit(phases, job, kind, query, runtime, time.perf_counter())
-        timeout_s = self.settings.large_timeout_s if is_large else self.settings.timeout_s
-        return await self._wait(_Work(job, future, pixels, timeout_s, held), gone)
+        place = self.admission.lanes[lane].enter(counted.size, timeout_s)
+        patience = _Patience(timeout_s, gone)
+        try:
+            await patience.until(place.turn)
+        except BaseException:  # also when cancelled
+            patience.close()
+            place.leave()
+            raise
+        job = ImageJob(data, lane)
+        phases = self._segment_in_bands if counted.is_large else self._segment
+        future = self._workers.submit(phases, job, kind, query, runtime, submitted)
+        return await self._wait(_Work(job, future, place, held), patience)
 
-    async def _pixels(self, data: bytes | BinaryIO) -> int:
-        """Width times height by the header. Raises decode.Refused."""
-        if not isinstance(data, bytes):
-            limits = large_images.image_limits(self.settings)
-            return (await asyncio.to_thread(large_image.open_picture, data, limits)).pixels
-        look = functools.partial(decode.open_header, data, self.settings.max_pixels)
-        _, header = await asyncio.to_thread(look) if len(data) > _PROBE_INLINE else look()
-        return header.size[0] * header.size[1]
+    async def _cost(self, data: bytes | BinaryIO, kind: Kind, query: Query, runtime: Runtime) -> Cost:
+        """Of the image, by its header. Raises decode.Refused."""
+        look = functools.partial(cost.of, data, kind, query, runtime.bundle, self.settings)
+        if isinstance(data, bytes) and len(data) <= _PROBE_INLINE:
+            return look()
+        return await asyncio.to_thread(look)
 
     def _segment(self, job: ImageJob, kind: Kind, query: Query, runtime: Runtime, queued: float) -> SegmentResult:
-        """The three phases in a worker thread; `queued` is when the request was admitted (perf_counter)."""
+        """The three phases in a worker thread; `queued` is when the request came into its line (perf_counter)."""
         queue_s = time.perf_counter() - queued
         data = job.data  # before the check: it is gone once the job is dropped
         job.check()
@@ -230,7 +270,7 @@ class SegmentHandler:
         queue_s = time.perf_counter() - queued
         data = job.data  # as there
         job.check()
-        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        file = large_images.opened(data)
 
         def run(image_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
             ran = self._run(runtime, image_HWC, job)
@@ -249,29 +289,21 @@ class SegmentHandler:
             self.health.doubt(runtime)
             raise
 
-    async def _wait(self, work: _Work, gone: Gone | None) -> SegmentResult:
+    async def _wait(self, work: _Work, patience: _Patience) -> SegmentResult:
         """The place is free when the work has ended, not when the caller has stopped waiting for it. Raises Problem."""
         answer = asyncio.wrap_future(work.future)
-        watcher = asyncio.ensure_future(gone()) if gone else None
-        waiting: set[asyncio.Future[Any]] = {answer, watcher} if watcher else {answer}
         try:
-            done, _ = await asyncio.wait(waiting, timeout=work.timeout_s, return_when=FIRST_COMPLETED)
-            if answer in done:
-                return answer.result()
+            await patience.until(answer)
+            return answer.result()
         except decode.Refused as error:
             raise requests.image_problem(error) from error
         finally:
-            if watcher:
-                watcher.cancel()
+            patience.close()
             if answer.done():
-                self.admission.leave(work.pixels)
+                work.place.leave()
             else:
                 answer.cancel()  # and with it the work, if that has not begun
                 self._abandon(work)
-
-        if done:
-            raise Problem(499, "disconnected", "the connection was closed before the answer was there")
-        raise Problem(504, "deadline", f"not done within {work.timeout_s:g} seconds; try again")
 
     def _abandon(self, work: _Work) -> None:
         """The caller no longer waits for this work; what it occupies is let go when it ends."""
@@ -283,7 +315,7 @@ class SegmentHandler:
         work.future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended, context=context))
 
     def _ended_late(self, work: _Work, held: contextlib.ExitStack | None) -> None:
-        self.admission.leave(work.pixels)
+        work.place.leave()
         if held:
             held.close()
         error = None if work.future.cancelled() else work.future.exception()

@@ -35,25 +35,27 @@ class _Disk:
             return self._bytes
 
 
-_disk = _Disk()
+# Of bodies that only a huge image may have, and of the others: neither takes the other's room.
+_huge, _ordinary = _Disk(), _Disk()
 
 
 class _Reservation:
     """What one body takes on the disk; all together take at most `room` bytes."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, disk: _Disk, room: int) -> None:
+        self._disk = disk
         self._room = room
         self.size = 0
 
     def add(self, size: int) -> None:
         """Raises Problem(503)."""
         self.size += size
-        if _disk.add(size) > self._room:
+        if self._disk.add(size) > self._room:
             raise Problem(503, "overloaded", "too many large bodies under way; try again", {"Retry-After": "5"})
 
     def release(self) -> None:
         """When its file is gone."""
-        _disk.add(-self.size)
+        self._disk.add(-self.size)
 
 
 async def read_body(
@@ -69,7 +71,10 @@ async def read_body(
     size = requests.stated_size(request) or 0
     if kind != "raw" or not min(SPOOLED, settings.max_body) < size <= settings.max_large_body:
         return await requests.read_body(request, settings, kind, hold)
-    longest = settings.body_timeout_s if size <= settings.max_body else settings.large_timeout_s
+    is_huge = size > settings.max_body
+    longest = settings.large_timeout_s if is_huge else settings.body_timeout_s
+    # Of the huge ones at least two at a time.
+    reservation = _Reservation(*(_huge, 2 * settings.max_large_body) if is_huge else (_ordinary, settings.max_bodies))
     start = asyncio.get_running_loop().time()
 
     def until(come: int) -> float:
@@ -78,15 +83,14 @@ async def read_body(
     try:
         with requests.arriving():  # inside: a TimeoutError is an OSError, too
             async with asyncio.timeout_at(until(0)) as clock:
-                return await _write(request, 2 * settings.max_large_body, lambda come: clock.reschedule(until(come)))
+                return await _write(request, reservation, lambda come: clock.reschedule(until(come)))
     except OSError as error:
         raise Problem(503, "overloaded", f"no room for the body on disk ({error.strerror}); try again") from error
 
 
-async def _write(request: Request, room: int, on_arrival: Callable[[int], None]) -> BinaryIO:
+async def _write(request: Request, reservation: _Reservation, on_arrival: Callable[[int], None]) -> BinaryIO:
     """The body as a file; `on_arrival` gets the bytes that have come so far, at each piece. Raises Problem(503)."""
     file: BinaryIO = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it is handed on, and closes when dropped
-    reservation = _Reservation(room)
     weakref.finalize(file, reservation.release)
 
     batch = bytearray()

@@ -37,9 +37,13 @@ class Dropped(Exception):
 
 @dataclass
 class ImageJob:
-    """The work on one image, which its caller may stop waiting for; the bytes that came for it, let go when that happens."""
+    """The work on one image, which its caller may stop waiting for; the bytes that came for it, let go when that happens.
+
+    Lanes take turns at the model, however many images of each wait.
+    """
 
     data: Any = None
+    lane: str = "ordinary"
     dropped: bool = False
 
     def check(self) -> None:
@@ -81,6 +85,8 @@ class Batcher:
         self._on_run = on_run
         self._free = at_once
         self._waiting: list[_WaitingImage] = []
+        self._runs = 0
+        self._turns: dict[str, int] = {}  # the last run of each lane
         self._change = threading.Condition()
 
     @property
@@ -119,8 +125,10 @@ class Batcher:
             self._change.notify_all()
 
     def _lead(self) -> None:
-        """Run the oldest image and others like it, with the lock let go meanwhile."""
-        first = self._waiting[0]
+        """Run the oldest image of the lane whose turn it is and others like it, with the lock let go meanwhile."""
+        first = min(self._waiting, key=lambda entry: self._turns.get(entry.job.lane, 0))  # of equals the oldest
+        self._runs += 1
+        self._turns[first.job.lane] = self._runs
         like = [entry for entry in self._waiting if entry.fits(first)]
         most = min(len(like), max(1, self._limit(first.runtime)))
         taken = like[: next(size for size in BATCH_SIZES if size <= most)]

@@ -32,7 +32,7 @@ def code(data: bytes, limits: large_image.LargeImageLimits = LIMITS) -> str:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(png_bands, "_BAND_BYTES", 5000)
+    monkeypatch.setattr(png_bands, "BAND_PIXELS", 1250)
     monkeypatch.setattr(TiffImagePlugin, "STRIP_SIZE", 5000)
     monkeypatch.setattr(large_image, "_COLUMNS", 10)
 

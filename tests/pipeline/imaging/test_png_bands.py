@@ -55,7 +55,7 @@ def code(data: bytes) -> str:
 @pytest.fixture(autouse=True)
 def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of few rows and pieces of few bytes, so that every seam is crossed."""
-    monkeypatch.setattr(png_bands, "_BAND_BYTES", 170)
+    monkeypatch.setattr(png_bands, "BAND_PIXELS", 42)
     monkeypatch.setattr(png_bands, "_PIECE", 17)
 
 

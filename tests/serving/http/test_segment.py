@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.imaging import decode as images
 from serving import settings
+from serving.admission import cost
 from serving.bento import worker
 from serving.http import requests, responses
 from serving.http.negotiate import KINDS, Kind
@@ -70,39 +71,30 @@ def test_every_answer_is_its_own_whatever_runs_together(model: Held) -> None:
     assert max(shape[0] for shape in model.shapes) > 1
 
 
-def test_pixels_are_counted_and_an_image_alone_is_let_in(model: Held) -> None:
+def test_memory_is_counted_and_what_finds_none_waits(model: Held) -> None:
+    """Room for two images: of three one waits in line though places are free; what needs more than there is, is refused."""
+    one = cost.of(PICTURE, MASK, Query(), model.bundle, settings.Settings()).size
     model.gate.clear()
-    with serving(model, max_pixels_at_once=5000) as own, own.client() as http, own.crowd([PICTURE]) as first:
-        until(lambda: own.handler.admission.pixels == 4800)
-        full = http.post("/v1/segment", content=picture(24, 32), headers=RAW)
-        assert (full.status_code, error(full)) == (503, "overloaded")
-        assert full.headers["retry-after"] == "1"
-        with own.crowd([picture(10, 20)]) as small:
-            until(lambda: own.handler.admission.pixels == 5000)
-            full = http.post("/v1/segment", content=picture(1, 1), headers=RAW)
-            assert (full.status_code, error(full)) == (503, "overloaded")
+    with serving(model, concurrency=3, memory_mb=8.8 * one / (1 << 20)) as own, own.client() as http:
+        with own.crowd([PICTURE] * 3) as asked:
+            until(lambda: own.handler.admission.requests == 3)
+            until(lambda: len(model.shapes) == 2)
+            assert (own.handler.admission.ordinary.running, own.handler.admission.ordinary.waiting) == (2, 1)
+            assert own.handler.admission.memory == 2 * one
             model.gate.set()
-            assert small[0].result(LONGEST).status_code == first[0].result(LONGEST).status_code == 200
-        until(lambda: own.handler.admission.pixels == 0)
-        assert http.post("/v1/segment", content=picture(100, 60), headers=RAW).status_code == 200
+            assert [response.result(LONGEST).status_code for response in asked] == [200] * 3
+        until(lambda: own.handler.admission.memory == 0)
+        large = http.post("/v1/segment", content=picture(3000, 3000), headers=RAW)
+        assert (large.status_code, error(large)) == (413, "too-much-memory")
+        assert f"is {int(4.4 * one) >> 20} MiB" in large.json()["error"]["message"]
 
 
 def test_an_answer_that_is_larger_than_its_image_takes_the_room_of_the_answer(model: Held) -> None:
-    handler = SegmentHandler(settings.Settings(concurrency=1, max_pixels_at_once=5000), manager_of(model))
-
-    async def story() -> None:
-        model.gate.clear()
-        work = asyncio.create_task(handler.process(picture(1, 1), MASK, Query(size="100x40")))
-        await asyncio.to_thread(until, lambda: model.shapes)
-        assert handler.admission.pixels == 4000
-        with pytest.raises(Problem, match="pixels"):
-            await handler.process(picture(1, 1), MASK, Query(size="40x100"))
-        model.gate.set()
-        await work
-        assert handler.admission.pixels == 0
-
-    asyncio.run(story())
-    handler.close()
+    chosen = settings.Settings()
+    small, large = (
+        cost.of(PICTURE, MASK, query, model.bundle, chosen).size for query in (Query(), Query(size="4000x4000"))
+    )
+    assert large - small > 3 * 4000 * 4000
 
 
 def test_bodies_are_counted_as_they_come(model: Held) -> None:
@@ -126,10 +118,10 @@ def test_bodies_are_counted_as_they_come(model: Held) -> None:
 def test_a_client_that_has_gone_is_dropped_from_the_line(
     model: Held, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And so are its bytes, though the pool keeps the work until a worker comes to it."""
+    """And so are its bytes; no work was ever made of it."""
     caplog.set_level(logging.INFO, "marginalia")
     jobs: list[ImageJob] = []
-    monkeypatch.setattr("serving.http.segment.ImageJob", lambda data: jobs.append(ImageJob(data)) or jobs[-1])
+    monkeypatch.setattr("serving.http.segment.ImageJob", lambda *of: jobs.append(ImageJob(*of)) or jobs[-1])
     model.gate.clear()
     head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
     with serving(model, concurrency=1, queue=2) as own, own.crowd([PICTURE]) as first:
@@ -139,7 +131,7 @@ def test_a_client_that_has_gone_is_dropped_from_the_line(
             until(lambda: own.handler.admission.requests == 2)
         until(lambda: own.handler.admission.requests == 1)  # the first still runs
         until(lambda: own.handler.admission.bytes == len(PICTURE))
-        assert [job.data for job in jobs] == [PICTURE, None]
+        assert [job.data for job in jobs] == [PICTURE]
         until(lambda: [line for line in told(caplog, "request") if line["code"] == "disconnected"])
         model.gate.set()
         assert first[0].result(LONGEST).status_code == 200
@@ -207,12 +199,16 @@ def test_decode_and_encode_go_on_while_the_model_runs(model: Held) -> None:
 def test_bad_images_are_refused_before_they_take_a_place(model: Held) -> None:
     """With no place to be had, a bomb still hears that it is one."""
     handler = SegmentHandler(settings.Settings(concurrency=1, queue=0, max_pixels=4000), manager_of(model))
-    handler.admission.enter(1)
-    for body, code in ((b"nothing", "not-an-image"), (PICTURE, "too-many-pixels"), (picture(20, 20), "overloaded")):
-        with pytest.raises(Problem) as caught:
-            asyncio.run(handler.process(body, MASK, Query()))
-        assert caught.value.code == code
-    assert handler.admission.requests == 1
+
+    async def story() -> None:
+        handler.admission.ordinary.enter(1, 60)
+        for body, code in ((b"nothing", "not-an-image"), (PICTURE, "too-many-pixels"), (picture(20, 20), "overloaded")):
+            with pytest.raises(Problem) as caught:
+                await handler.process(body, MASK, Query())
+            assert caught.value.code == code
+        assert handler.admission.requests == 1
+
+    asyncio.run(story())
     handler.close()
 
 
