@@ -19,8 +19,10 @@ _IMAGE = 3  # bytes of a pixel as it is worked on
 _PILLOW = 4  # and as Pillow holds it
 _MAPS = 2  # class id and confidence
 # Beside these, of a pixel of the answer, by view: what is selected, drawn and encoded.
-_ANSWER = {"mask": 3, "confidence": 3, "overlay": 12, "json": 8, "geojson": 16}
+_ANSWER = {"mask": 3, "confidence": 3, "overlay": 20, "json": 8, "geojson": 16}
 _RUN = 64  # of a run length in an answer as JSON: a number in Python's list, in an array and as text
+_CELL = 900  # of a pixel of the model's answer that is a polygon of its own, and so are those around it
+_MOST_CELLS = 1 << 18  # more of them have more points than `pipeline.imaging.polygonize.MAX_POINTS`
 _ROWS = ("mask", "confidence")  # of huge images, encoded row by row: all that is held is the body
 
 
@@ -55,16 +57,22 @@ def _at_once(height: int, width: int, decoding: int, kind: Kind, query: Query, b
     scaling = (_IMAGE + _PILLOW) * pixels + _PILLOW * height * fit.scaled_width
     asked = math.prod(query.pixels() or (0,))
     answer = asked or (fit.scaled_height * fit.scaled_width if query.size == "model" else pixels)
-    answering = (_IMAGE + _MAPS) * pixels + _MAPS * asked + _answer(kind, answer, height, width, bundle)
+    answering = (
+        (_IMAGE + _MAPS) * pixels + _MAPS * asked + _answer(kind, answer, height, fit.scaled_height, fit.scaled_width)
+    )
     return max(decoding, scaling + decode_cost.OVERHEAD, answering + decode_cost.OVERHEAD)
 
 
-def _answer(kind: Kind, pixels: int, height: int, width: int, bundle: Bundle) -> int:
-    """Of drawing and encoding; run lengths go down the columns, at most as many in each as the model has rows."""
+def _answer(kind: Kind, pixels: int, height: int, model_height: int, model_width: int) -> int:
+    """Of drawing and encoding what a model of that size says of an image `height` pixels high, at its most detailed.
+
+    Run lengths go down the columns, at most as many in each as the model has rows.
+    """
     size = _ANSWER[kind.view] * pixels
     if kind.view == "json":
-        fit = bundle.fit(height, width)
-        size += _RUN * min(pixels, pixels // height * fit.scaled_height)
+        size += _RUN * min(pixels, max(1, pixels // height) * model_height)
+    if kind.view == "geojson":
+        size += _CELL * min(model_height * model_width, _MOST_CELLS)
     return size
 
 
@@ -78,15 +86,17 @@ def _in_bands(picture: large_image.LargeImage, kind: Kind, query: Query, bundle:
     if is_full:
         window = min(picture.height, bundle.manifest.input.long_side)
         # A row of windows: the image, float votes, maps and the copies of them that go on.
-        reading = decode_cost.rows_bytes(picture) + (_IMAGE + _PILLOW + 3 * _MAPS) * window * picture.width
+        reading = decode_cost.rows_bytes(picture) + (2 * _IMAGE + _PILLOW + 5 * _MAPS) * window * picture.width
     else:
         reading = decode_cost.shrink_bytes(picture, fit.scaled_height, fit.scaled_width)
     if kind.view in _ROWS:
-        return reading + (answer if is_full else answer // 8)  # noise at its worst; enlarged maps repeat their rows
+        return reading + (3 * answer if is_full else answer // 8)  # noise, as it grows; enlarged maps repeat their rows
     if kind.view == "json" and not is_full:
-        return reading + large_images.MOST_RUNS * _RUN
+        columns = (query.pixels() or (picture.height, picture.width))[1]
+        return reading + _RUN * min(large_images.MOST_RUNS, columns * fit.scaled_height)
     answer = min(answer, most_drawn)
-    drawing = (_IMAGE + _MAPS + _MAPS) * answer + _answer(kind, answer, picture.height, picture.width, bundle)
+    model = (picture.height, picture.width) if is_full else (fit.scaled_height, fit.scaled_width)
+    drawing = (_IMAGE + _MAPS + _MAPS) * answer + _answer(kind, answer, picture.height, *model)
     if kind.view == "overlay":
         scale = math.sqrt(min(1.0, answer / native))
         height, width = max(1, int(picture.height * scale)), max(1, int(picture.width * scale))
