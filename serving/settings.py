@@ -5,7 +5,7 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, ValidationError
 from pydantic_core import PydanticCustomError
@@ -82,6 +82,21 @@ Origins = Annotated[str, AfterValidator(_origins)]
 Address = Annotated[str, AfterValidator(_address)]
 
 
+def _networks(text: str) -> str:
+    """Each an address or a network."""
+    for word in text.split():
+        try:
+            ipaddress.ip_network(word)
+        except ValueError as error:
+            raise PydanticCustomError(
+                "network", "has a word that is no address and no network such as 10.0.0.0/8"
+            ) from error
+    return text
+
+
+Networks = Annotated[str, AfterValidator(_networks)]
+
+
 class Settings(BaseSettings):
     """Each field is the variable MARGINALIA_<FIELD>, and its docstring is its description. An argument goes before it."""
 
@@ -130,6 +145,25 @@ class Settings(BaseSettings):
 
     max_bodies_mb: PositiveFloat = 256.0
     """MiB of all request bodies under way."""
+
+    # How much of it one client may have
+
+    client_rate: PositiveFloat | None = None
+    """Images a second of one client; what comes faster gets 429 with Retry-After. Unset, no limit."""
+
+    client_burst: PositiveInt = 20
+    """Images that one client may send at once before `client_rate` counts."""
+
+    client_at_once: PositiveInt | None = None
+    """Requests of one client under way at once. Unset, no limit."""
+
+    client_by: Literal["address", "token"] = "address"
+    """What tells clients apart. By token where each caller has one of its own; without tokens it is the address."""
+
+    trusted_proxies: Networks = ""
+    """Addresses and networks of the proxies before the service, separated by spaces, such as `10.0.0.0/8`. From these alone
+    X-Forwarded-For is believed, whose last address that is none of them is the client's. Unset, a proxy's callers are all one
+    client."""
 
     # One image
 
@@ -269,6 +303,11 @@ class Settings(BaseSettings):
     def drain_limit_s(self) -> float:
         """Seconds between SIGTERM and the end of the last request; whoever starts the service has to wait a little longer."""
         return self.drain_s or max(self.timeout_s, self.large_timeout_s, self.many_timeout_s)
+
+    @property
+    def proxies(self) -> list[str]:
+        """The addresses and networks of `trusted_proxies`."""
+        return self.trusted_proxies.split()
 
     @property
     def memory(self) -> int:

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from serving.access import origins
 from serving.access.tokens import Role, Roles
@@ -207,7 +208,14 @@ def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, SegmentHa
     if settings.admin is None:
         routes |= _operations(settings, manager)
     application = _application(settings, _with_description(settings, routes) | _web_files())
-    return origins.admit(application, settings), segment
+    application = origins.admit(application, settings)
+    return (behind_proxies(application, settings.proxies) if settings.proxies else application), segment
+
+
+def behind_proxies(application: ASGIApp, proxies: list[str]) -> ASGIApp:
+    """The application, for which a client's address is the one that these proxies forward."""
+    # Two libraries' names for the same ASGI types.
+    return cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, application), proxies))
 
 
 def build_admin(

@@ -51,11 +51,13 @@ class BatchHandler:
         self.segment.check(query)
         self._check_room()  # before the body is read: what would be refused now
         with ExitStack() as stack:
+            count_images = stack.enter_context(self.segment.clients.admit(request))
             body = await self._read(request, stack.enter_context(self.segment.admission.body(is_large=True)))
             self._check_room()
             self._calls += 1
             stack.callback(self._left)
             sent = await batch_body.open_body(request, body_kind, body, self.settings)
+            count_images(len(sent))
             held = stack.pop_all()
         write = _zip if kind.media_type == "application/zip" else _lines
         return _BatchStream(write(self, sent, kind, query), held, kind.media_type, self.settings.many_timeout_s)

@@ -27,11 +27,12 @@ _ERRORS = {
     "406": "not-acceptable: no such answer",
     "408": "slow-body: the body did not arrive in time",
     "409": "busy: another model is being loaded; no-previous",
-    "413": "body-too-large",
+    "413": "body-too-large, or too-much-memory for the kind of image",
     "415": "unsupported-type (Content-Type), unsupported-format, unsupported-depth, animated (content)",
     "422": "too-many-pixels, bad-aspect, too-large-for-view (a huge answer is a mask, a confidence map or run lengths), "
     "too-detailed (more polygon points than are answered), too-many-images, "
     "bundle-refused",
+    "429": "too-many-requests of one client; Retry-After says when to come again",
     "503": "overloaded, no-model; Retry-After says when to come again",
     "504": "deadline: not done in time",
 }
@@ -101,7 +102,7 @@ def _segment(limits: str) -> dict[str, Any]:
                 "headers": _headers(*_HEADERS),
                 "content": _content(KINDS),
             },
-            **_errors("400", "401", "405", "406", "408", "413", "415", "422", "503", "504"),
+            **_errors("400", "401", "405", "406", "408", "413", "415", "422", "429", "503", "504"),
         },
     }
 
@@ -126,7 +127,7 @@ def _many(limits: str, settings: Settings) -> dict[str, Any]:
                 "headers": _headers("X-Request-Id"),
                 "content": {"application/jsonl": _reference(Line), "application/zip": _BINARY},
             },
-            **_errors("400", "401", "405", "406", "408", "413", "415", "422", "503"),
+            **_errors("400", "401", "405", "406", "408", "413", "415", "422", "429", "503"),
         },
     }
 

@@ -26,6 +26,7 @@ from export.runtime.runtime import Runtime, Segmentation, restored
 from pipeline.imaging import decode, resize
 from serving.admission import cost
 from serving.admission.admission import Admission
+from serving.admission.clients import Clients
 from serving.admission.cost import Cost
 from serving.admission.lanes import Place
 from serving.http import large_images, requests, responses, spool
@@ -153,6 +154,7 @@ class SegmentHandler:
         self.settings = settings
         self.manager = manager
         self.admission = Admission(settings)
+        self.clients = Clients(settings)
         # A thread for each place of each lane, so that what has its turn begins at once.
         threads = 2 * settings.concurrency + settings.long_at_once
         self._workers = ThreadPoolExecutor(threads, thread_name_prefix="worker")
@@ -175,6 +177,7 @@ class SegmentHandler:
         self.check_room(is_long=query.resolution == "full" or size > self.settings.max_body)
 
         with contextlib.ExitStack() as held:
+            held.enter_context(self.clients.admit(request))
             hold = held.enter_context(self.admission.body(is_large=size > spool.SPOOLED))
             data = await spool.read_body(request, self.settings, body_kind, hold)
             gone = functools.partial(requests.gone, request)

@@ -26,8 +26,8 @@ REASONS = frozenset(
         "bad-query", "body-too-large", "bundle-refused", "busy", "connections", "corrupt", "deadline", "disconnected",
         "empty", "internal", "method", "no-bundle", "no-model", "no-previous", "no-token", "not-acceptable",
         "not-an-image", "not-for-changes", "not-found", "overloaded", "slow-body", "slow-head", "slow-reader", "too-detailed",
-        "too-large-for-view", "too-many-images", "too-many-pixels", "too-much-memory", "truncated", "unauthorized",
-        "unsupported-depth", "unsupported-format", "unsupported-type",
+        "too-large-for-view", "too-many-images", "too-many-pixels", "too-many-requests", "too-much-memory", "truncated",
+        "unauthorized", "unsupported-depth", "unsupported-format", "unsupported-type",
     }
 )  # fmt: skip
 SWAPS = ("loaded", "refused", "rolled-back", "same")

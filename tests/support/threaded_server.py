@@ -86,7 +86,15 @@ def serving(runtime: Runtime, **chosen: Any) -> Iterator[Own]:
     )
     port = free_port()
     server = uvicorn.Server(
-        uvicorn.Config(web, port=port, http=protocol, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
+        uvicorn.Config(
+            web,
+            port=port,
+            http=protocol,
+            log_config=None,
+            lifespan="off",
+            timeout_graceful_shutdown=5,
+            proxy_headers=False,  # as in the worker, where our application stands before uvicorn's
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
