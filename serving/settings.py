@@ -2,7 +2,6 @@
 
 import difflib
 import ipaddress
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal

@@ -27,12 +27,12 @@ _ERRORS = {
     "406": "not-acceptable: no such answer",
     "408": "slow-body: the body did not arrive in time",
     "409": "busy: another model is being loaded; no-previous",
-    "413": "body-too-large, or too-much-memory for the kind of image",
+    "413": "body-too-large, too-much-memory",
     "415": "unsupported-type (Content-Type), unsupported-format, unsupported-depth, animated (content)",
     "422": "too-many-pixels, bad-aspect, too-large-for-view (a huge answer is a mask, a confidence map or run lengths), "
     "too-detailed (more polygon points than are answered), too-many-images, "
     "bundle-refused",
-    "429": "too-many-requests of one client; Retry-After says when to come again",
+    "429": "too-many-requests; Retry-After says when to come again",
     "503": "overloaded, no-model; Retry-After says when to come again",
     "504": "deadline: not done in time",
 }
