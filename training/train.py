@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import paths
 from pipeline.config import Params
@@ -205,11 +205,20 @@ def save_students(
         "ignore": data.ignore,
         "params": params.model_dump(mode="json", include={"model", "input"}),
         "trained_on": ready.seen,
+        **input_scaling(ready.task.model),
     }
     segmenter.save(paths.STUDENT_WEIGHTS, result.teacher, {**shared, "weights": "teacher, last step"})
     if result.best is not None:
         best = {**shared, "weights": f"teacher, step {result.best_step}, best on val"}
         segmenter.save(paths.BEST_WEIGHTS, result.best, best)
+
+
+def input_scaling(model: nn.Module) -> dict[str, Any]:
+    """How the network scales its input, for its description: weights beside which it was noted may be gone later."""
+    if not isinstance(model, segmenter.Segmenter):
+        return {}
+    mean, std = model.scaling
+    return {"input_scaling": {"mean": list(mean), "std": list(std)}}
 
 
 def history_lines(history: Sequence[dict[str, float]]) -> str:

