@@ -31,7 +31,12 @@ _LOSSLESS = re.compile(r"\.(png|bmp|tiff?|gif)$", re.IGNORECASE)
 _SUFFIX = re.compile(rf"[ ._-]({'|'.join(_MASK_WORDS)})$")
 _IMAGE_SUFFIX = re.compile(r"[ ._-](image|img|im|photo|rgb|sat)$")  # beside x_mask.png
 _PREFIX = re.compile(r"^[0-9a-f]{8}-(?=.)")
-_EXTENSION = re.compile(r"\.(png|jpe?g|jfif|jpe|webp|bmp|dib|tiff?|gif|jp2|hei[cf]|avif|json|xml)$", re.IGNORECASE)
+_EXTENSIONS = frozenset(
+    {
+        "png", "jpg", "jpeg", "jfif", "jpe", "webp", "bmp", "dib", "tif", "tiff", "gif", "jp2", "heic", "heif", "avif",
+        "json", "xml",
+    }
+)  # fmt: skip
 _ABOVE = re.compile(r"^(.*/)?images/")
 _LAYOUT = re.compile(r"^(images|masks|jpegimages|segmentationclass|labels|annotations)/")
 
@@ -45,28 +50,41 @@ class Match(NamedTuple):
 
 
 def _same_name(name: str) -> str:
-    return _EXTENSION.sub("", name)
+    stem, dot, extension = name.rpartition(".")
+    return stem if dot and extension.casefold() in _EXTENSIONS else name
 
 
 def _slashes(name: str) -> str:
-    path = re.sub(r"/+", "/", name.replace("\\", "/"))
+    path = name.replace("\\", "/")
+    if "//" in path:
+        path = re.sub(r"/+", "/", path)
     return path.removeprefix("./").lstrip("/")
 
 
 def _form(name: str) -> str:
-    return unicodedata.normalize("NFC", _slashes(name))
+    return _normal(_slashes(name))
+
+
+def _normal(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 @lru_cache(_RECENT)
 def _case(name: str) -> str:
-    return unicodedata.normalize("NFC", _form(name).casefold())
+    return _normal(_form(name).casefold())
 
 
 @lru_cache(_RECENT)
 def _extension(name: str) -> str:
     """Without any image extension, however many: `x.jpg.png` and `x` are one name."""
-    path = _LAYOUT.sub("", _case(name))
-    while (shorter := _EXTENSION.sub("", path)) != path and not shorter.endswith("/") and shorter:
+    path = _case(name)
+    if found := _LAYOUT.match(path):
+        path = path[found.end() :]
+    return _without_extensions(path)
+
+
+def _without_extensions(path: str) -> str:
+    while (shorter := _same_name(path)) != path and shorter and not shorter.endswith("/"):
         path = shorter
     return path
 
@@ -74,13 +92,8 @@ def _extension(name: str) -> str:
 @lru_cache(_RECENT)
 def _suffix(name: str) -> str:
     path = _extension(name)
-    shorter = _extension(_SUFFIX.sub("", path))
-    return shorter if shorter and not shorter.endswith("/") else path
-
-
-def _image_suffix(image: str) -> str:
-    path = _extension(image)
-    shorter = _IMAGE_SUFFIX.sub("", path)
+    found = _SUFFIX.search(path)
+    shorter = _without_extensions(path[: found.start()]) if found else path
     return shorter if shorter and not shorter.endswith("/") else path
 
 
@@ -93,26 +106,35 @@ def _prefix(name: str) -> str:
     return _without_prefix(_suffix(name))
 
 
-def _image_prefix(image: str) -> str:
-    return _without_prefix(_extension(image))
-
-
 def _tool_prefix(path: str) -> str:
     """The prefix of a path's last part; "" where it has none."""
-    found = _PREFIX.match(_extension(path).rpartition("/")[2])
+    return _prefix_of(_extension(path))
+
+
+def _prefix_of(plain: str) -> str:
+    found = _PREFIX.match(plain.rpartition("/")[2])
     return found[0] if found else ""
-
-
-def _last_part(image: str) -> str:
-    return _image_prefix(image).rpartition("/")[2]
 
 
 def _name_below(name: str) -> str:
     return _ABOVE.sub("", _prefix(name))
 
 
-def _image_below(image: str) -> str:
-    return _ABOVE.sub("", _image_prefix(image))
+# Of an image that `_extension` has reduced already: 100,000 of them are reduced once, not once for each rule.
+
+
+def _image_suffix(plain: str) -> str:
+    found = _IMAGE_SUFFIX.search(plain)
+    shorter = plain[: found.start()] if found else plain
+    return shorter if shorter and not shorter.endswith("/") else plain
+
+
+def _last_part(plain: str) -> str:
+    return _without_prefix(plain).rpartition("/")[2]
+
+
+def _image_below(plain: str) -> str:
+    return _ABOVE.sub("", _without_prefix(plain))
 
 
 Reduce = Callable[[str], str]
@@ -120,10 +142,11 @@ Key = TypeVar("Key")
 
 
 class Rule(NamedTuple):
-    """What a name and an image's path are reduced to; equal results answer."""
+    """What a name and an image's path are reduced to; equal results answer. `plain`: that of what `_extension` leaves of it."""
 
     of_name: Reduce
     of_image: Reduce
+    plain: bool = False
 
 
 # What each rule calls itself in a report, strictest first.
@@ -133,12 +156,12 @@ RULES: dict[str, Rule] = {
     "slashes": Rule(_slashes, _slashes),
     "Unicode form": Rule(_form, _form),
     "upper and lower case": Rule(_case, _case),
-    "extension": Rule(_extension, _extension),
-    "suffix such as _mask": Rule(_suffix, _extension),
-    "suffix such as _image": Rule(_suffix, _image_suffix),
-    "prefix of a tool": Rule(_prefix, _extension),
-    "prefix of a tool, on the image": Rule(_suffix, _image_prefix),
-    ABOVE: Rule(_name_below, _image_below),
+    "extension": Rule(_extension, str, plain=True),
+    "suffix such as _mask": Rule(_suffix, str, plain=True),
+    "suffix such as _image": Rule(_suffix, _image_suffix, plain=True),
+    "prefix of a tool": Rule(_prefix, str, plain=True),
+    "prefix of a tool, on the image": Rule(_suffix, _without_prefix, plain=True),
+    ABOVE: Rule(_name_below, _image_below, plain=True),
 }
 LAST = "folders"  # the last rule: one is the end of the other, and no other image has that last part
 ORDER = (*RULES, LAST)
@@ -150,7 +173,8 @@ class Index:
     def __init__(self, images: Iterable[str]) -> None:
         """`images`: every image's path with its extension, below the source or its images folder."""
         self.images = list(images)
-        self._tables: dict[Reduce, Mapping[str, Sequence[str]]] = {}
+        self._plain: list[str] = []  # of each image, made when a name is not found by a stricter rule
+        self._tables: dict[tuple[Reduce, bool], Mapping[str, Sequence[str]]] = {}
         self._by_prefix: dict[Reduce, Mapping[tuple[str, str], Sequence[str]]] = {}
 
     def find(self, name: str, *, folders: bool = True) -> Match:
@@ -162,11 +186,7 @@ class Index:
         """
         for rule, reduce in RULES.items():
             key = reduce.of_name(name)
-            if (
-                answers := self._possible(name, key, reduce.of_image)
-                if rule == ABOVE
-                else self._of(key, reduce.of_image)
-            ):
+            if answers := self._possible(name, key, reduce.of_image) if rule == ABOVE else self._of(key, reduce):
                 return _one(answers, rule)
         if not folders:
             return Match(None, LAST)
@@ -175,15 +195,22 @@ class Index:
         if len(answers) != 1:
             return Match(None, LAST, answers)
         # cam2/001.png is not cam1/001.png, although no other image has that last part
-        image = _image_prefix(answers[0])
+        image = _without_prefix(_extension(answers[0]))
         same = f"/{wanted}".endswith(f"/{image}") or f"/{image}".endswith(f"/{wanted}")
         return Match(answers[0], LAST) if same else Match(None, LAST)
 
-    def _of(self, key: str, reduce: Reduce) -> Sequence[str]:
-        """The images that reduce to `key`."""
-        if reduce not in self._tables:
-            self._tables[reduce] = _grouped((reduce(image), image) for image in self.images)
-        return self._tables[reduce].get(key, ())
+    def _of(self, key: str, rule: Rule) -> Sequence[str]:
+        """The images that the rule reduces to `key`."""
+        table = (rule.of_image, rule.plain)
+        if table not in self._tables:
+            paths = self._plain_paths() if rule.plain else self.images
+            self._tables[table] = _grouped(zip(map(rule.of_image, paths), self.images, strict=True))
+        return self._tables[table].get(key, ())
+
+    def _plain_paths(self) -> Sequence[str]:
+        if not self._plain:
+            self._plain = [_extension(image) for image in self.images]
+        return self._plain
 
     def _possible(self, name: str, key: str, reduce: Reduce) -> Sequence[str]:
         """The images that reduce to `key`, without those of another tool's prefix than the name's own.
@@ -192,10 +219,10 @@ class Index:
         """
         own = _tool_prefix(name)
         if not own:
-            return self._of(key, reduce)
+            return self._of(key, Rule(str, reduce, plain=True))
         if reduce not in self._by_prefix:
-            pairs = (((reduce(image), _tool_prefix(image)), image) for image in self.images)
-            self._by_prefix[reduce] = _grouped(pairs)
+            both = zip(self._plain_paths(), self.images, strict=True)
+            self._by_prefix[reduce] = _grouped(((reduce(plain), _prefix_of(plain)), image) for plain, image in both)
         with_own, without = (self._by_prefix[reduce].get((key, prefix), ()) for prefix in (own, ""))
         return [*with_own, *without] if with_own else without
 
@@ -279,13 +306,13 @@ def masks_beside(names: Sequence[str], labelled: Collection[str] = ()) -> list[s
     Args:
         labelled: names without extension that have a mask themselves, so that they are images.
     """
-    stems = {_EXTENSION.sub("", name).casefold() for name in names}
-    return [name for name in names if _EXTENSION.sub("", name) not in labelled and _image_of_mask(name) in stems]
+    stems = {_same_name(name).casefold() for name in names}
+    return [name for name in names if _same_name(name) not in labelled and _image_of_mask(name) in stems]
 
 
 def _image_of_mask(name: str) -> str | None:
     """What a mask's name says its image is called, in lower case: `cam0/x_mask.png` -> `cam0/x`; None for other names."""
-    stem = _EXTENSION.sub("", name).casefold()
+    stem = _same_name(name).casefold()
     found = _SUFFIX.search(stem)
     if found is None or (found[1] not in _ONLY_MASKS and not _LOSSLESS.search(name)):
         return None
