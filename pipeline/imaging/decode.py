@@ -6,7 +6,8 @@ The rules (each has a golden test):
 - Size comes from the header and is checked against the pixel budget before a pixel is decoded.
 - EXIF orientation is applied, also where a PNG's eXIf chunk stands after the pixel data. ICC profiles are ignored.
 - 16-bit samples become their high byte (v >> 8), for grey and colour alike; float and 32-bit images are refused. So are
-  16-bit pictures whose brightest sample is below 8192, as of 12-bit cameras: fewer than 32 grey levels would be left.
+  16-bit pictures whose brightest sample is below 8192, as of 12-bit cameras: fewer than 32 grey levels would be left. The
+  brightest is that of the whole picture over all its colours, alpha apart, be it decoded whole or in bands of rows.
 - Grey and palette become RGB; alpha is composited on black, (c * a + 127) // 255; CMYK goes by Pillow's plain formula.
 - More than one frame or page (APNG, animated WebP, multi-page TIFF) is refused: one image in, one mask out. A TIFF's
   reduced-resolution copies and transparency masks (NewSubfileType, TIFF 6.0 section 8) are no pages.
@@ -22,12 +23,12 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
+from pipeline.imaging.headers import BITS_PER_SAMPLE, check_tiff, exif_orientation, tiff_samples, webp_size
 from pipeline.imaging.headers import Refused as Refused
 from pipeline.imaging.headers import check_pixels as check_pixels
-from pipeline.imaging.headers import check_tiff, exif_orientation, tiff_samples, webp_size
 from pipeline.imaging.headers import png_chunks as png_chunks
 from pipeline.imaging.headers import short as short
 
@@ -134,8 +135,39 @@ def check_aspect(width: int, height: int, max_aspect: float | None) -> None:
         )
 
 
-def to_rgb(image: ImageFile) -> Image_HWC:
-    """Decoded Pillow image -> H x W x 3 by the rules in the module's docstring.
+class SampleRange:
+    """The brightest 16-bit sample of one image, whose rows may come in several bands.
+
+    Grey is seen in 16 bits. Of colours the decoder gives the high bytes alone, so `brightest` is a little more than the truth.
+    """
+
+    def __init__(self, wide: bool) -> None:
+        """`wide`: whether samples are stored in 16 bits; of others nothing is asked."""
+        self.wide = wide
+        self.brightest = 0
+
+    def see_grey(self, wide_HW: NDArray[np.uint16]) -> None:
+        self.brightest = max(self.brightest, int(wide_HW.max(initial=0)))
+
+    def see_colours(self, high_HWC: NDArray[np.uint8]) -> None:
+        if self.wide:
+            self.brightest = max(self.brightest, int(high_HWC.max(initial=0)) << 8 | 255)
+
+    def check(self) -> None:
+        """Raises Refused as `check_range`."""
+        check_range(self.brightest)
+
+
+def is_wide(image: ImageFile) -> bool:
+    """Whether an image that was opened and not loaded has samples of 16 bits."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return bool(max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8)
+    return isinstance(image, PngImagePlugin.PngImageFile) and any(";16" in str(tile.args) for tile in image.tile)
+
+
+def to_rgb(image: Image.Image, samples: SampleRange) -> Image_HWC:
+    """Decoded Pillow image -> H x W x 3 by the rules in the module's docstring; `samples` sees it, and is for the caller to
+    check once the whole image was there.
 
     Strip by strip, so that what a kind needs on the way (16 bits a sample, alpha) is never there for the whole image.
     """
@@ -146,20 +178,21 @@ def to_rgb(image: ImageFile) -> Image_HWC:
             f"pixels of kind {mode} have no stated range; convert the image to 8 or 16 bits per channel",
         )
     rgb_HWC = np.empty((image.height, image.width, 3), np.uint8)
-    brightest = 0
     step = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, step):
         strip = image.crop((0, top, image.width, min(top + step, image.height)))
         rows = rgb_HWC[top : top + step]
         if mode.startswith("I;16"):
             wide_HW = np.asarray(strip).astype(np.uint16)
-            brightest = max(brightest, int(wide_HW.max()))
+            samples.see_grey(wide_HW)
             rows[:] = (wide_HW >> 8)[:, :, None]
         elif "transparency" in image.info or "A" in mode or "a" in mode:
-            rows[:] = _on_black(np.asarray(strip.convert("RGBA")))
+            rgba_HWC = np.asarray(strip.convert("RGBA"))
+            samples.see_colours(rgba_HWC[:, :, :3])
+            rows[:] = _on_black(rgba_HWC)
         else:
             rows[:] = np.asarray(strip if mode == "RGB" else strip.convert("RGB"))
-    check_range(brightest)
+            samples.see_colours(rows)
     return rgb_HWC
 
 
@@ -225,9 +258,12 @@ def _decoded(data: bytes, max_pixels: int, max_aspect: float | None) -> tuple[Im
     kind, image = open_header(data, max_pixels)
     check_aspect(*image.size, max_aspect)
     orientation = orientation_of(image)
+    samples = SampleRange(is_wide(image))
     try:
         image.load()
-        return to_rgb(image), orientation
+        rgb_HWC = to_rgb(image, samples)
+        samples.check()
+        return rgb_HWC, orientation
     except Refused:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ from PIL import TiffImagePlugin
 _ORIENTATION = 0x0112
 TILE_WIDTH, TILE_LENGTH, ROWS_PER_STRIP = 322, 323, 278
 _SUBFILE_TYPE, BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 254, 258, 277
+_COMPRESSION, _PLANES = 259, 284
 _NO_PAGE = 1 | 4  # reduced resolution, transparency mask
 MAX_DIRECTORIES = 32
 _HEADER_BYTES = 32 << 20  # of a JPEG before its scan: a camera's previews fit, the decoder keeps all of it
@@ -111,6 +112,13 @@ def exif_orientation(exif: bytes) -> int:
 
 def check_tiff(image: TiffImagePlugin.TiffImageFile, max_pixels: int) -> None:
     """Refuse a second page (looking one directory ahead, not walking all of them) and tiles larger than the budget."""
+    bits, planes = image.tag_v2.get(BITS_PER_SAMPLE, (1,)), image.tag_v2.get(_PLANES, 1)
+    if planes == 2 and max(bits) > 8 and image.tag_v2.get(_COMPRESSION, 1) == 1:
+        # Pillow would take each plane's bytes for samples of 8 bits, without a word.
+        raise Refused(
+            "unsupported-depth",
+            f"a TIFF of {max(bits)} bits a sample, band by band and not compressed; save it pixel by pixel or compressed",
+        )
     tile = [image.tag_v2.get(tag, 1) for tag in (TILE_WIDTH, TILE_LENGTH)]
     if not all(isinstance(side, int) for side in tile) or tile[0] * tile[1] > max(max_pixels, 1 << 20):
         raise Refused(

@@ -234,7 +234,7 @@ def _shrink_jpeg(file: BinaryIO, target: tuple[int, int], spare: int) -> Image_H
     try:
         drafted = image.draft(image.mode, (spare * target[1], spare * target[0]))
         image.load()
-        scaled = image if image.mode == "RGB" else Image.fromarray(decode.to_rgb(image))
+        scaled = image if image.mode == "RGB" else Image.fromarray(decode.to_rgb(image, decode.SampleRange(wide=False)))
     except Refused:
         raise
     except Exception as error:

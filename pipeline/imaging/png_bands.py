@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
-from pipeline.imaging.decode import Image_HWC, Refused, to_rgb
+from pipeline.imaging.decode import Image_HWC, Refused, SampleRange, to_rgb
 from pipeline.imaging.headers import exif_orientation
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -121,16 +121,18 @@ def bands(file: BinaryIO, found: PngLayout) -> Iterator[Image_HWC]:
     """RGB bands, n x width x 3, from the top, as stored (before the EXIF orientation).
 
     Raises:
-        Refused: "truncated" or "corrupt", also for a wrong checksum anywhere in the file, at the latest after the last
-        band; "unsupported-depth" is not possible here.
+        Refused: "truncated" or "corrupt", also for a wrong checksum anywhere in the file, or "dark-16-bit", at the latest
+        after the last band; "unsupported-depth" is not possible here.
     """
+    samples = SampleRange(found.depth == 16)
     rows = max(1, 4 * BAND_PIXELS // max(found.row_bytes, 4 * found.width))
     above: NDArray[np.uint8] = np.zeros(found.row_bytes, np.uint8)
     pieces = _inflated(file, found, rows)
     for filtered in pieces:
         raw = _unfiltered(filtered, above, found)
         above = raw[-1].copy()
-        yield _coloured(raw, found)
+        yield _coloured(raw, found, samples)
+    samples.check()
 
 
 def _inflated(file: BinaryIO, found: PngLayout, rows: int) -> Iterator[NDArray[np.uint8]]:
@@ -180,11 +182,11 @@ def _unfiltered(filtered: NDArray[np.uint8], above: NDArray[np.uint8], found: Pn
     return np.asarray(image).reshape(len(lines), found.row_bytes)[1:]
 
 
-def _coloured(raw: NDArray[np.uint8], found: PngLayout) -> Image_HWC:
+def _coloured(raw: NDArray[np.uint8], found: PngLayout, samples: SampleRange) -> Image_HWC:
     if (found.depth, found.colour) == (8, 2) and not any(kind == b"tRNS" for kind, _ in found.colours):
         return raw.reshape(len(raw), found.width, 3)
     lines = np.pad(raw, ((0, 0), (1, 0)))
     more = b"".join(_chunk(kind, body) for kind, body in found.colours)
     image = PngImageFile(io.BytesIO(_small(len(raw), found.width, found.depth, found.colour, lines, more)))
     image.load()
-    return to_rgb(image)
+    return to_rgb(image, samples)

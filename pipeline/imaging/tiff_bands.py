@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
-from pipeline.imaging.decode import Image_HWC, Refused, short, to_rgb
+from pipeline.imaging.decode import Image_HWC, Refused, SampleRange, is_wide, short, to_rgb
 
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _OFFSETS, _ORIENTATION, _SAMPLES = 256, 257, 258, 259, 273, 274, 277
 _ROWS, _COUNTS, _PLANAR, _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 278, 279, 284, 322, 323, 324, 325
@@ -122,23 +122,26 @@ def bands(file: BinaryIO, found: TiffLayout) -> Iterator[Image_HWC]:
     """RGB bands, n x width x 3, from the top, as stored (before the orientation): a row of strips or tiles each.
 
     Raises:
-        Refused: "truncated", "corrupt" or "unsupported-depth".
+        Refused: "truncated", "corrupt" or "unsupported-depth"; after the last band "dark-16-bit".
     """
+    samples = SampleRange(wide=False)
     across = math.ceil(found.width / found.piece_width)
     for number, top in enumerate(range(0, found.height, found.piece_height)):
         height = min(found.piece_height, found.height - top)
         if found.piece_width == found.width:
-            yield _piece(file, found, number * across, height)[:height]
+            yield _piece(file, found, number * across, (height, found.width), samples)
             continue
         band_HWC = np.empty((height, found.width, 3), np.uint8)
         for column in range(across):
             left = column * found.piece_width
-            piece_HWC = _piece(file, found, number * across + column, found.piece_height)
-            band_HWC[:, left : left + found.piece_width] = piece_HWC[:height, : found.width - left]
+            sides = (height, min(found.piece_width, found.width - left))
+            band_HWC[:, left : left + sides[1]] = _piece(file, found, number * across + column, sides, samples)
         yield band_HWC
+    samples.check()
 
 
-def _piece(file: BinaryIO, found: TiffLayout, number: int, height: int) -> Image_HWC:
+def _piece(file: BinaryIO, found: TiffLayout, number: int, inside: tuple[int, int], samples: SampleRange) -> Image_HWC:
+    """The part of a strip or tile that lies in the image, `inside` rows and columns of it."""
     file.seek(found.offsets[number])
     body = file.read(min(found.counts[number], 1 << 31))
     if len(body) < found.counts[number]:
@@ -149,6 +152,8 @@ def _piece(file: BinaryIO, found: TiffLayout, number: int, height: int) -> Image
         if tag in found.directory:
             small.tagtype[tag] = found.directory.tagtype[tag]
             small[tag] = found.directory[tag]
+    strip = found.piece_width == found.width
+    height = inside[0] if strip else found.piece_height
     sides = {_WIDTH: found.piece_width, _LENGTH: height, _ROWS: height, _OFFSETS: 0, _COUNTS: len(body)}
     for tag, value in sides.items():
         small.tagtype[tag] = 4  # LONG
@@ -159,8 +164,9 @@ def _piece(file: BinaryIO, found: TiffLayout, number: int, height: int) -> Image
     whole.seek(0)
     try:
         image = TiffImageFile(whole)
+        samples.wide = is_wide(image)
         image.load()
-        return to_rgb(image)
+        return to_rgb(image.crop((0, 0, inside[1], inside[0])), samples)
     except Refused:
         raise
     except Exception as error:

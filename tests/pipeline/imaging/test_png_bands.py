@@ -118,3 +118,36 @@ def test_damage_is_told() -> None:
 def test_a_file_that_is_all_chunk_heads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(png_bands, "_MOST_CHUNKS", 20)
     assert code(by_hand(8, 2, 40, 40, [0])) == "corrupt"
+
+
+def wide_png(colour: int, samples_HWC: np.ndarray) -> bytes:
+    """A PNG of 16-bit samples, H x W x channels."""
+    height, width = samples_HWC.shape[:2]
+    raw = samples_HWC.astype(">u2").reshape(height, -1).view(np.uint8)
+    head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    body = zlib.compress(np.pad(raw, ((0, 0), (1, 0))).tobytes())
+    return png_bands.SIGNATURE + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (4, 2), (2, 3), (6, 4)])
+def test_the_range_of_16_bits_is_that_of_the_whole_image_over_all_its_colours(colour: int, channels: int) -> None:
+    """A dark sky above a bright street is right, in bands as in one piece; a bright alpha makes no picture bright."""
+    dark = np.full((23, 13, channels), 3000)
+    if channels in (2, 4):
+        dark[..., -1] = 65535
+    street = dark.copy()
+    street[-1, -1, 0] = 40_000
+    by_rows = channels < 3
+    for picture, refused in ((dark, True), (street, False)):
+        data = wide_png(colour, picture)
+        for read in (rows, whole) if by_rows else (whole,):
+            if refused:
+                with pytest.raises(Refused, match="of 65535") as caught:
+                    read(data)
+                assert caught.value.code == "dark-16-bit"
+            else:
+                assert (read(data)[0, 0, 0], read(data)[-1, -1, 0]) == (3000 >> 8, 40_000 >> 8)
+
+
+def whole(data: bytes) -> np.ndarray:
+    return decode.decode(data, max_pixels=1000)

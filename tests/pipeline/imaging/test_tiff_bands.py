@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,3 +169,56 @@ def test_pages_and_planes_are_told() -> None:
     pages = io.BytesIO()
     picture("RGB").save(pages, "TIFF", save_all=True, append_images=[picture("RGB")])
     assert tiff_bands.layout(pages).several
+
+
+def test_the_range_of_16_bits_is_that_of_the_whole_image_without_what_a_tile_has_beyond_it() -> None:
+    samples_HW = np.full((40, 24), 3000, np.uint16)  # tiles of 16 x 16: the last ones reach beyond
+    padded_HW = np.full((48, 32), 60_000, np.uint16)
+    for brightest, refused in ((3000, True), (40_000, False)):
+        samples_HW[-1, -1] = brightest
+        padded_HW[:40, :24] = samples_HW
+        data = tiled_16(padded_HW, 40, 24)
+        if refused:
+            with pytest.raises(Refused, match="up to 3000 of 65535"):
+                rows(data)
+            with pytest.raises(Refused, match="up to 3000 of 65535"):
+                decode.decode(data, max_pixels=10_000)
+        else:
+            same(data)
+
+
+def tiled_16(padded_HW: np.ndarray, height: int, width: int) -> bytes:
+    """A grey TIFF of 16 x 16 tiles, not compressed, whose last ones hold what lies beyond the image."""
+    down, across = padded_HW.shape[0] // 16, padded_HW.shape[1] // 16
+    tiles = padded_HW.reshape(down, 16, across, 16).transpose(0, 2, 1, 3).reshape(-1, 512 // 2).astype("<u2")
+    count = len(tiles)
+    tags = [
+        (256, 3, (width,)), (257, 3, (height,)), (258, 3, (16,)), (259, 3, (1,)), (262, 3, (1,)), (277, 3, (1,)),
+        (322, 3, (16,)), (323, 3, (16,)), (324, 4, tuple(8 + 512 * n for n in range(count))), (325, 4, (512,) * count),
+    ]  # fmt: skip
+    at = 8 + tiles.nbytes
+    more_at = at + 2 + 12 * len(tags) + 4
+    entries, more = b"", b""
+    for tag, kind, values in tags:
+        packed = struct.pack("<" + {3: "H", 4: "I"}[kind] * len(values), *values)
+        if len(packed) > 4:
+            packed, more = struct.pack("<I", more_at + len(more)), more + packed
+        entries += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<I", at) + tiles.tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4) + more
+
+
+def test_16_bits_band_by_band_are_refused_where_they_would_be_misread(tmp_path: Path) -> None:
+    """Pillow reads uncompressed planes of 16 bits as if they had 8: half the picture, stretched, of low and high bytes."""
+    rasterio = pytest.importorskip("rasterio", reason="the extra geotiff is not installed")
+    samples_CHW = np.full((3, 20, 30), 0x4001, np.uint16)
+    options = {"driver": "GTiff", "height": 20, "width": 30, "count": 3, "dtype": "uint16", "photometric": "RGB"}
+    for more, refused in (({"interleave": "band"}, True), ({"interleave": "band", "compress": "deflate"}, False)):
+        with rasterio.open(tmp_path / "a.tif", "w", **options, **more) as file:
+            file.write(samples_CHW)
+        data = (tmp_path / "a.tif").read_bytes()
+        if refused:
+            with pytest.raises(Refused, match="band by band") as caught:
+                decode.decode(data, max_pixels=10_000)
+            assert caught.value.code == "unsupported-depth"
+        else:
+            assert (decode.decode(data, max_pixels=10_000) == 0x40).all()
