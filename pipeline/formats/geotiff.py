@@ -1,13 +1,15 @@
 """GeoTIFF: large images/NAME.tif with masks/NAME.tif, cut into tiles of `data.tile` pixels a side.
 
 A tile's name id is NAME/rROW_cCOLUMN (the pixel where it begins) and its group is the image it was cut from, so that
-neighbours never stand on two sides of a split. Tiles begin at multiples of the tile's size and do not overlap; the last ones
-are smaller. Pixels without data, of the image (nodata value, alpha or mask band) or of the mask, are ignored in the
-mask and black in the picture; tiles without any data are left out.
+neighbours never stand on two sides of a split; images of the same ground are one group (`pipeline.formats.ground`). Tiles
+begin at multiples of the tile's size and do not overlap; the last ones are smaller. Pixels without data, of the image (nodata
+value, alpha or mask band) or of the mask, are ignored in the mask and black in the picture; tiles without any data are left
+out.
 
 Bands: the first three are red, green and blue; one or two are grey (and alpha). A last band that the file declares to be
 alpha says where there is data; GDAL declares so by itself when it writes four bands of 8 bits. 16-bit samples become
-their high byte, as everywhere here: stretch the values first where they fill only the lowest of the 65,536.
+their high byte, as everywhere here: stretch the values first where they fill only the lowest of the 65,536. That is judged
+once for an image, over all its tiles and bands.
 
 Needs the extra `geotiff` (rasterio). Only the tile at hand is read.
 """
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import config
+from pipeline.formats import ground
 from pipeline.formats.common import class_list as class_lists
 from pipeline.formats.common import split_lists
 from pipeline.formats.common.source import Maker, Source, SourceError, groups_by, name_id, walk_all
@@ -50,6 +53,8 @@ class Tiled:
 
     files: list[tuple[str, Path | Maker]] = field(default_factory=list)
     groups: dict[str, str] = field(default_factory=dict)  # tile -> image
+    images: dict[str, ground.Place | None] = field(default_factory=dict)
+    tiles: dict[str, ground.Place | None] = field(default_factory=dict)
     masks: int = 0
     empty: int = 0
     refused: list[tuple[str, str, str]] = field(default_factory=list)
@@ -82,6 +87,10 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         _cut(rasterio, name, path, mask_of.get(name), data.tile, tiled)
     keys = sorted(tiled.groups)
     splits = _splits(root, data, tiled, list(pictures))
+    groups = groups_by(data.group, keys)
+    grouped_by_ground: list[str] = []
+    if groups is None:
+        groups, grouped_by_ground = ground.groups(tiled.groups, tiled.images, tiled.tiles)
     return Source(
         files=sorted(
             (item for item in tiled.files if name_id(item[0].partition("/")[2]) not in splits.left_out),
@@ -89,13 +98,14 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
         ),
         classes=file[0],
         lists=splits.lists,
-        groups=groups_by(data.group, keys) or tiled.groups,
+        groups=groups,
         refused=tiled.refused,
         notes=[
             f"{len(pictures)} GeoTIFFs, {tiled.masks} with masks, {len(keys)} tiles of "
             f"{data.tile} pixels; {tiled.empty} tiles without data left out",
             *(f"masks matched to images by {rule}: {line}" for rule, line in matched.forgiven),
             *(f"{count} masks: {note}" for note, count in tiled.notes.items()),
+            *grouped_by_ground,
             *splits.notes,
         ],
         skipped=[
@@ -122,18 +132,22 @@ def _cut(rasterio: Any, name: str, path: Path, mask: Path | None, tile: int, til
     parent = name_id(name)
     try:
         with _opened(rasterio, path) as image:
+            check_samples(image)
             mask = _usable(rasterio, image, mask, parent, tiled)
+            tiled.images[parent] = ground.place(image)
             for row, column, window in windows(rasterio, image.height, image.width, tile):
                 if not image.dataset_mask(window=window).any():
                     tiled.empty += 1
                     continue
                 key = f"{parent}/r{row:06d}_c{column:06d}"
                 tiled.groups[key] = parent
+                tiled.tiles[key] = ground.place(image, (row, column, int(window.height), int(window.width)))
                 tiled.files.append((f"images/{key}.png", partial(picture, path, window)))
                 if mask is not None:
                     tiled.files.append((f"masks/{key}.png", partial(label, mask, path, window)))
     except (decode.Refused, rasterio.errors.RasterioError) as error:
-        tiled.refused.append((f"images/{name}", "corrupt", str(error)))
+        code = error.code if isinstance(error, decode.Refused) else "corrupt"
+        tiled.refused.append((f"images/{name}", code, str(error)))
         return
     tiled.masks += mask is not None
 
@@ -206,10 +220,11 @@ def tiles(path: Path, tile: int) -> Iterator[tuple[str, bytes]]:
     """The tiles of one image as (name, PNG), as a source is cut: those without any data are left out.
 
     Raises:
-        images.Refused: GDAL cannot read it, or its samples are of another kind than `picture` takes.
+        images.Refused: GDAL cannot read it, or as `check_samples`.
     """
     rasterio = _rasterio()
-    with _opened(rasterio, path) as image:
+    with _opened(rasterio, path) as image, _reading(rasterio, path):
+        check_samples(image)
         for row, column, window in windows(rasterio, image.height, image.width, tile):
             if image.dataset_mask(window=window).any():
                 yield f"r{row:06d}_c{column:06d}.png", picture(path, window)
@@ -233,11 +248,30 @@ def _splits(root: Path, data: config.Data, tiled: Tiled, pictures: list[str]) ->
     return split_lists.Splits(lists, {key for name in splits.left_out for key in tiles.get(name, ())}, splits.notes)
 
 
-def _brightest(source: Any) -> int:
-    """The brightest sample of an image, from a copy of at most 512 pixels a side: a dark tile of a bright scene is right."""
-    height, width = min(source.height, 512), min(source.width, 512)
-    bands = [1, 2, 3] if source.count >= 3 else [1]
-    return int(source.read(bands, out_shape=(len(bands), height, width)).max())
+def check_samples(image: Any) -> None:
+    """Refuse an open image as a whole for its samples, once for all its tiles.
+
+    Raises:
+        images.Refused: samples of other kinds than uint8 and uint16, or uint16 that fill too little of their range
+            (`decode.check_range`): the brightest of a copy of at most 512 pixels a side, or if that is dark, of all.
+    """
+    bands = [1, 2, 3] if image.count >= 3 else [1]
+    name, kinds = Path(image.name).name, {image.dtypes[band - 1] for band in bands}
+    if kinds not in ({"uint8"}, {"uint16"}):
+        raise decode.Refused(
+            "unsupported-depth", f"{name}: samples of {', '.join(sorted(kinds))}; scale them to 8 or 16 bits"
+        )
+    if kinds == {"uint8"}:
+        return
+    copy = (len(bands), min(image.height, 512), min(image.width, 512))
+    brightest = int(image.read(bands, out_shape=copy).max())
+    blocks = (window for _, window in image.block_windows(1))
+    while brightest < decode.DARK and (window := next(blocks, None)) is not None:
+        brightest = max(brightest, int(image.read(bands, window=window).max()))
+    try:
+        decode.check_range(brightest)
+    except decode.Refused as error:
+        raise decode.Refused(error.code, f"{name}: {error}") from error
 
 
 def _valid(source: Any, window: Any) -> NDArray[np.bool_]:
@@ -246,18 +280,11 @@ def _valid(source: Any, window: Any) -> NDArray[np.bool_]:
 
 
 def picture(path: Path, window: Any) -> bytes:
-    """One tile of an image as an RGB PNG. Raises images.Refused for samples of other kinds than uint8 and uint16, and for
-    uint16 of an image that fills too little of its range (`decode.check_range`)."""
+    """One tile of an image that `check_samples` has passed, as an RGB PNG."""
     rasterio = _rasterio()
     with _opened(rasterio, path) as source, _reading(rasterio, path):
-        kinds = set(source.dtypes[: min(3, source.count)])
-        if kinds not in ({"uint8"}, {"uint16"}):
-            raise decode.Refused(
-                "unsupported-depth", f"{path.name}: samples of {', '.join(sorted(kinds))}; scale them to 8 or 16 bits"
-            )
         bands_CHW = source.read([1, 2, 3] if source.count >= 3 else [1], window=window)
         if bands_CHW.dtype == np.uint16:
-            decode.check_range(_brightest(source))
             bands_CHW = (bands_CHW >> 8).astype(np.uint8)
         image_HWC = np.ascontiguousarray(np.broadcast_to(bands_CHW, (3, *bands_CHW.shape[1:])).transpose(1, 2, 0))
         image_HWC[~_valid(source, window)] = 0

@@ -9,7 +9,9 @@ import pytest
 from pipeline.formats import geotiff
 from pipeline.formats.common.source import Source, SourceError
 from pipeline.imaging import decode
-from tests.support import tiny_labels
+from pipeline.ingest import split
+from pipeline.storage import manifest
+from tests.support import tiny_labels, tiny_settings
 
 rasterio = pytest.importorskip("rasterio", reason="the extra geotiff is not installed")
 HEIGHT, WIDTH = 150, 200
@@ -38,8 +40,8 @@ def scene(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     bands_CHW, ids_HW = scene()
-    for name in ("north", "south/west"):
-        write(tmp_path / f"images/{name}.tif", bands_CHW)
+    for name, west in (("north", 500_000), ("south/west", 501_000)):
+        write(tmp_path / f"images/{name}.tif", bands_CHW, west=west)
     write(tmp_path / "masks/north.tif", ids_HW[None])
     (tmp_path / "classes.txt").write_text("field\nroad\nroof\n")
     return tmp_path
@@ -104,7 +106,7 @@ def test_grey_and_16_bits_are_as_everywhere(root: Path) -> None:
     pixels_HWC = tiny_labels.pixels(content["images/north/r000064_c000128.png"])
     high_HW = (deep_HW[0, 64:128, 128:192] >> 8).astype(np.uint8)
     np.testing.assert_array_equal(pixels_HWC, np.repeat(high_HW[:, :, None], 3, axis=2))
-    assert {d.code for d in content.values() if not isinstance(d, bytes)} == {"unsupported-depth"}
+    assert [(name, code) for name, code, _ in read(root).refused] == [("images/south/west.tif", "unsupported-depth")]
 
 
 def refused(root: Path) -> list[tuple[str, str]]:
@@ -197,3 +199,70 @@ def test_folders_that_state_a_split_hold_whole_images_and_test_images_without_ma
     assert {key.rpartition("/")[0] for key in source.lists["test"] or ()} == {"val/b"}
     assert "left out: 1 test images without labels" in source.notes
     assert any("val images are the test set" in note for note in source.notes)
+
+
+def sides(source: Source, **lists: float) -> dict[str, set[str]]:
+    """Image -> the sides of the split that its tiles with masks are on, by the source's groups."""
+    assert source.groups is not None
+    masked = [name.removeprefix("masks/").removesuffix(".png") for name, _ in source.files if name.startswith("masks/")]
+    rows = [
+        manifest.Row(key, key, "geotiff", "base", source.groups[key], 4, 4, "s", 0, 1, "m", 0, 1, "0" * 16)
+        for key in masked
+    ]
+    found: dict[str, set[str]] = {}
+    for row in split.assign(rows, source.lists, tiny_settings.split(**lists))[0]:
+        found.setdefault(row.name.rpartition("/")[0], set()).add(split.SIDES[row.split])
+    return found
+
+
+def sites(root: Path, years: dict[str, float]) -> None:
+    """Image name -> metres that it lies east of the first; each is 100 m wide."""
+    for number, (name, east) in enumerate(years.items()):
+        bands_CHW, ids_HW = scene(number)
+        write(root / f"images/{name}.tif", bands_CHW, west=500_000 + east)
+        write(root / f"masks/{name}.tif", ids_HW[None], west=500_000 + east)
+    (root / "classes.txt").write_text("field\nroad\nroof\n")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_years_of_one_site_are_never_on_two_sides_of_the_split(tmp_path: Path, seed: int) -> None:
+    sites(
+        tmp_path, {f"{site}_{year}": 150 * n + year - 2019 for n, site in enumerate("abcdef") for year in (2019, 2021)}
+    )
+    source = read(tmp_path)
+
+    found = sides(source, seed=seed, val=0.2, test=0.3)
+    assert all(found[f"{site}_2019"] == found[f"{site}_2021"] and len(found[f"{site}_2019"]) == 1 for site in "abcdef")
+    assert set().union(*found.values()) == {"train", "val", "test"}
+    assert any("share its group: 6, the first: a_2021 is of the group a_2019" in note for note in source.notes)
+
+
+def test_sheets_that_share_an_edge_are_apart(tmp_path: Path) -> None:
+    sites(tmp_path, {"a": 0, "b": 100, "c": 199.5})  # 0.5 m is a pixel
+    assert set((read(tmp_path).groups or {}).values()) == {"a", "b", "c"}
+
+
+def test_years_of_a_single_site_are_split_by_the_ground_of_their_tiles(tmp_path: Path) -> None:
+    sites(tmp_path, {"2019": 0, "2020": 0, "2021": 0})
+    source = read(tmp_path)
+
+    assert source.groups is not None
+    assert {key.partition("/")[2]: group for key, group in source.groups.items()} == {
+        key.partition("/")[2]: key for key in source.groups if key.startswith("2019/")
+    }
+    assert any("all GeoTIFFs overlap on the ground: tiles of the same ground are a group" in n for n in source.notes)
+
+
+def test_a_dark_scene_of_16_bits_is_refused_once_and_one_bright_pixel_saves_all_its_tiles(tmp_path: Path) -> None:
+    """The copy that is looked at first has 512 pixels a side, and misses the bright pixel."""
+    dark_HW = np.full((1, 1100, 600), 3000, np.uint16)
+    bright_HW = dark_HW.copy()
+    bright_HW[0, 1000, 501] = 50_000
+    write(tmp_path / "images/dark.tif", dark_HW)
+    write(tmp_path / "images/bright.tif", bright_HW, west=600_000)
+    (tmp_path / "classes.txt").write_text("field\nroad\n")
+    source = read(tmp_path, tile=512)
+
+    assert [(name, code) for name, code, _ in source.refused] == [("images/dark.tif", "dark-16-bit")]
+    assert len(source.files) == 6
+    assert (tiny_labels.pixels(tiny_labels.content(source)["images/bright/r000000_c000000.png"]) == 3000 >> 8).all()
