@@ -2,6 +2,7 @@
 
 import difflib
 import ipaddress
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
