@@ -29,6 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(BIN)/uv pip uninstall -q --python $(BIN)/python onnxruntime onnxruntime-gpu 2>/dev/null || true; rm -f $(VENV)/.installed-*; fi
 	$(BIN)/uv pip install -q --no-config --python $(BIN)/python \
 	  $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -c constraints.txt -e '.[$(EXTRAS)]'
+	@# DVC keeps pickles below /var/tmp/dvc, where anybody may write; here they are the project's own.
+	@[ ! -x $(BIN)/dvc ] || $(BIN)/dvc config --local core.site_cache_dir '$(CURDIR)/.dvc/tmp/site'
 	touch $@
 
 lock:
