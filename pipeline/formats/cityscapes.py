@@ -65,7 +65,9 @@ def read(root: Path, data: config.Data, *, max_pixels: int) -> Source:
     masked = {name[len("masks/") : -len(".png")] for name, _ in files}
     parts = {part: [key for key in found if key.startswith(f"{part}/")] for part in ("val", "test")}
     listed, left_out, notes = split_lists.own(parts, masked)
-    groups = groups_by(data.group, list(found)) or {key: city or key for key, (city, _, _) in found.items()}
+    cities = {city or key for key, (city, _, _) in found.items()}
+    by_city = {key: city or key if len(cities) > 1 else key for key, (city, _, _) in found.items()}
+    groups = groups_by(data.group, list(found)) or by_city
     ids = found.keys() - left_out
     if split_lists.given(data.lists):
         listed = split_lists.read(root, data.lists, ids, {f"leftImg8bit/{key}_leftImg8bit": key for key in ids})

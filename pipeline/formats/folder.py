@@ -29,7 +29,10 @@ from pipeline.imaging.mask_png import Colour
 
 # What the folders of images and masks are called, the right name first.
 IMAGES = ("images", "image", "imgs", "img")
-MASKS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentation")
+MASKS = (
+    "masks", "mask", "labels", "label", "annotations", "annotation", "segmentation", "segmentations", "gt", "gts",
+    "ground_truth", "groundtruth", "ground truth", "targets", "target",
+)  # fmt: skip
 # A mask that no image answers to.
 NO_IMAGE = "mask-without-image"
 
@@ -87,12 +90,14 @@ def find(root: Path) -> Tree:
     """
     tree = Tree()
     folders = sorted(item for item in root.iterdir() if item.is_dir()) if root.is_dir() else []
+    folders = [item for item in folders if not image_files.is_system_file(item.name)]
     splits = {f"{item.name}/": item for item in folders if layout.split_word(item.name)}
     if _room(root, IMAGES) is None:
         homes = splits
     else:
         homes = {"": root}
-        tree.skipped += [("folder beside images/, not read", prefix) for prefix in splits]
+        rooms_ = {_room(root, names) for names in (IMAGES, MASKS)}
+        tree.skipped += [("folder beside images/, not read", f"{item.name}/") for item in folders if item not in rooms_]
     for prefix, home in homes.items():
         rooms = [place.name if (place := _room(home, names)) else names[0] for names in (IMAGES, MASKS)]
         masks = image_files.images_among(walk_all(home / rooms[1]))
@@ -126,9 +131,17 @@ def _with_whole_masks(
     max_pixels: int,
 ) -> Source:
     """The source with one mask an image, of class ids or colours."""
-    twice = _same_names(tree.masks)
-    matched = matching.match([name for name in tree.masks if name not in twice], tree.images)
-    masks = {matched.images[name]: path for name, path in tree.masks.items() if name in matched.images}
+    twice = {name: f"masks/{reason}" for name, reason in _same_names(tree.masks).items()}
+    one_class = known is None or len(known) <= 2
+    united = binary_masks.numbered(tree.masks, {name_id(name) for name in tree.images}) if one_class else {}
+    parts = {path for paths in united.values() for path in paths}
+    single = {name: path for name, path in tree.masks.items() if name not in twice and path not in parts}
+    matched = matching.match([*single, *united], tree.images)
+    twins = _same_names(tree.images)
+    unclear = {name for name, image in matched.images.items() if image in twins}
+    firsts = single | {name: paths[0] for name, paths in united.items()}
+    masks = {image: firsts[name] for name, image in matched.images.items() if name not in unclear}
+    several = {matched.images[name]: paths for name, paths in united.items() if name in matched.images}
     how: str = data.masks
     colours = mask_encoding.colours_of(known, ignored, str(data.classes)) if known and _distinct(known) else {}
     if how == "auto":
@@ -149,6 +162,13 @@ def _with_whole_masks(
         makers = {name: partial(mask_encoding.render_0_and_255, path, max_pixels) for name, path in masks.items()}
         notes.append(mask_encoding.BINARY_NOTE)
         known = known or class_lists.numbered(2)
+    if several := {image: paths for image, paths in several.items() if image in masks}:
+        makers |= {image: partial(binary_masks.render_united, paths, max_pixels) for image, paths in several.items()}
+        image, paths = next(iter(several.items()))
+        names = matching.listed([path.name for path in paths])
+        notes.append(
+            f"numbered masks united, as there is one class: of {len(several)} images, the first: {image} has {names}"
+        )
     return replace(
         source,
         files=[*source.files, *(_member(name, maker) for name, maker in makers.items())],
@@ -157,6 +177,7 @@ def _with_whole_masks(
         refused=[
             *((f"masks/{name}", "duplicate-name", reason) for name, reason in twice.items()),
             *((f"masks/{name}", NO_IMAGE, reason) for name, reason in matched.refused.items()),
+            *((f"masks/{name}", "duplicate-name", twins[matched.images[name]]) for name in sorted(unclear)),
         ],
     )
 
@@ -177,12 +198,12 @@ def _are_0_and_255(
 
 
 def _same_names(names: Iterable[str]) -> dict[str, str]:
-    """Masks that differ only in their extension -> why none of them counts."""
+    """Files that differ only in their extension -> why none of them counts."""
     found = defaultdict(list)
     for name in names:
         found[name_id(name)].append(name)
     return {
-        name: f"masks/{key} is there as {matching.listed(same)}; keep the right one"
+        name: f"{key} is there as {matching.listed(same)}; keep the right one"
         for key, same in found.items()
         if len(same) > 1
         for name in same

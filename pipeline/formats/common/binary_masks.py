@@ -6,8 +6,12 @@ The three layouts in use, told apart by which part is an image's name id:
 
 Where classes overlap, the later one in the class list wins (the list goes from the background to what lies on it).
 Pixels in none of them are what `data.unannotated` says.
+
+Where there is one class, an image may also have several numbered masks (`x_mask.png`, `x_mask_1.png`, as BUSI has them): of
+one object each, to be united.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -17,6 +21,34 @@ import numpy as np
 from pipeline.formats.common.rasterize import Mask_HW
 from pipeline.formats.common.source import name_id
 from pipeline.imaging import decode, label_maps
+
+_NUMBERED = re.compile(r"(.+[ ._-](?:masks?|segm?|labels?|gt))[ ._-]?\(?\d{1,3}\)?", re.IGNORECASE)
+
+
+def numbered(mask_files: Mapping[str, Path], ids: Set[str]) -> dict[str, list[Path]]:
+    """Masks that differ in a number behind a mask's word: the name without it -> all of them, that without a number first.
+
+    Args:
+        ids: name ids of the images; a mask of an image's own name is that image's.
+    """
+    bases: dict[str, list[Path]] = {}
+    for name, path in sorted(mask_files.items()):
+        key = name_id(name)
+        if key not in ids and (found := _NUMBERED.fullmatch(key)):
+            bases.setdefault(f"{found[1]}{path.suffix}", []).append(path)
+    whole = {base: [mask_files[base]] if base in mask_files else [] for base in bases}
+    return {base: both for base, paths in bases.items() if len(both := [*whole[base], *paths]) > 1}
+
+
+def render_united(paths: Sequence[Path], max_pixels: int) -> bytes:
+    """Numbered masks of one image -> PNG of the ids 0 and 1. Raises images.Refused as `render`."""
+    inside_HW = read(paths[0].read_bytes(), max_pixels)
+    for path in paths[1:]:
+        more_HW = read(path.read_bytes(), max_pixels)
+        if more_HW.shape != inside_HW.shape:
+            raise decode.Refused("mask-size", f"{path.name} has another size than {paths[0].name}; export it again")
+        inside_HW |= more_HW
+    return label_maps.encode_png(inside_HW.astype(np.uint8))
 
 
 def candidates(key: str, ids: Set[str]) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,11 @@ _HEX = re.compile(r"\s#([0-9a-fA-F]{6})$")
 _RGB = re.compile(r"\s(\d+)\s+(\d+)\s+(\d+)$")
 _CSV = re.compile(r"^(?P<name>[^,;\t]+?)\s*[,;\t]\s*(\d+)\s*[,;\t]\s*(\d+)\s*[,;\t]\s*(\d+)$")
 _HEADER = re.compile(r"^(name|class|class_name|label)s?\s*[,;\t]\s*(r|red)\b", re.IGNORECASE)  # of class_dict.csv
+_CELLS = re.compile(r"[,;\t]")
+_NAME_COLUMNS, _ID_COLUMNS = (
+    ("name", "class", "class_name", "label", "names", "classes"),
+    ("id", "index", "value", "class_id"),
+)
 Classes = list[dict[str, Any]]
 
 
@@ -36,6 +41,7 @@ def parse(lines: Sequence[str], file: Path) -> tuple[Classes, list[Colour]]:
         SourceError: no class, a name twice, an empty line between classes (their ids are counted by lines), a colour
             beyond 255, `ignore` before a class or without a colour, or more than 255 classes (255 means ignore).
     """
+    lines = _by_columns(lines, file)
     found: list[tuple[str, list[int] | None]] = []
     ignored: list[Colour] = []
     empty: int | None = None
@@ -69,6 +75,35 @@ def parse(lines: Sequence[str], file: Path) -> tuple[Classes, list[Colour]]:
         {"id": k, "name": name, "color": list(spare[k]) if colour is None else colour}
         for k, (name, colour) in enumerate(found)
     ], ignored
+
+
+def _by_columns(lines: Sequence[str], file: Path) -> Sequence[str]:
+    """Lines of a table with a header, such as Excel's `id;name;r;g;b`, as `name,r,g,b` in the order of their ids; others as
+    they are. Rows without a cell are dropped.
+
+    Raises:
+        SourceError: ids that do not count from 0.
+    """
+    header = [cell.strip().strip('"').casefold() for cell in _CELLS.split(lines[0])] if lines else []
+    name = next((header.index(word) for word in _NAME_COLUMNS if word in header), None)
+    if len(header) < 2 or name is None:
+        return lines
+    colour = [
+        header.index(word)
+        for word in (("r", "g", "b") if "r" in header else ("red", "green", "blue"))
+        if word in header
+    ]
+    number = next((header.index(word) for word in _ID_COLUMNS if word in header), None)
+    rows = [[cell.strip().strip('"') for cell in _CELLS.split(line)] for line in lines[1:] if line.strip(" ,;\t")]
+    if number is not None:
+        ids = [row[number] if number < len(row) else "" for row in rows]
+        if sorted(ids) != sorted(map(str, range(len(rows)))):
+            raise SourceError(
+                f"{file}: the column {header[number]!r} holds {', '.join(ids[:6])}; ids count from 0 without a gap: add the "
+                "missing rows, or take the column out"
+            )
+        rows = sorted(rows, key=lambda row: int(row[number]))
+    return [",".join([row[name], *(row[place] for place in colour)]) for row in rows if len(row) > max([name, *colour])]
 
 
 def _split(line: str, file: Path, number: int) -> tuple[str, list[int] | None]:

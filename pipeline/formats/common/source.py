@@ -55,12 +55,14 @@ def name_id(path: str) -> str:
 def walk(folder: Path) -> dict[str, Path]:
     """Regular files below a folder, {relative name: path} sorted by name, without hidden ones; {} where it is absent."""
     return {
-        name: path for name, path in walk_all(folder).items() if not any(p.startswith(".") for p in name.split("/"))
+        name: path
+        for name, path in walk_all(folder).items()
+        if not any(p.startswith(".") for p in name.split("/")) and path.exists()
     }
 
 
 def walk_all(folder: Path) -> dict[str, Path]:
-    """As `walk`, with hidden files. Linked folders are followed, each place once."""
+    """As `walk`, with hidden files and links that lead nowhere. Linked folders are followed, each place once."""
     found: dict[str, Path] = {}
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -70,7 +72,8 @@ def walk_all(folder: Path) -> dict[str, Path]:
             continue
         seen.add(real)
         for name in names:
-            if (path := Path(place, name)).is_file():
+            path = Path(place, name)
+            if path.is_file() or not path.exists():
                 found[path.relative_to(folder).as_posix()] = path
     return dict(sorted(found.items()))
 

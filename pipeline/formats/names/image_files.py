@@ -43,7 +43,7 @@ def images_among(files: Mapping[str, Path]) -> Found:
     """
     found = Found({}, [])
     for name, path in files.items():
-        if (kind := kind_of(name, None) or _by_content(name, path)) is None:
+        if (kind := kind_of(name, None) or _as_link(path) or _by_content(name, path)) is None:
             found.images[name] = path
         else:
             found.skipped.append((kind, name))
@@ -74,6 +74,10 @@ def kind_of(name: str, head: bytes | None) -> str | None:
     except decode.Refused as error:
         return f"no image ({extension or error.code})"
     return None
+
+
+def _as_link(path: Path) -> str | None:
+    return "a link that leads nowhere" if path.is_symlink() and not path.exists() else None
 
 
 def _by_content(name: str, path: Path) -> str | None:

@@ -19,6 +19,26 @@ _PARTS: dict[str, Part] = {
     "test": "test", "testing": "test", "tst": "test",
 }  # fmt: skip
 _YEAR = re.compile(r"(?<=[a-z])(19|20)\d\d$")  # train2017
+# What stands beside a split's word and says nothing about which one it is.
+_OF_SETS = frozenset(
+    {
+        "set",
+        "data",
+        "dataset",
+        "split",
+        "part",
+        "images",
+        "imgs",
+        "img",
+        "image",
+        "masks",
+        "mask",
+        "labels",
+        "label",
+        "annotations",
+    }
+)
+_A_YEAR = re.compile(r"(19|20)\d\d")
 _SEPARATORS = re.compile(r"[^A-Za-z0-9]+")
 
 # Folders that tools create whatever is in the images. `default` is CVAT's name for "no subset".
@@ -34,8 +54,15 @@ _ALSO_NAMES = frozenset({"data", "dataset", "media", "upload", "default", "label
 
 
 def split_word(word: str) -> Part | None:
-    """The split that one word states, in any case, with or without a year: `Valid` -> val, `train2017` -> train."""
-    return _PARTS.get(_YEAR.sub("", word.strip().casefold()))
+    """The split that a name states and nothing else: in any case, with or without a year, and what it is a set of.
+
+    `Valid` -> val, `train2017` -> train, `Training_Set` -> train, `testset` -> test, `val_images` -> val.
+    """
+    plain = _YEAR.sub("", word.strip().casefold())
+    if plain in _PARTS:
+        return _PARTS[plain]
+    words = [part for part in _SEPARATORS.split(plain) if part and part not in _OF_SETS and not _A_YEAR.fullmatch(part)]
+    return _PARTS.get(_YEAR.sub("", words[0].removesuffix("set"))) if len(words) == 1 else None
 
 
 def split_in_name(stem: str) -> Part | None:

@@ -97,3 +97,11 @@ def test_what_is_missing_is_named(root: Path, tmp_path: Path) -> None:
     (root / "classes.txt").write_text("road\nrest\n")
     with pytest.raises(SourceError, match="mapped to the 19 published classes"):
         read(root)
+
+
+def test_a_single_city_is_no_group(tmp_path: Path) -> None:
+    for frame in range(3):
+        stem = f"train/aachen/aachen_{frame:06d}_000019"
+        tiny_source.put(tmp_path, f"leftImg8bit/{stem}_leftImg8bit.png", b"x")
+        tiny_source.put(tmp_path, f"gtFine/{stem}_gtFine_labelTrainIds.png", png(np.zeros((2, 2), np.uint8)))
+    assert len(set((read(tmp_path).groups or {}).values())) == 3

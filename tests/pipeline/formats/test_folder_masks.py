@@ -326,3 +326,57 @@ def test_folders_of_binary_masks_name_classes_in_any_case(root: Path) -> None:
     tiny_source.put(root, "masks/Sky/b.png", png(np.where(IDS_HW == 0, 255, 0).astype(np.uint8)))
     tiny_source.put(root, "masks/WALL/b.png", png(np.where(IDS_HW == 1, 255, 0).astype(np.uint8)))
     np.testing.assert_array_equal(tiny_labels.labels(read(root))["b"], np.where(IDS_HW < 2, IDS_HW, 255))
+
+
+def benign(root: Path, images: list[str], masks: dict[str, np.ndarray], classes: str = "tissue\ntumour\n") -> Source:
+    """Images 4 x 3 by name, and masks by name."""
+    for number, name in enumerate(images):
+        tiny_source.put(root, f"images/{name}", tiny_source.encode(tiny_source.picture(number, 3, 4)))
+    for name, ids_HW in masks.items():
+        tiny_source.put(root, f"masks/{name}", png(ids_HW))
+    (root / "classes.txt").write_text(classes)
+    return read(root)
+
+
+LEFT_HW, RIGHT_HW = (np.array([row] * 3, np.uint8) for row in ([1, 1, 0, 0], [0, 0, 0, 1]))
+
+
+@pytest.mark.parametrize("white", [1, 255])
+def test_numbered_masks_of_one_image_are_united_where_there_is_one_class(tmp_path: Path, white: int) -> None:
+    """As BUSI has them: a second tumour of the picture is in a mask of its own."""
+    masks = {"b (1)_mask.png": LEFT_HW * white, "b (1)_mask_1.png": RIGHT_HW * white, "b (2)_mask.png": LEFT_HW * white}
+    source = benign(tmp_path, ["b (1).png", "b (2).png"], masks)
+
+    found = tiny_labels.labels(source)
+    np.testing.assert_array_equal(found["b (1)"], [[1, 1, 0, 1]] * 3)
+    np.testing.assert_array_equal(found["b (2)"], LEFT_HW)
+    said = "of 1 images, the first: b (1).png has b (1)_mask.png, b (1)_mask_1.png"
+    assert f"numbered masks united, as there is one class: {said}" in source.notes
+    assert not source.refused
+
+
+def test_numbered_masks_of_several_classes_are_not_united(tmp_path: Path) -> None:
+    masks = {"a_mask.png": LEFT_HW, "a_mask_1.png": 2 * RIGHT_HW, "b_mask.png": LEFT_HW}
+    source = benign(tmp_path, ["a.png", "b.png"], masks, "tissue\ntumour\nbone\n")
+
+    np.testing.assert_array_equal(tiny_labels.labels(source)["a"], LEFT_HW)
+    assert [(name, code) for name, code, _ in source.refused] == [("masks/a_mask_1.png", "mask-without-image")]
+
+
+def test_a_mask_of_two_images_that_differ_in_extension_is_refused(tmp_path: Path) -> None:
+    """x.png may be the mask of either; the alphabet must not decide."""
+    source = benign(tmp_path, ["x.jpg", "x.png", "y.jpg"], {"x.png": LEFT_HW, "y.png": LEFT_HW})
+
+    assert sorted(tiny_labels.labels(source)) == ["y"]
+    assert source.refused == [("masks/x.png", "duplicate-name", "x is there as x.jpg, x.png; keep the right one")]
+
+
+def test_folders_that_are_not_read_are_named_and_ground_truth_is_masks(tmp_path: Path) -> None:
+    tiny_source.put(tmp_path, "imgs/a.png", tiny_source.encode(tiny_source.picture(0, 3, 4)))
+    tiny_source.put(tmp_path, "GT/a.png", png(LEFT_HW))
+    tiny_source.put(tmp_path, "extra/b.png", png(LEFT_HW))
+    (tmp_path / "classes.txt").write_text("tissue\ntumour\n")
+    source = read(tmp_path)
+
+    assert list(tiny_labels.labels(source)) == ["a"]
+    assert ("folder beside images/, not read", "extra/") in source.skipped

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline.formats.common.source import walk_all
 from pipeline.formats.names import image_files, skipped
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
@@ -36,3 +37,15 @@ def test_each_kind_is_one_row_with_its_first_name():
         ("passed over: raw", "2, the first: a"),
         ("passed over: sidecar", "1, the first: b"),
     ]
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "store.png").write_bytes(PNG)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").symlink_to((tmp_path / "store.png").resolve())
+    (tmp_path / "images/dead.png").symlink_to(tmp_path / "gone.png")
+
+    found = image_files.images_among(walk_all(tmp_path / "images"))
+
+    assert list(found.images) == ["a.png"]
+    assert found.skipped == [("a link that leads nowhere", "dead.png")]

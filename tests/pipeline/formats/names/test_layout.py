@@ -96,3 +96,14 @@ def test_images_are_listed_by_the_split_of_their_folder():
     paths = ["train/b.png", "val/a.png", "train/a.png", "other/c.png"]
 
     assert layout.parts(paths) == {"train": ["train/b", "train/a"], "val": ["val/a"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("Training_Set", "train"), ("Test_Set", "test"), ("testset", "test"), ("val_images", "val"), ("train data", "train"),
+        ("Validation-Dataset-2017", "val"), ("train_val", None), ("set", None), ("test_site", None), ("images", None),
+    ],
+)  # fmt: skip
+def test_what_a_split_is_a_set_of_says_nothing_more(name, part):
+    assert layout.split_word(name) == part
