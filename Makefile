@@ -2,7 +2,7 @@ PY      ?= python3
 VENV    ?= .venv
 BIN      = $(VENV)/bin
 FLAVOUR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-EXTRAS  ?= train,demo,$(FLAVOUR),openvino,geotiff,geo,dev
+EXTRAS  ?= train,demo,$(FLAVOUR),openvino,geotiff,geo,docs,dev
 STAMP    = $(VENV)/.installed-$(FLAVOUR)
 # uv does not read pip's settings: hand it pip's wheel folder, if one is configured.
 export UV_FIND_LINKS ?= $(shell $(PY) -m pip config get global.find-links 2>/dev/null)
@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # The virtual environment's tools must be first on PATH: dvc.yaml calls `python`.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup check test lint demo serve compare bench soak lock
+.PHONY: setup check test lint demo serve compare bench soak docs lock
 
 setup: $(STAMP)
 
@@ -54,6 +54,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages below docs/ as a site in site/; a broken link or a page outside the navigation is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 demo: setup
 	@git rev-parse --git-dir >/dev/null 2>&1 || $(BIN)/dvc config --local core.no_scm true

@@ -1,7 +1,7 @@
 """A real browser: Chromium without a window, driven by selenium. Tests skip where either is absent.
 
 python -m tests.support.serving.browser http://127.0.0.1:3000 image.png page.png [dark] [WIDTH]
-takes a picture of the page with its answer to an image, as docs/page.png was taken.
+takes a picture of the page with its answer to an image, as docs/pictures/page.png was taken.
 """
 
 import base64
