@@ -17,7 +17,7 @@ from pipeline import config, paths
 from pipeline import console as progress
 from pipeline.demo import recipe as demo
 from pipeline.demo import vizdoom
-from pipeline.formats import cityscapes, coco, cvat, folder, geotiff, labelme, labelstudio, voc
+from pipeline.formats import cityscapes, coco, cvat, folder, geotiff, labelme, labelstudio, looks_like, voc
 from pipeline.formats.common import class_list, unpack
 from pipeline.formats.common.source import LISTS, Maker, Source, SourceError
 from pipeline.formats.names import skipped
@@ -95,7 +95,10 @@ def pull_labels(params: config.Params) -> Pulled:
     if data.source not in READERS:
         raise ValueError(f"data.source: {data.source} has no reader here; choose {', '.join(READERS)}")
     with unpack.opened(Path(data.path), params.ingest, paths.DATA) as root:
-        source = READERS[data.source](root, data, max_pixels=params.ingest.max_pixels)
+        try:
+            source = READERS[data.source](root, data, max_pixels=params.ingest.max_pixels)
+        except SourceError as error:
+            raise _explained(error, root, data) from error
         source, refused = _without_unreadable_names(source)
         counts = label_counts.LabelCounts(len(source.classes))
         with progress.bar("pack", len(source.files)) as bar, shards.replacing_tar(path) as add:
@@ -112,12 +115,22 @@ def pull_labels(params: config.Params) -> Pulled:
                     counts.add(name, content, params.ingest.max_pixels)
                 images += not is_mask
             listed_in = source.class_list or class_list.named_in(root, data)
-            _demand_enough(source, images, counts, refused, listed_in, params)
+            try:
+                _demand_enough(source, images, counts, refused, listed_in, params)
+            except SourceError as error:
+                raise _explained(error, root, data) from error
     about: dict[str, Any] = {"source": data.source, "classes": source.classes, "ignore": 255, "lists": source.lists}
     about |= {"groups": source.groups, "group_pattern": data.group}  # the pattern also serves later dumps
     if refused:
         about["refused"] = [list(item) for item in sorted(refused)]
     return about, {path: images}, told(source, counts, refused)
+
+
+def _explained(error: SourceError, root: Path, data: config.Data) -> SourceError:
+    """The error with the source under the user's own name, and with what it looks like where it is of another format."""
+    said = str(error).replace(str(root), data.path)
+    hint = looks_like.hint(root, data.source)
+    return SourceError(f"{said}\n  {hint}" if hint else said)
 
 
 def _content(origin: Path | Maker, *, whole: bool) -> bytes | Path:

@@ -13,7 +13,7 @@ from pipeline.imaging import decode
 from pipeline.storage import archives
 
 SYSTEM = "the system's own file"
-BESIDE_IMAGE = "mask beside its image, not read from here"
+BESIDE_IMAGE = "mask beside its image, not read from here; move it to masks/"
 # Files of the system: never anybody's data.
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store", "icon\r"})
 _SYSTEM_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information"})

@@ -116,3 +116,40 @@ def test_a_source_that_stops_says_what_was_decided_and_passed_over(
     error = capsys.readouterr().err
     assert "not one label can be used" in error
     assert "passed over: no image (.txt): 1, the first: masks/a/00.txt" in error
+
+
+TASK = json.dumps([{"id": 1, "data": {"image": "a.png"}, "annotations": [{"id": 1, "result": []}]}])
+LABELME = json.dumps(
+    {"version": "5", "flags": {}, "shapes": [], "imagePath": "a.png", "imageHeight": 4, "imageWidth": 4}
+)
+COCO = json.dumps({"images": [{"id": 1, "file_name": "a.png"}], "annotations": [], "categories": []})
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "content", "said"),
+    [
+        ("coco", "export.json", TASK, "this looks like a Label Studio export: set data.source: labelstudio"),
+        ("coco", "images/a.json", LABELME, "this looks like labelme's files: set data.source: labelme"),
+        ("folder", "annotations/instances.json", COCO, "this looks like COCO data: set data.source: coco"),
+        (
+            "coco",
+            "annotations.xml",
+            "<annotations></annotations>",
+            "this looks like a CVAT export: set data.source: cvat",
+        ),
+        ("labelme", "JPEGImages/a.jpg", "", "this looks like a Pascal VOC tree: set data.source: voc"),
+        ("coco", "leftImg8bit/train/x/a.png", "", "this looks like a Cityscapes tree: set data.source: cityscapes"),
+        ("folder", "labels/a.txt", "0 0.1 0.1 0.5 0.1 0.5 0.5", "labels/a.txt and its like look like YOLO's labels"),
+        ("folder", "data.zip", "PK", "data.zip lies in it packed: unpack it, or name it in data.path"),
+    ],
+)
+def test_a_source_of_another_format_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, file: str, content: str, said: str
+) -> None:
+    tiny_source.put(tmp_path / "source", file, content.encode())
+    if not file.startswith(("JPEGImages", "left", "data")):
+        tiny_source.put(tmp_path / "source", "images/a.png", tiny_source.encode(tiny_source.picture(1, 4, 4)))
+    tiny_source.write_project(tmp_path / "project", tmp_path / "source", {"source": source})
+
+    assert tiny_source.run(tmp_path / "project", upto="pull") == 1
+    assert said in capsys.readouterr().err
