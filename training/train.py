@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from training import inference, warm_start
 from training.engine import checkpoint, distributed, source_identity, trainer
 from training.engine.data import Batches, Images
 from training.engine.live_log import LiveLog
+from training.engine.rare_crops import rare_crops
 from training.engine.validation import Validator
 from training.methods import pseudo_labels, registry, s4mc
 from training.methods.pseudo_labels import Given
@@ -84,6 +85,7 @@ def prepare(
         identity=identity_of(params, data, start_at, us.world, given.digest if given else None),
         validate=Validator(images_of(data.val, params, data.ignore), n_classes, params.input.stride, data.ignore, us),
         stride=params.input.stride,
+        rare=rare_crops(settings.rare_crops, labels_of(labelled), n_classes) if settings.rare_crops else None,
     )
     precision_on = "hidden labels" if data.has_hidden_labels else "labels it trains on"
     return Prepared(task, start_at, warm_start.short_ids(seen), precision_on, given.measured if given else None)
@@ -123,8 +125,12 @@ def identity_of(
 
 def class_table(images: Images, n_classes: int, ignore: int) -> Tensor:
     """S4MC's neighbour table from the labelled masks alone (preset ref_a)."""
-    labels = (images[i].label_HW for i in range(len(images)))
-    return s4mc.neighbour_table(labels, n_classes, ignore=ignore).float()
+    return s4mc.neighbour_table(labels_of(images), n_classes, ignore=ignore).float()
+
+
+def labels_of(images: Images) -> Iterator[Tensor]:
+    """label_HW of each image, int32 with ignore, at working size."""
+    return (images[i].label_HW for i in range(len(images)))
 
 
 def describe(

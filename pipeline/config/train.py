@@ -97,6 +97,7 @@ class Train(Section):
     accumulate: Positive  # micro-batches a step; both batch sizes are multiples of it
     crop: tuple[Positive, Positive]
     scale: tuple[float, float]
+    rare_crops: Share  # of the labelled crops: placed so that they hold a class drawn by its rarity
     optimizer: OptimizerSettings
     ema: Share
     supervised_loss: Literal["ce", "ohem"]

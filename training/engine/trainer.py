@@ -17,6 +17,7 @@ from training import inference
 from training.engine import checkpoint, distributed, ema, guards, schedule
 from training.engine.data import Batch, Batches
 from training.engine.device import arithmetic, autocast, bits_repeat
+from training.engine.rare_crops import RareCrops
 from training.engine.train_state import Best, Progress
 from training.engine.views import Cropper, uncut
 from training.methods.pseudo_label_stats import PseudoLabels
@@ -37,6 +38,7 @@ class Task:
     identity: everything that shapes the run; keys the checkpoint.
     validate: teacher -> mIoU on val in percent; called every `val_every` steps and at the end, on every rank.
     stride: the network takes images whose sides are multiples of it (`input.stride`), under `teacher_view: whole`.
+    rare: places part of the labelled crops; None: chance places all of them.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Task:
     identity: dict[str, Any]
     validate: Callable[[nn.Module], float]
     stride: int = 32
+    rare: RareCrops | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Trainer:
         self.pseudo_labels = PseudoLabels(task.n_classes, self.device, self.ranks)
         self.finite = guards.Finite(self.student, self.device)
         self.collapse = guards.Collapse(config.collapse.steps, config.collapse.share)
-        self.cropper = Cropper(config, task.ignore, self.device)
+        self.cropper = Cropper(config, task.ignore, self.device, task.rare)
 
     def train(self) -> Result:
         """Train to the last step.

@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 from pipeline.config import Train
 from training import inference
 from training.engine.data import Batch, Sample
+from training.engine.rare_crops import RareCrops
 from training.methods import augment
 from training.methods.augment import View
 from training.methods.step import Views
@@ -15,13 +16,17 @@ from training.methods.step import Views
 
 @dataclass(frozen=True)
 class Cropper:
-    """Cuts weak views as `config` says. ignore: class id of pixels without a label, and of those outside the photograph."""
+    """Cuts weak views as `config` says. ignore: class id of pixels without a label, and of those outside the photograph.
+
+    rare: places part of the labelled crops; None: chance places all of them.
+    """
 
     config: Train
     ignore: int
     device: torch.device
+    rare: RareCrops | None = None
 
-    def crop(self, samples: list[Sample], generator: Generator) -> View:
+    def crop(self, samples: list[Sample], generator: Generator, rare: RareCrops | None = None) -> View:
         """A random crop of each sample, on the device."""
         images = [sample.image_HWC for sample in samples]
         labels = [sample.label_HW for sample in samples]
@@ -30,13 +35,15 @@ class Cropper:
         weight = None
         if any(sample.weight_HW is not None for sample in samples):
             weight = augment.send(_weights(samples, label.shape), self.device)
+        centres = None if rare is None else rare.centres(labels, generator)
         return augment.crop(
-            image, label, sizes, self.config.crop, self.config.scale, self.ignore, generator, weight_BHW=weight
-        )
+            image, label, sizes, self.config.crop, self.config.scale, self.ignore, generator, weight_BHW=weight,
+            centres_B2=centres,
+        )  # fmt: skip
 
     def views(self, batch: Batch, generator: Generator, *, partner: bool) -> Views:
         """Views of a batch; of its unlabelled images, where it has any, a second one too if the method wants a partner."""
-        labelled = self.crop(batch.labelled, generator)
+        labelled = self.crop(batch.labelled, generator, self.rare)
         if not batch.unlabelled:
             return Views(labelled)
         unlabelled = self.crop(batch.unlabelled, generator)

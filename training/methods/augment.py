@@ -70,6 +70,7 @@ def crop(
     *,
     flip: bool = True,
     weight_BHW: Tensor | None = None,
+    centres_B2: Tensor | None = None,
 ) -> View:
     """Scale each image by U(scale), cut a random window of `size` (height, width), flip half of them.
 
@@ -78,12 +79,17 @@ def crop(
     Scale 1 copies source pixels (up to float rounding).
 
     weight_BHW: what each labelled pixel counts, uint8 with 255 for in full; cut like the labels.
+    centres_B2: a source pixel (y, x) that each window holds, anywhere in it as likely; NaN where any window will do.
     """
     n, (out_h, out_w) = len(image_BCHW), size
     device = image_BCHW.device
     factor = _uniform(n, *scale, generator)
     room = (sizes_B2 * factor[:, None] - torch.tensor(size)).clamp_min(0)
     start = torch.rand(n, 2, generator=generator) * room
+    if centres_B2 is not None:
+        ahead = torch.rand(n, 2, generator=generator) * torch.tensor(size)
+        wanted = ((centres_B2 + 0.5) * factor[:, None] - ahead).clamp_min(0).minimum(room)
+        start = torch.where(centres_B2.isfinite(), wanted, start)
     if scale[0] == scale[1] == 1.0:
         start = start.round()
     mirrored = (torch.rand(n, generator=generator) < 0.5) & flip
