@@ -42,6 +42,7 @@ def thumbnail(image_HWC: NDArray[np.uint8]) -> Thumbnail:
     return Thumbnail(luma_HWC[..., 0], chroma_HWC[..., 1:])
 
 
+FEW, PROBES, ROUNDING = 64, 8, 0.01  # pictures compared without a first look; cells of it; its slack in grey levels
 CHUNK = 4096  # thumbnails that are compared at once: some 4 MB
 
 
@@ -51,6 +52,8 @@ class Gallery:
     def __init__(self) -> None:
         self._place: dict[str, int] = {}
         self._luma_NP = np.empty((64, 256), np.float32)  # each less its mean
+        self._power_N = np.empty(64, np.float32)  # sum of its squares
+        self._sum_P = np.zeros(256, np.float64)
         self._chroma_NQ = np.empty((64, 128), np.float32)
 
     def __contains__(self, key: str) -> bool:
@@ -62,22 +65,43 @@ class Gallery:
         if place == len(self._luma_NP):
             self._luma_NP = np.concatenate([self._luma_NP, np.empty_like(self._luma_NP)])
             self._chroma_NQ = np.concatenate([self._chroma_NQ, np.empty_like(self._chroma_NQ)])
+            self._power_N = np.concatenate([self._power_N, np.empty_like(self._power_N)])
         self._luma_NP[place] = (picture.luma_HW - picture.luma_HW.mean()).ravel()
+        self._power_N[place] = max(float((self._luma_NP[place] ** 2).sum()), 1e-6)
+        self._sum_P += self._luma_NP[place]
         self._chroma_NQ[place] = (picture.chroma_HWC - picture.chroma_HWC.mean(axis=(0, 1))).ravel()
 
     def same(self, key: str, others: Sequence[str]) -> list[bool]:
         """Which of the others show the same as `key`, up to brightness, contrast and saturation."""
         place = self._place[key]
         places_K = np.array([self._place[other] for other in others], np.intp)
-        same_K = np.zeros(len(places_K), np.bool_)
-        for start in range(0, len(places_K), CHUNK):
-            chunk_K = places_K[start : start + CHUNK]
+        same_K = self._may_be_same(place)[places_K] if len(places_K) > FEW else np.ones(len(places_K), np.bool_)
+        possible = np.flatnonzero(same_K)
+        for start in range(0, len(possible), CHUNK):
+            chunk = possible[start : start + CHUNK]
+            chunk_K = places_K[chunk]
             fits_K = _fit(self._luma_NP[place], self._luma_NP[chunk_K], LUMA_TOLERANCE)
             near_K = chunk_K[fits_K]
             fits_K[fits_K] = _fit(self._chroma_NQ[place], self._chroma_NQ[near_K], CHROMA_TOLERANCE)
-            same_K[start : start + CHUNK] = fits_K
+            same_K[chunk] = fits_K
         found: list[bool] = same_K.tolist()
         return found
+
+    def _may_be_same(self, place: int) -> NDArray[np.bool_]:
+        """Which of all pictures the cells in which this one is most unlike the mean do not tell apart from it.
+
+        What is new in a fixed camera's picture is in a few cells, so that nearly all others go by these.
+        """
+        count = len(self._place)
+        own_P = self._luma_NP[place]
+        # not `@`: for so few numbers the threads of a BLAS wait for each other longer than they work
+        gain_N = np.einsum("np,p->n", self._luma_NP[:count], own_P) / self._power_N[:count]
+        levels, share = LUMA_TOLERANCE
+        limit = levels + share * float(np.sqrt((own_P * own_P).mean())) + ROUNDING
+        may_N = np.ones(count, np.bool_)
+        for cell in np.argsort(np.abs(own_P - self._sum_P / count))[-PROBES:]:
+            may_N &= np.abs(own_P[cell] - gain_N * self._luma_NP[:count, cell]) <= limit
+        return may_N
 
 
 def _fit(

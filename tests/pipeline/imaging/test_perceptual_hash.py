@@ -168,3 +168,22 @@ def test_many_are_compared_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     assert 10 < sum(expected) < 140
     assert same(*pictures) == expected
+
+
+def test_a_first_look_at_few_cells_changes_no_answer() -> None:
+    """300 pictures of a fixed camera in other light, an object in each, and copies of some: one by one as all at once."""
+    rng = np.random.default_rng(4)
+    street = np.kron(rng.integers(30, 220, (8, 9)), np.ones((12, 14)))
+    gallery = perceptual_hash.Gallery()
+    for number in range(300):
+        scene = street + rng.normal(0, 1, street.shape)
+        y, x = rng.integers(0, 84), rng.integers(0, 114)
+        scene[y : y + 12, x : x + 12] = rng.integers(0, 256) if number % 3 else scene[y : y + 12, x : x + 12]
+        grey = np.clip(scene * rng.uniform(0.7, 1.1) + rng.uniform(-20, 20), 0, 255).astype(np.uint8)
+        gallery.add(str(number), perceptual_hash.thumbnail(np.repeat(grey[:, :, None], 3, axis=2)))
+    keys = [str(number) for number in range(300)]
+    for key in keys[::5]:
+        together = gallery.same(key, keys)
+        assert together == [gallery.same(key, [other])[0] for other in keys]
+        assert together[int(key)]
+    assert 100 < sum(gallery.same("0", keys)) < 300
