@@ -51,5 +51,6 @@ def rare_crops(share: float, labels_HW: Iterable[Tensor], n_classes: int) -> Rar
 
 
 def _counts(label_HW: Tensor, n_classes: int) -> Tensor:
-    known = label_HW[label_HW < n_classes].long()
-    return torch.bincount(known, minlength=n_classes)
+    """Pixels of each class; values beyond the classes are left out."""
+    counts = np.bincount(label_HW.numpy().ravel(), minlength=n_classes)  # torch's wants a filtered copy in 64 bits
+    return torch.from_numpy(counts[:n_classes])
