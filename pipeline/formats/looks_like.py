@@ -49,6 +49,7 @@ def _formats(root: Path) -> Iterator[str]:
             yield kind
     if (root / "images").is_dir() and (root / "masks").is_dir():
         yield "folder"
+        yield "geotiff"  # lies the same way
 
 
 def _kind(path: Path) -> str | None:

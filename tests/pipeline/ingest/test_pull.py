@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from pipeline import config
+from pipeline.formats import looks_like
 from pipeline.ingest import pull
 from pipeline.storage import shards
 from tests.support import tiny_labels, tiny_source
@@ -153,3 +154,10 @@ def test_a_source_of_another_format_is_told(
 
     assert tiny_source.run(tmp_path / "project", upto="pull") == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_of_geotiffs_is_not_told_to_be_another_format(tmp_path: Path) -> None:
+    for name in ("images/a.tif", "masks/a.tif"):
+        tiny_source.put(tmp_path, name, b"no tif")
+    assert looks_like.hint(tmp_path, "geotiff") is None
+    assert "data.source: folder" in str(looks_like.hint(tmp_path, "coco"))
