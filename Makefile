@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # The virtual environment's tools must be first on PATH: dvc.yaml calls `python`.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup check test lint demo serve compare bench soak docs lock
+.PHONY: setup check test lint demo serve compare bench soak docs release lock
 
 setup: $(STAMP)
 
@@ -59,6 +59,19 @@ lint: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
+
+# What is published: sdist, wheel and a bill of materials, each checked; the wheel in an environment of its own.
+release: setup
+	rm -rf dist
+	$(BIN)/uv build -q --no-config -o dist .
+	$(BIN)/uv tool run -q --no-config twine check --strict dist/*.whl dist/*.tar.gz
+	$(BIN)/uv tool run -q --no-config --from cyclonedx-bom cyclonedx-py environment $(BIN)/python --output-reproducible \
+	  --pyproject pyproject.toml --output-file dist/sbom.cdx.json
+	$(BIN)/uv venv -q --no-config --clear dist/.smoke
+	$(BIN)/uv pip install -q --no-config --python dist/.smoke dist/*.whl
+	cd dist && .smoke/bin/marginalia --version && .smoke/bin/marginalia preset && .smoke/bin/python -c 'import marginalia'
+	rm -rf dist/.smoke
+	ls -l dist
 
 demo: setup
 	@git rev-parse --git-dir >/dev/null 2>&1 || $(BIN)/dvc config --local core.no_scm true

@@ -18,7 +18,11 @@ sys.path.insert(0, str(ROOT))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page with its parts in place."""
+    """The page with its parts in place, and with files of the repository's root where it names one alone."""
+    if markdown.startswith('--8<-- "'):
+        file = markdown.split('"')[1]
+        # Links of a file in the root, as a page of docs/develop/ has them.
+        markdown = (ROOT / file).read_text().replace("](docs/develop/", "](").replace("](docs/", "](../")
     for name, part in PARTS.items():
         asked = "{{ " + name + " }}"
         if asked in markdown:

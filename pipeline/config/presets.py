@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import itertools
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def read(name: str, folder: Path = FOLDER) -> str:
 
 def purpose(name: str, folder: Path = FOLDER) -> str:
     """The first sentence of the preset's comment."""
-    return read(name, folder).removeprefix("# ").partition(". ")[0]
+    comment = itertools.takewhile(lambda line: line.startswith("#"), read(name, folder).splitlines())
+    return " ".join(line.removeprefix("# ") for line in comment).partition(". ")[0]
 
 
 def compose(name: str, base: Path = paths.PARAMS, folder: Path = FOLDER) -> str:

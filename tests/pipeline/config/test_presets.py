@@ -90,3 +90,12 @@ def test_memory_grows_as_it_must():
     net = memory.network(model, 4)
     n = sum(p.numel() for p in net.parameters())
     assert memory.fixed(net) == pytest.approx(20 * n, rel=0.02)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_preset_is_listed_with_one_sentence(name):
+    """Wherever the lines of its comment end."""
+    purpose = presets.purpose(name)
+    assert 20 < len(purpose) < 130
+    assert not set(purpose) & {"#", "\n"}
+    assert "Use:" not in purpose
