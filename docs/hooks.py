@@ -132,10 +132,10 @@ def commands() -> str:
 
 def http_errors() -> str:
     """The codes of the service's errors by status."""
-    from serving.http.openapi import _ERRORS
+    from serving.http.openapi_parts import ERRORS
 
     lines = ["| status | codes |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {status} | {text} |" for status, text in _ERRORS.items())])
+    return "\n".join([*lines, *(f"| {status} | {text} |" for status, text in ERRORS.items())])
 
 
 def metrics() -> str:

@@ -165,6 +165,26 @@ class Settings(BaseSettings):
     X-Forwarded-For is believed, whose last address that is none of them is the client's. Unset, a proxy's callers are all one
     client."""
 
+    # Work that is fetched later (/v1/jobs)
+
+    jobs: Path = Path(".marginalia/jobs")
+    """Folder of the jobs that are kept; of this server alone."""
+
+    jobs_at_once: PositiveInt = 1
+    """Jobs at work at once."""
+
+    jobs_kept: PositiveInt = 200
+    """Jobs that are kept at once, waiting, running and ended."""
+
+    jobs_mb: PositiveFloat = 4096.0
+    """MiB of what was sent and answered for the jobs that are kept."""
+
+    job_ttl_s: PositiveFloat = 24 * 3600.0
+    """Seconds for which a job and its answer are kept after its end."""
+
+    job_timeout_s: PositiveFloat = 3600.0
+    """Seconds that one job may take, from when it is begun."""
+
     # One image
 
     max_body_mb: PositiveFloat = 32.0

@@ -6,7 +6,7 @@ from starlette.types import ASGIApp
 from serving.settings import Settings
 
 _SENT = ("Accept", "Authorization", "Content-Type", "X-Request-Id", "traceparent")
-_READ = ("Retry-After", "Server-Timing", "X-Bundle-Id", "X-Class-Areas", "X-Confidence", "X-Request-Id")
+_READ = ("Location", "Retry-After", "Server-Timing", "X-Bundle-Id", "X-Class-Areas", "X-Confidence", "X-Request-Id")
 
 
 def admit(application: ASGIApp, settings: Settings) -> ASGIApp:
@@ -19,7 +19,7 @@ def admit(application: ASGIApp, settings: Settings) -> ASGIApp:
     return CORSMiddleware(
         application,
         allow_origins=settings.origins,
-        allow_methods=("GET", "HEAD", "POST"),
+        allow_methods=("GET", "HEAD", "POST", "DELETE"),
         allow_headers=_SENT,
         expose_headers=_READ,
     )

@@ -16,6 +16,7 @@ import uvicorn
 from serving.bento.admin import AdminServer
 from serving.bento.parent import Parent
 from serving.bento.uvicorn_protocol import Connection
+from serving.jobs.routes import JobRoutes
 from serving.settings import Settings
 from serving.telemetry import metrics
 
@@ -29,6 +30,7 @@ class Server(uvicorn.Server):
     settings: Settings
     on_drain: Callable[[], None]
     admin: AdminServer | None
+    jobs: JobRoutes
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._parent = Parent()
@@ -37,6 +39,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.admin is not None:
             await self.admin.start()
+        self.jobs.start()
 
     def _on_parents_end(self) -> None:
         """SIGTERM follows where it ends; where it was killed, this is all."""
@@ -55,6 +58,7 @@ class Server(uvicorn.Server):
         )
         await self._stop_listening(sockets or ())
         await self._wait_for_first_requests()
+        await self.jobs.stop()  # they go on at the next start; nobody waits here for their answers
         self.config.timeout_graceful_shutdown = limit_s  # type: ignore[assignment]  # a float is as good
         cut = asyncio.get_running_loop().call_later(limit_s, self._tell_of_cut)
         await super().shutdown(sockets)
@@ -92,8 +96,10 @@ def _is_idle(connection: object) -> bool:
     return isinstance(connection, Connection) and not connection.busy
 
 
-def install(settings: Settings, on_drain: Callable[[], None], admin: AdminServer | None) -> None:
-    """Make BentoML's worker serve with `Server`, and `admin` beside it; `on_drain` is called when it begins to end."""
+def install(settings: Settings, on_drain: Callable[[], None], admin: AdminServer | None, jobs: JobRoutes) -> None:
+    """Make BentoML's worker serve with `Server`, `admin` beside it and the jobs begun; `on_drain` is called when it begins
+    to end."""
+    Server.jobs = jobs
     Server.admin = admin
     Server.settings = settings
     Server.on_drain = staticmethod(on_drain)

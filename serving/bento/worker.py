@@ -50,11 +50,11 @@ class Worker:
         self.models = ModelManager(chosen)
         self._watcher = ChampionWatcher(self.models, chosen)
         self._watcher.start()
-        ours, self.handler = app.build(chosen, self.models)
+        ours, self.handler, jobs = app.build(chosen, self.models)
         self.handler.health.on_lost = _leave
         self._draining = False
         uvicorn_protocol.install(chosen, lambda bentoml: Front(bentoml, ours, lambda: self._draining))
-        uvicorn_server.install(chosen, self._drain, self._admin(chosen))
+        uvicorn_server.install(chosen, self._drain, self._admin(chosen), jobs)
         self._writer = prediction_stats.StatisticsWriter(
             metrics.STATISTICS,
             chosen.statistics,

@@ -1,5 +1,6 @@
 """The HTTP routes: POST /v1/segment, GET /v1/model, /v1/openapi.json, /metrics and the page."""
 
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from serving.http.batch import BatchHandler
 from serving.http.models import ModelRoutes
 from serving.http.requests import Problem
 from serving.http.segment import SegmentHandler
+from serving.jobs import routes as jobs
+from serving.jobs.routes import JobRoutes
 from serving.model.manager import ModelManager
 from serving.settings import Settings
 from serving.telemetry import metrics, tracing
@@ -30,13 +33,15 @@ _PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 
+_JOB = re.compile(rf"{jobs.PATH}/([A-Za-z0-9_-]{{1,64}})(|/result)", re.ASCII)
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Route(NamedTuple):
-    """What answers a path, by which method, and whose token it takes where the service has tokens."""
+    """What answers a path, by which methods (GET first, where it is one), and whose token it takes where there are tokens."""
 
-    method: str
+    methods: str
     handler: Handler
     role: Role = "anyone"
 
@@ -50,13 +55,24 @@ def _problem_response(problem: Problem, request_id: str) -> Response:
 
 async def _dispatch(request: Request, routes: Mapping[str, Route], roles: Roles) -> Response:
     """By exact path, so that a path of any bytes gets its 404 here. Raises Problem."""
-    if request.scope["path"] not in routes:
+    path = _template(request)
+    if path not in routes:
         raise Problem(404, "not-found", "nothing here; see /v1/openapi.json")
-    method, handler, role = routes[request.scope["path"]]
-    if request.method != method and (request.method, method) != ("HEAD", "GET"):
-        raise Problem(405, "method", f"use {method} here", {"Allow": method})
+    methods, handler, role = routes[path]
+    allowed = methods.split(", ")
+    if request.method not in allowed and (request.method, "GET") != ("HEAD", allowed[0]):
+        raise Problem(405, "method", f"use {' or '.join(allowed)} here", {"Allow": methods})
     roles.check(request, role)
     return await handler(request)
+
+
+def _template(request: Request) -> str:
+    """The path as the routes have it: of one job with {id}, which the handler finds among the path's parameters."""
+    path: str = request.scope["path"]
+    if found := _JOB.fullmatch(path):
+        request.scope["path_params"] = {"id": found[1]}
+        return f"{jobs.PATH}/{{id}}{found[2]}"
+    return path
 
 
 async def _answer(request: Request, routes: Mapping[str, Route], roles: Roles) -> Response:
@@ -81,7 +97,7 @@ async def _answer(request: Request, routes: Mapping[str, Route], roles: Roles) -
     response.headers.setdefault("Cache-Control", "no-store")
     _log(request, response, code, time.perf_counter() - start)
     if recorder := tracing.recorder():
-        path = request.scope["path"]
+        path = _template(request)
         route = path if path in routes else "unknown"
         recorder.record(tracing.FinishedRequest(request, response, route, code, began_ns, time.time_ns()))
     return response
@@ -129,9 +145,14 @@ async def _show_metrics(request: Request) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _answers(settings: Settings, manager: ModelManager, segment: SegmentHandler) -> dict[str, Route]:
+def _answers(
+    settings: Settings, manager: ModelManager, segment: SegmentHandler, job_routes: JobRoutes
+) -> dict[str, Route]:
     """What callers ask."""
     return {
+        "/v1/jobs": Route("GET, POST", job_routes.collection, "caller"),
+        "/v1/jobs/{id}": Route("GET, DELETE", job_routes.item, "caller"),
+        "/v1/jobs/{id}/result": Route("GET", job_routes.result, "caller"),
         "/v1/segment": Route("POST", segment.answer, "caller"),
         "/v1/segment/batch": Route("POST", BatchHandler(segment).answer, "caller"),
         "/v1/model": Route("GET", ModelRoutes(settings, manager).current, "caller"),
@@ -195,8 +216,16 @@ def _application(settings: Settings, routes: Mapping[str, Route]) -> ASGIApp:
     return application
 
 
-def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, SegmentHandler]:
-    """The ASGI application (HTTP only) over the models, and the handler to close when it ends.
+class Built(NamedTuple):
+    """The ASGI application (HTTP only) over the models; the handler to close when it ends; the jobs to start and stop."""
+
+    application: ASGIApp
+    segment: SegmentHandler
+    jobs: JobRoutes
+
+
+def build(settings: Settings, manager: ModelManager) -> Built:
+    """The application and what belongs to it.
 
     Where there is an address for operators, it leaves out what `build_admin` answers.
 
@@ -204,12 +233,15 @@ def build(settings: Settings, manager: ModelManager) -> tuple[ASGIApp, SegmentHa
         SettingsError: a file of tokens is absent or has none.
     """
     segment = SegmentHandler(settings, manager)
-    routes = _answers(settings, manager, segment)
+    job_routes = JobRoutes(settings, segment)
+    routes = _answers(settings, manager, segment, job_routes)
     if settings.admin is None:
         routes |= _operations(settings, manager)
     application = _application(settings, _with_description(settings, routes) | _web_files())
     application = origins.admit(application, settings)
-    return (behind_proxies(application, settings.proxies) if settings.proxies else application), segment
+    if settings.proxies:
+        application = behind_proxies(application, settings.proxies)
+    return Built(application, segment, job_routes)
 
 
 def behind_proxies(application: ASGIApp, proxies: list[str]) -> ASGIApp:

@@ -59,8 +59,7 @@ class BatchHandler:
             sent = await batch_body.open_body(request, body_kind, body, self.settings)
             count_images(len(sent))
             held = stack.pop_all()
-        write = _zip if kind.media_type == "application/zip" else _lines
-        return _BatchStream(write(self, sent, kind, query), held, kind.media_type, self.settings.many_timeout_s)
+        return _BatchStream(pieces(self, sent, kind, query), held, kind.media_type, self.settings.many_timeout_s)
 
     def _check_room(self) -> None:
         if self._calls >= self.settings.many_calls:
@@ -163,6 +162,12 @@ def _line(number: int, image: Sent, outcome: SegmentResult | Problem, bundle: st
     else:
         facts |= {"bundle": outcome.bundle, **more}
     return json.dumps(facts, separators=(",", ":")).encode()
+
+
+def pieces(handler: BatchHandler, sent: Sequence[Sent], kind: Kind, query: Query) -> AsyncGenerator[bytes, None]:
+    """The answer, a piece for each image as soon as it and those before it are done; of a zip one more at the end."""
+    write = _zip if kind.media_type == "application/zip" else _lines
+    return write(handler, sent, kind, query)
 
 
 async def _lines(handler: BatchHandler, sent: Sequence[Sent], kind: Kind, query: Query) -> AsyncGenerator[bytes, None]:

@@ -210,9 +210,11 @@ class SegmentHandler:
         held: contextlib.ExitStack | None = None,
         *,
         is_one_of_many: bool = False,
+        timeout_s: float | None = None,
     ) -> SegmentResult:
         """One image's bytes -> its answer, admitted and limited like every request.
 
+        timeout_s: for all of it; None: as the settings say for its kind.
         `gone()` returns when the caller no longer waits; then, as after the deadline, no further phase is begun.
         What the caller has `held` for the image is taken over in both cases, and let go when the work has ended.
 
@@ -226,7 +228,8 @@ class SegmentHandler:
         except decode.Refused as error:
             raise requests.image_problem(error) from error
         lane = self.admission.lane(counted.size, is_long=counted.is_large, is_one_of_many=is_one_of_many)
-        timeout_s = self.settings.large_timeout_s if lane == "long" else self.settings.timeout_s
+        if timeout_s is None:
+            timeout_s = self.settings.large_timeout_s if lane == "long" else self.settings.timeout_s
 
         place = self.admission.lanes[lane].enter(counted.size, timeout_s)
         patience = _Patience(timeout_s, gone)

@@ -24,10 +24,11 @@ REASONS = frozenset(
     {
         "animated", "bad-accept", "bad-archive", "bad-aspect", "bad-bundle-path", "bad-json", "bad-multipart",
         "bad-query", "body-too-large", "bundle-refused", "busy", "connections", "corrupt", "deadline", "disconnected",
-        "empty", "internal", "method", "no-bundle", "no-model", "no-previous", "no-token", "not-acceptable",
-        "not-an-image", "not-for-changes", "not-found", "overloaded", "slow-body", "slow-head", "slow-reader", "too-detailed",
-        "too-large-for-view", "too-many-images", "too-many-pixels", "too-many-requests", "too-much-memory", "truncated",
-        "unauthorized", "unsupported-depth", "unsupported-format", "unsupported-type",
+        "empty", "internal", "jobs-off", "method", "no-bundle", "no-job", "no-model", "no-previous", "no-token",
+        "not-acceptable", "not-an-image", "not-done", "not-for-changes", "not-found", "overloaded", "slow-body",
+        "slow-head", "slow-reader", "too-detailed", "too-large-for-view", "too-many-images", "too-many-pixels",
+        "too-many-requests", "too-much-memory", "truncated", "unauthorized", "unsupported-depth",
+        "unsupported-format", "unsupported-type",
     }
 )  # fmt: skip
 SWAPS = ("loaded", "refused", "rolled-back", "same")

@@ -34,7 +34,8 @@ def test_every_setting_is_read_from_its_variable() -> None:
     other |= {"drain_s": 20.0, "admin_address": "[::1]:3010", "memory_mb": 7.5}
     other |= {"client_rate": 2.5, "client_at_once": 3, "client_by": "token", "trusted_proxies": "10.0.0.0/8 ::1"}
     other |= {
-        name: Path("x") for name in ("bundle", "champions", "bundles", "statistics", "token_file", "change_token_file")
+        name: Path("x")
+        for name in ("bundle", "champions", "bundles", "jobs", "statistics", "token_file", "change_token_file")
     }
     other["cors_origins"] = "https://maps.example.org http://localhost:8080"
     for name in Settings.model_fields.keys() - other.keys() - {"token", "change_token"}:

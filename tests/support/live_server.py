@@ -105,6 +105,7 @@ def start(settings: dict[str, str], command: list[str] | None = None, cwd: Path 
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("MARGINALIA_", "BENTOML_", "PROMETHEUS_"))}
     plain |= {"MARGINALIA_CHAMPIONS": str(folder / "champions" / "champion.json"), "MARGINALIA_THREADS": "1"}
     plain |= {"BENTOML_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+    plain |= {"MARGINALIA_JOBS": str(folder / "jobs")}
     launch = [sys.executable, *(command or ["-c", START, str(port)])]
     launch = [part.replace("{port}", str(port)) for part in launch]
     settings = {

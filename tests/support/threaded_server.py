@@ -80,7 +80,7 @@ def told(caplog: pytest.LogCaptureFixture, kind: str) -> list[dict[str, Any]]:
 def serving(runtime: Runtime, **chosen: Any) -> Iterator[Own]:
     """A server with these settings (and patient ones) over `runtime`, ended at the end."""
     these = settings.Settings(**{"timeout_s": LONGEST, "head_timeout_s": LONGEST} | chosen)
-    web, handler = app.build(these, manager_of(runtime))
+    web, handler, _ = app.build(these, manager_of(runtime))
     protocol = type(
         "Limited", (uvicorn_protocol.Connection,), {"settings": these, "front": staticmethod(lambda app: app)}
     )

@@ -249,8 +249,8 @@ async def _meanwhile(
     home: Path, models: ModelManager, watcher: ChampionWatcher, begun: threading.Event, go: threading.Event
 ) -> None:
     chosen = Settings(champions=home / "champion.json", token=TOKEN)
-    web, handler = app.build(chosen.model_copy(update={"load_timeout_s": 0.2}), models)
-    patient, other = app.build(chosen.model_copy(update={"load_timeout_s": 60.0}), models)
+    web, handler, _ = app.build(chosen.model_copy(update={"load_timeout_s": 0.2}), models)
+    patient, other, _ = app.build(chosen.model_copy(update={"load_timeout_s": 60.0}), models)
 
     async def ask(app: Any, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         transport, url = httpx.ASGITransport(app), f"http://here/v1/models{path}"

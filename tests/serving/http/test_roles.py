@@ -25,7 +25,7 @@ def answers(champions: Path, tokens: dict[str, Any], *given: str | None) -> list
     """The statuses of asking which models are held, and of ending the shadow, with each given token in turn."""
     settings = Settings(champions=champions, **tokens)
     models = ModelManager(settings)
-    web, handler = app.build(settings, models)
+    web, handler, _ = app.build(settings, models)
 
     async def ask() -> list[tuple[int, int]]:
         statuses = []

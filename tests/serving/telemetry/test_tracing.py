@@ -38,7 +38,7 @@ made = tiny_onnx.write(Path(sys.argv[1]) / "one")
 chosen = settings.Settings(bundle=made.folder, provider="cpu", threads=1, token="hush-hush")
 models = ModelManager(chosen)
 models.current = loader.open_runtime(chosen)
-web, handler = app.build(chosen, models)
+web, handler, _ = app.build(chosen, models)
 http = TestClient(web, headers={"Authorization": "Bearer hush-hush"})
 parent = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
 picture = save(Image.fromarray(np.zeros((20, 30, 3), np.uint8)))
