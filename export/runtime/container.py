@@ -1,4 +1,4 @@
-"""What the container that this process runs in may use: CPU quota and memory limit of its control groups, v1 and v2.
+"""What the container that this process runs in may use, and has overdrawn: its control groups, v1 and v2.
 
 Limits nest: a group has at most what each of those above it has, so the smallest on the way up counts. A container without
 a quota may use what the machine has.
@@ -41,6 +41,17 @@ def memory_limit(mounts: Path = MOUNTS, membership: Path = MEMBERSHIP) -> int | 
 def machine_memory() -> int:
     """Bytes of the machine's memory, whoever holds them."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def oom_kills(mounts: Path = MOUNTS, membership: Path = MEMBERSHIP) -> int:
+    """Processes of this process's innermost group that the kernel has ended for want of memory; 0 where none is counted."""
+    for folder in _groups("memory", mounts, membership):
+        for file in ("memory.events", "memory.oom_control"):
+            words = _words(folder / file)
+            counts = dict(zip(words[::2], words[1::2], strict=False))
+            if "oom_kill" in counts:
+                return int(counts["oom_kill"])
+    return 0
 
 
 def _groups(controller: str, mounts: Path, membership: Path) -> Iterator[Path]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import bentoml
 
 from serving import settings
-from serving.bento import parent, usage, working_folder
+from serving.bento import parent, supervision, usage, working_folder
+from serving.telemetry import log
 
 if TYPE_CHECKING:
     from serving.bento.worker import Worker
@@ -49,8 +50,13 @@ def _worker() -> "Worker":
 
 if _in_worker:
     working_folder.go_back()
+    log.take_over()
+    supervision.count_in_process()
+    supervision.choose_temporary_folder()
     _worker()
 else:
+    log.take_over()
+    supervision.supervise()
     parent.announce_end()
     if _settings.provider not in ("auto", "cpu"):
         _refuse_absent_provider()

@@ -44,7 +44,6 @@ class Worker:
 
     def __init__(self, chosen: settings.Settings) -> None:
         gc.disable()  # until `start`: what is imported stays, and looking for garbage among it takes 0.1 s
-        metrics.set_up_logging()
         if others := settings.ignored():
             metrics.event("variables-ignored", names=others, reason="set by Kubernetes for a service of this name")
         self.models = ModelManager(chosen)

@@ -1,21 +1,18 @@
-"""Metrics and the access log. Labels come from fixed sets, never from a request; no image bytes, no tokens."""
+"""Metrics, of this process since its start. Labels come from fixed sets, never from a request."""
 
-import json
-import logging
-import os
-import re
-import sys
-import time
-import uuid
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from types import MappingProxyType
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from serving.telemetry import restarts
+from serving.telemetry.log import REQUEST as REQUEST
+from serving.telemetry.log import event as event
+from serving.telemetry.log import failure as failure
+from serving.telemetry.log import request_id as request_id
 from serving.telemetry.prediction_stats import PredictionCollector
 
 PHASES = ("queue", "decode", "run", "encode")
@@ -50,11 +47,10 @@ _swaps = Counter(
 _causes = Counter("marginalia_candidates_refused", "Bundles that were not put in place, by cause", ["cause"])
 _batch = Histogram("marginalia_batch_size", "Images that ran in one call of the model", buckets=(1, 2, 4, 8, 16))
 _shadow = Counter("marginalia_shadow_images", "Images offered to the shadow, by what became of them", ["result"])
-_queue = Gauge("marginalia_queue_length", "Requests admitted and waiting for a worker", multiprocess_mode="livesum")
-_in_flight = Gauge("marginalia_in_flight", "Requests admitted and not finished", multiprocess_mode="livesum")
-_ready = Gauge("marginalia_ready", "1 when a warmed-up model is served", multiprocess_mode="livemin")
+_queue = Gauge("marginalia_queue_length", "Requests admitted and waiting for a worker")
+_in_flight = Gauge("marginalia_in_flight", "Requests admitted and not finished")
+_ready = Gauge("marginalia_ready", "1 when a warmed-up model is served")
 
-REQUEST: ContextVar[str | None] = ContextVar("request", default=None)  # the id of the one that is answered here
 STATISTICS = PredictionCollector()  # of what `segmented` is called with
 
 _models: Mapping[str, tuple[str, str, str]] = MappingProxyType({})
@@ -64,7 +60,7 @@ _agreement: tuple[float | None, Mapping[str, float]] = (None, MappingProxyType({
 class _Now(Collector):
     """Series whose labels come and go with the models: gathered when asked for, so that no old bundle stays."""
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         labels = ["slot", "bundle", "provider", "precision"]
         info = GaugeMetricFamily("marginalia_model_info", "Which bundle is in which slot", labels=labels)
         for slot, facts in _models.items():
@@ -83,41 +79,16 @@ class _Now(Collector):
         for name, value in classes.items():
             each.add_metric([name], value)
         yield each
+        restarted = CounterMetricFamily(
+            "marginalia_worker_restarts", "Workers that another one has followed, by why they ended", labels=["cause"]
+        )
+        for cause, count in restarts.from_environment().items():
+            restarted.add_metric([cause], count)
+        yield restarted
 
 
 _now = _Now()
 REGISTRY.register(_now)
-
-_log = logging.getLogger("marginalia")
-_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-def set_up_logging() -> None:
-    """One JSON object a line on stderr: escaping makes it impossible to forge a line from a request."""
-    if not _log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        _log.addHandler(handler)
-        _log.setLevel(logging.INFO)
-        _log.propagate = False
-
-
-def event(kind: str, **facts: object) -> None:
-    """Log one event."""
-    _log.info(json.dumps({"time": round(time.time(), 3), "event": kind, **facts}, default=str))
-
-
-def failure(kind: str, error: BaseException, **facts: object) -> None:
-    """Log an event with the error's text, the id of the request it happened in and the traceback, in one JSON line."""
-    trace = logging.Formatter().formatException((type(error), error, error.__traceback__))
-    request = REQUEST.get()
-    known = {"request_id": request} if request else {}
-    event(kind, error=str(error), trace=trace, **known | facts)
-
-
-def request_id(given: str | None) -> str:
-    """The caller's X-Request-Id if it is short and plain, else a new one."""
-    return given if given and _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def answered(answer: str, status: int, timings: dict[str, float] | None = None) -> None:
@@ -189,10 +160,5 @@ def ready(state: bool) -> None:
 
 
 def exposition() -> bytes:
-    """All metrics as Prometheus text; gathered over the worker processes where BentoML runs several."""
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        registry = CollectorRegistry()
-        registry.register(_now)
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return generate_latest(registry)
+    """All metrics as Prometheus text."""
     return generate_latest()

@@ -109,7 +109,7 @@ def test_queries_ask_for_labels_that_can_be() -> None:
 def test_alerts_cover_what_was_promised() -> None:
     assert {rule["alert"] for rule in ALERTS} == {
         "MarginaliaNotReady", "MarginaliaErrors", "MarginaliaSlow", "MarginaliaOverloaded", "MarginaliaBundleRefused",
-        "MarginaliaConfidenceDrift",
+        "MarginaliaConfidenceDrift", "MarginaliaRestarted",
     }  # fmt: skip
     for rule in ALERTS:
         assert rule["labels"]["severity"] in ("critical", "warning")

@@ -101,3 +101,16 @@ def test_cores_are_the_quota_rounded_up(monkeypatch: pytest.MonkeyPatch, quota: 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(cpu, "_processors", lambda: [])
     assert cpu.cores() == cores
+
+
+def test_oom_kills_of_the_innermost_group_in_both_versions(tmp_path: Path, membership: Path) -> None:
+    mounts = tmp_path / "fs"
+    membership.write_text("0::/pod/service\n")
+    assert container.oom_kills(mounts, membership) == 0
+    write(mounts / "pod", memory__events="low 0\nhigh 3\nmax 9\noom 2\noom_kill 7\noom_group_kill 1")
+    write(mounts / "pod/service", memory__events="low 0\nhigh 3\nmax 9\noom 2\noom_kill 4\noom_group_kill 1")
+    assert container.oom_kills(mounts, membership) == 4
+
+    membership.write_text("4:memory:/docker/abc\n")
+    write(mounts / "memory/docker/abc", memory__oom_control="oom_kill_disable 0\nunder_oom 0\noom_kill 2")
+    assert container.oom_kills(mounts, membership) == 2
