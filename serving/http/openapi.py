@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from export.runtime.geojson import FeatureCollection
 from pipeline.imaging.decode import FORMATS
 from pipeline.storage.served_statistics import ServedStatistics
-from serving.http.geojson import FeatureCollection
 from serving.http.models import CHANGES, LoadRequest, ModelsAnswer, ShadowRequest, operations
 from serving.http.negotiate import KINDS
 from serving.http.openapi_parts import BINARY, HEADERS, content, errors, headers, parameters, reference

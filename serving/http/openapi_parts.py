@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serving.http.geojson import FeatureCollection
+from export.runtime.geojson import FeatureCollection
 from serving.http.negotiate import Kind
 from serving.http.query import Query
 from serving.http.responses import ErrorAnswer, SegmentAnswer

@@ -13,9 +13,9 @@ from pydantic import BaseModel
 
 from export.bundle.bundle import Bundle
 from export.bundle.manifest import Manifest
+from export.runtime import geojson
 from export.runtime.runtime import Segmentation
 from pipeline.imaging import label_maps, polygonize, resize
-from serving.http import geojson
 from serving.http.negotiate import Kind
 from serving.http.query import Query, lowest_byte, select
 from serving.telemetry import metrics

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from export.bundle.bundle import open_bundle
-from serving.http import batch, batch_body, geojson, responses
+from export.runtime import geojson
+from serving.http import batch, batch_body, responses
 from serving.http.batch import BatchHandler
 from serving.http.batch_body import Sent
 from serving.http.negotiate import MANY_KINDS, one

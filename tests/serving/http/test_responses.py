@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from export.bundle import bundle
-from export.runtime import runtime
+from export.runtime import geojson, runtime
 from pipeline.imaging import decode, label_maps
-from serving.http import geojson, responses
+from serving.http import responses
 from tests.support import tiny_onnx
 from tests.support.image_files import save
 from tests.support.live_server import Server, error
