@@ -221,9 +221,6 @@ class Settings(BaseSettings):
 
     # How long requests and connections may take
 
-    body_timeout_s: PositiveFloat = 15.0
-    """Seconds in which a body must arrive."""
-
     timeout_s: PositiveFloat = 15.0
     """Seconds of work after the body."""
 
@@ -231,10 +228,11 @@ class Settings(BaseSettings):
     """Seconds of work on an image that is read in bands."""
 
     min_rate_kb: PositiveFloat = 16.0
-    """KiB a second at which bodies must come and answers must be taken."""
+    """KiB a second at which bodies must come and answers must be taken; how long that takes in all is not limited."""
 
     max_connections: PositiveInt = 512
-    """Connections at once; the one that has been idle longest makes room for a new one."""
+    """Connections at once; the one that has been idle longest makes room for a new one, else the one whose body or answer
+    moves slowest."""
 
     head_timeout_s: PositiveFloat = 10.0
     """Seconds in which the head of a request must arrive."""

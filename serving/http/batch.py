@@ -70,8 +70,7 @@ class BatchHandler:
 
     async def _read(self, request: Request, hold: Callable[[int], None]) -> bytes:
         """The whole body, zip or form, under this route's own limits. Raises Problem."""
-        patience = 2 * self.settings.body_timeout_s
-        larger = self.settings.model_copy(update={"max_body_mb": self.settings.many_mb, "body_timeout_s": patience})
+        larger = self.settings.model_copy(update={"max_body_mb": self.settings.many_mb})
         try:
             return await requests.read_body(request, larger, "raw", hold)
         except Problem as problem:

@@ -76,15 +76,17 @@ def describe(manager: ModelManager, settings: Settings) -> ModelsAnswer:
     )
 
 
-async def read_json(request: Request, shape: type[Asked], timeout_s: float) -> Asked:
+async def read_json(request: Request, shape: type[Asked], settings: Settings) -> Asked:
     """A small JSON body. Raises Problem: 415 another type, 413 too large, 408 too slow, 400 not what is asked for."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Problem(415, "unsupported-type", "send a JSON object with Content-Type: application/json")
-    body = bytearray()
-    with requests.arriving():
-        async with asyncio.timeout(timeout_s):
+    body, loop = bytearray(), asyncio.get_running_loop()
+    pace = requests.Pace(settings, loop.time())
+    with requests.arriving(request):
+        async with asyncio.timeout_at(pace.deadline) as clock:
             async for piece in request.stream():
                 body += piece
+                clock.reschedule(pace.came(len(piece), loop.time()))
                 if len(body) > LARGEST_BODY:
                     raise Problem(
                         413, "body-too-large", f"over the limit of {LARGEST_BODY} bytes", {"Connection": "close"}
@@ -218,7 +220,7 @@ class ModelRoutes:
     async def load(self, request: Request) -> Response:
         """POST /v1/models/load: answers when the model is served, or not. Raises Problem."""
         requests.check_query(request, {})
-        asked = await read_json(request, LoadRequest, self._settings.body_timeout_s)
+        asked = await read_json(request, LoadRequest, self._settings)
         async with self._problems():
             folder = champion.named(self._settings, asked.bundle)
             await self._wait(
@@ -236,7 +238,7 @@ class ModelRoutes:
     async def shadow(self, request: Request) -> Response:
         """POST /v1/models/shadow. Raises Problem."""
         requests.check_query(request, {})
-        asked = await read_json(request, ShadowRequest, self._settings.body_timeout_s)
+        asked = await read_json(request, ShadowRequest, self._settings)
         async with self._problems():
             if asked.bundle is None:
                 await self._wait(lambda claim: self._manager.end_shadow())

@@ -26,7 +26,7 @@ ERRORS = {
     "too-detailed (more polygon points than are answered), too-many-images, "
     "bundle-refused",
     "429": "too-many-requests; Retry-After says when to come again",
-    "503": "overloaded, no-model, jobs-off; Retry-After says when to come again",
+    "503": "overloaded, evicted (the slowest of too many connections), no-model, jobs-off; Retry-After says when to come again",
     "504": "deadline: not done in time",
 }
 HEADERS = {

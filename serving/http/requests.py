@@ -29,6 +29,9 @@ _IMAGE_STATUS = {
 }
 RETRY_AFTER_S = 1
 GRACE_S = 5.0  # a pause that anybody may make: a slow start, a lost packet, a laptop's lid
+LONGEST_PAUSE_S = 15.0  # which a body that came quickly until then may make: a phone between two cells
+EVICTED = "marginalia.evicted"  # in the scope of a request whose connection was closed to make room
+EVICTION = "too many connections, and this one was the slowest; try again"
 _LONGEST_NAME = 255
 _ENVELOPE = 16 << 10  # what a multipart body may have around the image
 
@@ -97,6 +100,22 @@ def patience(size: int, settings: Settings) -> float:
     return GRACE_S + size / settings.min_rate
 
 
+class Pace:
+    """Until when a body is waited for. Its rate alone decides, never its size: whoever keeps `min_rate` may take all day.
+
+    What comes faster earns time for a pause, up to `LONGEST_PAUSE_S`. Times are seconds of the event loop's clock.
+    """
+
+    def __init__(self, settings: Settings, now: float) -> None:
+        self._rate = settings.min_rate
+        self.deadline = now + GRACE_S
+
+    def came(self, size: int, now: float) -> float:
+        """The new deadline, after `size` bytes more."""
+        self.deadline = min(self.deadline + size / self._rate, now + LONGEST_PAUSE_S)
+        return self.deadline
+
+
 def stated_size(request: Request) -> int | None:
     """Bytes of the body by Content-Length: 0 without one, None where it is no such number."""
     stated = request.headers.get("content-length", "0")
@@ -104,20 +123,23 @@ def stated_size(request: Request) -> int | None:
 
 
 @contextlib.contextmanager
-def arriving() -> Iterator[None]:
-    """Around what reads a body. Raises Problem: 408 for its TimeoutError, 400 where the client left."""
+def arriving(request: Request) -> Iterator[None]:
+    """Around what reads a body. Raises Problem: 408 for its TimeoutError, 400 where the client left, 503 where it was sent
+    away because it was the slowest of too many."""
     try:
         yield
     except TimeoutError as error:
         raise Problem(408, "slow-body", "the body did not arrive in time", {"Connection": "close"}) from error
     except ClientDisconnect as error:
+        if request.scope.get(EVICTED):
+            raise Problem(503, "evicted", EVICTION, {"Retry-After": str(RETRY_AFTER_S)}) from error
         raise Problem(400, "truncated", "the connection was closed before the whole body arrived") from error
 
 
 async def read_body(
     request: Request, settings: Settings, kind: str, hold: Callable[[int], None] = lambda size: None
 ) -> bytes:
-    """The image's bytes, at most `max_body`, within `body_timeout_s` and at `min_rate`.
+    """The image's bytes, at most `max_body`, at `min_rate`.
 
     A body that is stated to be too large is refused unread, one that grows too large at the first byte over. `hold` gets
     the size of each piece, and may refuse it.
@@ -136,15 +158,15 @@ async def read_body(
     if size is None or size > limit:
         raise too_large
     body, loop = bytearray(), asyncio.get_running_loop()
-    start = loop.time()
-    with arriving():
-        async with asyncio.timeout(min(patience(0, settings), settings.body_timeout_s)) as clock:
+    pace = Pace(settings, loop.time())
+    with arriving(request):
+        async with asyncio.timeout_at(pace.deadline) as clock:
             async for piece in request.stream():
                 hold(len(piece))
                 body += piece
                 if len(body) > limit:
                     break
-                clock.reschedule(start + min(patience(len(body), settings), settings.body_timeout_s))
+                clock.reschedule(pace.came(len(piece), loop.time()))
     if len(body) > limit:
         raise too_large
     image = (await form_files(request, bytes(body)))[0][1] if kind == "multipart" else bytes(body)

@@ -63,7 +63,7 @@ async def read_body(
 ) -> bytes | BinaryIO:
     """As `requests.read_body`; a raw body that states more than `SPOOLED` or `max_body` bytes comes as a file instead.
 
-    It comes at `min_rate` at least; what is over `max_body` may take `large_timeout_s`.
+    It comes at `min_rate` at least.
 
     Raises:
         Problem: as `requests.read_body`; 503 when the files under way have no room for more.
@@ -72,31 +72,31 @@ async def read_body(
     if kind != "raw" or not min(SPOOLED, settings.max_body) < size <= settings.max_large_body:
         return await requests.read_body(request, settings, kind, hold)
     is_huge = size > settings.max_body
-    longest = settings.large_timeout_s if is_huge else settings.body_timeout_s
     # Of the huge ones at least two at a time.
     reservation = _Reservation(*(_huge, 2 * settings.max_large_body) if is_huge else (_ordinary, settings.max_bodies))
-    start = asyncio.get_running_loop().time()
-
-    def until(come: int) -> float:
-        return start + min(requests.patience(come, settings), longest)
-
+    loop = asyncio.get_running_loop()
+    pace = requests.Pace(settings, loop.time())
     try:
-        with requests.arriving():  # inside: a TimeoutError is an OSError, too
-            async with asyncio.timeout_at(until(0)) as clock:
-                return await _write(request, reservation, lambda come: clock.reschedule(until(come)))
+        with requests.arriving(request):  # inside: a TimeoutError is an OSError, too
+            async with asyncio.timeout_at(pace.deadline) as clock:
+
+                def on_arrival(size: int) -> None:
+                    clock.reschedule(pace.came(size, loop.time()))
+
+                return await _write(request, reservation, on_arrival)
     except OSError as error:
         raise Problem(503, "overloaded", f"no room for the body on disk ({error.strerror}); try again") from error
 
 
 async def _write(request: Request, reservation: _Reservation, on_arrival: Callable[[int], None]) -> BinaryIO:
-    """The body as a file; `on_arrival` gets the bytes that have come so far, at each piece. Raises Problem(503)."""
+    """The body as a file; `on_arrival` gets the size of each piece. Raises Problem(503)."""
     file: BinaryIO = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it is handed on, and closes when dropped
     weakref.finalize(file, reservation.release)
 
     batch = bytearray()
     async for piece in request.stream():
         batch += piece
-        on_arrival(reservation.size + len(batch))
+        on_arrival(len(piece))
         if len(batch) >= _BATCH:
             await _flush(batch, file, reservation)
     await _flush(batch, file, reservation)

@@ -155,8 +155,7 @@ class JobRoutes:
     ) -> tuple[int, int]:
         """Read the body into `path`; how many images and bytes it has. What can be refused at once is. Raises Problem."""
         if is_archive:
-            patience = 2 * self._settings.body_timeout_s
-            larger = {"max_body_mb": self._settings.many_mb, "body_timeout_s": patience}
+            larger = {"max_body_mb": self._settings.many_mb}
             body: bytes | BinaryIO = await requests.read_body(
                 request, self._settings.model_copy(update=larger), "raw", hold
             )

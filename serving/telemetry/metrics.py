@@ -21,7 +21,7 @@ REASONS = frozenset(
     {
         "animated", "bad-accept", "bad-archive", "bad-aspect", "bad-bundle-path", "bad-json", "bad-multipart",
         "bad-query", "body-too-large", "bundle-refused", "busy", "connections", "corrupt", "deadline", "disconnected",
-        "empty", "internal", "jobs-off", "method", "no-bundle", "no-job", "no-model", "no-previous", "no-token",
+        "empty", "evicted", "internal", "jobs-off", "method", "no-bundle", "no-job", "no-model", "no-previous", "no-token",
         "not-acceptable", "not-an-image", "not-done", "not-for-changes", "not-found", "overloaded", "slow-body",
         "slow-head", "slow-reader", "too-detailed", "too-large-for-view", "too-many-images", "too-many-pixels",
         "too-many-requests", "too-much-memory", "truncated", "unauthorized", "unsupported-depth",

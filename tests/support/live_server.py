@@ -140,13 +140,12 @@ def shared() -> Server:
 
 @functools.cache
 def guarded() -> Server:
-    """One with a token, room for one request, and little patience with slow bodies."""
+    """One with a token, and room for one request."""
     return start(
         {
             "MARGINALIA_TOKEN": TOKEN,
             "MARGINALIA_CONCURRENCY": "1",
             "MARGINALIA_QUEUE": "0",
-            "MARGINALIA_BODY_TIMEOUT_S": "6",
             "MARGINALIA_MAX_BODY_MB": "4",
             "MARGINALIA_MAX_LARGE_BODY_MB": "4",
         }

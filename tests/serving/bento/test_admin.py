@@ -46,7 +46,8 @@ def admin(server: Server, port: int) -> Iterator[httpx.Client]:
 def test_each_port_answers_its_own(http: httpx.Client, admin: httpx.Client) -> None:
     answers = set(http.get("/v1/openapi.json").json()["paths"])
     operations = set(admin.get("/v1/openapi.json").json()["paths"])
-    assert answers == {"/v1/segment", "/v1/segment/batch", "/v1/model", "/v1/openapi.json"}
+    jobs = {"/v1/jobs", "/v1/jobs/{id}", "/v1/jobs/{id}/result"}
+    assert answers == {"/v1/segment", "/v1/segment/batch", "/v1/model", "/v1/openapi.json"} | jobs
     assert {"/v1/models", "/v1/models/load", "/v1/statistics"} < operations
     assert answers & operations == {"/v1/openapi.json"}
     for path in ("/metrics", "/v1/models", "/v1/statistics", "/v1/models/load"):

@@ -5,6 +5,7 @@ import json
 import re
 import select
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,9 +13,11 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.http import requests
+from serving.settings import Settings
 from tests.support.image_files import save
 from tests.support.live_server import Server, until
 from tests.support.threaded_server import LONGEST, Held, Own, serving
@@ -69,6 +72,11 @@ def rejected(own: Own | Server, reason: str) -> float:
         for sample in family.samples
         if sample.name == "marginalia_rejected_total" and sample.labels["reason"] == reason
     )
+
+
+def rejected_here(reason: str) -> float:
+    """The same of a server in this process, without a connection to it."""
+    return REGISTRY.get_sample_value("marginalia_rejected_total", {"reason": reason}) or 0.0
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/seg", b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nA: b"])
@@ -139,10 +147,13 @@ def refusal(made: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("end", ["whole", "stuck"])
-def test_who_is_refused_early_may_send_the_body_to_its_end(model: Held, end: str) -> None:
+def test_who_is_refused_early_may_send_the_body_to_its_end(
+    model: Held, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The refused body takes longer than a head may; then the connection serves the next request. Or it is cut."""
-    body_s = LONGEST if end == "whole" else 0.2
-    with serving(model, token="t", head_timeout_s=1, body_timeout_s=body_s) as own:
+    monkeypatch.setattr(requests, "GRACE_S", LONGEST if end == "whole" else 0.2)
+    monkeypatch.setattr(requests, "LONGEST_PAUSE_S", LONGEST)
+    with serving(model, token="t", head_timeout_s=1) as own:
         before = rejected(own, "slow-body")
         with link(own, HEAD % (b"", 1000) + bytes(500)) as made:
             assert refusal(made).startswith(b"HTTP/1.1 401")
@@ -159,11 +170,71 @@ def test_who_is_refused_early_may_send_the_body_to_its_end(model: Held, end: str
 
 def test_slow_bodies_are_cut_by_rate_before_the_time_is_up(model: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "GRACE_S", 0.3)
-    with serving(model, body_timeout_s=LONGEST, min_rate_kb=1000) as own:
+    with serving(model, min_rate_kb=1000) as own:
         with link(own, HEAD % (b"", len(PICTURE)) + PICTURE[:-1]) as made:
             answer = rest(made)
         assert answer.startswith(b"HTTP/1.1 408")
         assert b'"slow-body"' in answer
+
+
+def test_a_body_that_keeps_the_rate_may_take_long(model: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Much longer than the pause that anybody may make at the start."""
+    monkeypatch.setattr(requests, "GRACE_S", 0.5)
+    pieces = [PICTURE[i : i + 500] for i in range(0, len(PICTURE), 500)]
+    assert len(pieces) >= 8
+    with serving(model, min_rate_kb=0.1) as own, link(own, HEAD % (b"?view=json", len(PICTURE))) as made:
+        for piece in pieces:
+            made.sendall(piece)
+            time.sleep(0.2)
+        an_answer(made)
+
+
+def test_rate_alone_decides_and_pauses_are_bounded() -> None:
+    kib = 1024
+
+    def lasts(seconds: int, rate: float, settings: Settings) -> bool:
+        """Whether a body that comes at `rate` bytes a second, once a second, is waited for so long."""
+        pace = requests.Pace(settings, 0.0)
+        return all(pace.came(int(rate), float(now)) >= now + 1 for now in range(1, seconds))
+
+    slow = Settings(min_rate_kb=16)
+    assert lasts(3600, 500_000, slow)  # a phone
+    assert lasts(3600, 17 * kib, slow)
+    assert not lasts(3600, 15 * kib, slow)
+    assert lasts(3600, 15 * kib, Settings(min_rate_kb=14))
+    pace = requests.Pace(slow, 0.0)
+    assert pace.came(100_000_000, 1.0) == 1.0 + requests.LONGEST_PAUSE_S  # no credit for an hour
+    assert requests.Pace(slow, 7.0).deadline == 7.0 + requests.GRACE_S
+
+
+def test_the_slowest_body_makes_room_where_all_connections_are_taken(model: Held) -> None:
+    """One connection waits for the model, two upload; the one of them that came less far in the same time has to go."""
+    model.gate.clear()
+    run = len(model.shapes)
+    with serving(model, max_connections=3) as own, contextlib.ExitStack() as stack:
+        working = stack.enter_context(link(own, HEAD % (b"?view=json", len(PICTURE)) + PICTURE))
+        until(lambda: len(model.shapes) > run)
+        patient = HEAD.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n") % (b"?view=json", len(PICTURE))
+        quick, drip = (stack.enter_context(link(own, patient)) for _ in range(2))
+        for made, sent in ((quick, PICTURE[:-1]), (drip, PICTURE[:1])):
+            assert made.recv(100).startswith(b"HTTP/1.1 100")  # its body is waited for, so it is not idle
+            made.sendall(sent)
+        before = rejected_here("evicted")
+
+        def somebody_new_is_answered() -> bool:
+            """Refused while it is too early to say who is slow."""
+            with link(own, MODEL) as made:
+                return made.recv(100).startswith(b"HTTP/1.1 200")
+
+        until(somebody_new_is_answered)
+        answer = rest(drip)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "evicted"
+        until(lambda: rejected_here("evicted") == before + 1)
+        quick.sendall(PICTURE[-1:])
+        model.gate.set()
+        an_answer(working)
+        an_answer(quick)
 
 
 def test_who_does_not_read_the_answer_is_cut_and_who_begins_to_is_not(model: Held) -> None:
