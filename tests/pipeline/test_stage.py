@@ -114,7 +114,7 @@ def test_development_mode_shows_where_an_error_came_from():
         assert done.stderr.endswith("marginalia: invalid literal for int() with base 10: 'x'\n")
 
 
-@pytest.mark.parametrize("extra", sorted(PROJECT["optional-dependencies"].keys() - {"dev"}))
+@pytest.mark.parametrize("extra", sorted(PROJECT["optional-dependencies"].keys() - {"dev", "docs"}))
 def test_an_extra_is_known_by_the_modules_that_it_brings(extra):
     modules = importlib.metadata.packages_distributions()
     for wanted in distributions(PROJECT["optional-dependencies"][extra]) - {"marginalia-seg"}:

@@ -258,7 +258,7 @@ def test_a_failed_run_puts_the_model_to_the_test(tmp_path: Path, caplog: pytest.
 @pytest.fixture
 def held_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[worker.Worker]:
     monkeypatch.setattr(worker.uvicorn_protocol, "install", lambda *of_this_process: None)
-    monkeypatch.setattr(worker.metrics, "set_up_logging", lambda: None)
+    monkeypatch.setattr(worker.uvicorn_server, "install", lambda *of_this_process: None)
     try:
         made = worker.Worker(settings.Settings(champions=tmp_path / "champion.json"))
     finally:
