@@ -12,7 +12,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from export.bundle.manifest import Precision, Provider
-from serving.telemetry import metrics
+from serving.telemetry import metrics, restarts
 from tests.support import live_server, tiny_onnx
 from tests.support.image_files import save
 from tests.support.live_server import TOKEN, Server, error, until
@@ -103,7 +103,7 @@ def test_labels_come_from_fixed_sets(server: Server, http: httpx.Client) -> None
         "reason": set(metrics.REASONS),
         "class_name": {item["name"] for item in tiny_onnx.CLASSES},
         "result": {*metrics.SWAPS, *metrics.SHADOWED},
-        "cause": set(metrics.CAUSES),
+        "cause": {*metrics.CAUSES, *restarts.CAUSES},
         "slot": set(metrics.SLOTS),
         "bundle": {http.get("/v1/model", headers=GOOD).json()["bundle"]},
         "provider": set(get_args(Provider)),
